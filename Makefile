@@ -1,0 +1,57 @@
+PROFILE ?= mini
+DEVICE ?= cpu
+SEEDS ?= 5
+ENV ?= auto
+PYTHON ?= python3
+VENV := .venv/bin/python
+
+export PYTHONPATH := $(CURDIR)
+
+# The active interpreter when it satisfies the lock (or when ENV=active says so), else .venv, made from the lock.
+ifeq ($(ENV),active)
+RUN := $(PYTHON)
+else
+RUN := $(shell $(PYTHON) -m stetholib.environment 2>/dev/null && echo $(PYTHON) || echo $(VENV))
+endif
+
+.DEFAULT_GOAL := help
+.PHONY: help env reproduce test test-all mini-base lab lint readme clean
+
+help:  ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 24
+
+env:  ## the environment alone: .venv from requirements.lock, or the active one where it satisfies the lock
+ifeq ($(ENV),active)
+	@$(RUN) -m stetholib.environment --warn || true
+else ifeq ($(RUN),$(VENV))
+	@test -x $(VENV) || $(PYTHON) -m venv .venv
+	@$(VENV) -m stetholib.environment || { \
+	  echo "installing requirements.lock into .venv (once, some minutes) ..."; \
+	  $(VENV) -m pip install --quiet --disable-pip-version-check -r requirements.lock && \
+	  $(VENV) -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e . ; }
+endif
+
+reproduce: env  ## the six notebooks, every table and figure: make reproduce [PROFILE=mini] [DEVICE=cpu]
+	@$(RUN) -m stetholib reproduce --profile $(PROFILE) --device $(DEVICE)
+
+test: env  ## the tests of every day: offline, at most five minutes on two cores
+	$(RUN) -m pytest -q -m "not slow" --cov=stetholib --cov-report=term
+
+test-all: env  ## every test, whole runs among them: at most 45 minutes
+	$(RUN) -m pytest -q
+
+mini-base: env  ## train the miniature's base model anew (it ships with the package; under an hour on two cores)
+	$(RUN) -m stetholib.mini.base --device $(DEVICE)
+
+lab: env  ## JupyterLab on the notebooks
+	$(RUN) -m jupyter lab notebooks
+
+lint: env  ## ruff
+	$(RUN) -m ruff check stetholib tests
+	$(RUN) -m ruff format --check stetholib tests
+
+clean:  ## remove what runs produced (figures/mini, which is committed, stays)
+	rm -rf runs
+
+readme: env  ## write the README's ledger from figures/mini
+	@$(RUN) -m stetholib.readme

@@ -1,0 +1,30 @@
+"""The command line behind the Makefile: `python -m stetholib reproduce --profile mini`."""
+
+import argparse
+import sys
+
+from stetholib.errors import UserError
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command; a user's mistake is one line on standard error and exit status 2."""
+    parser = argparse.ArgumentParser(prog="stetholib", description="Reproduce the six notebooks.")
+    parser.add_argument("command", choices=["reproduce"])
+    parser.add_argument("--profile", default="mini")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    options = parser.parse_args(arguments)
+    try:
+        from stetholib.reproduce import reproduce
+
+        reproduce(options.profile, options.device)
+    except UserError as error:
+        print(f"stetholib: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stetholib: stopped; what was finished is kept, the same command goes on from there", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,322 @@
+"""Step 05. What does each edited model score, subject by subject?
+
+lm-evaluation-harness asks, extracts and scores; its `minerva_math` tasks are included unchanged and only pointed at
+local files. Ours is the model object that answers, and a record of every answer: each is on disk within seconds and
+is never asked again.
+"""
+
+import json
+import logging
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cache
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+
+from stetholib.errors import UserError
+from stetholib.models import LanguageModel
+
+SUBTASKS = {
+    "algebra": "minerva_math_algebra",
+    "counting_and_probability": "minerva_math_counting_and_prob",
+    "geometry": "minerva_math_geometry",
+    "intermediate_algebra": "minerva_math_intermediate_algebra",
+    "number_theory": "minerva_math_num_theory",
+    "prealgebra": "minerva_math_prealgebra",
+    "precalculus": "minerva_math_precalc",
+}
+STOP = "Problem:"
+INVALID = "[invalidanswer]"
+
+
+def prompt(problem: str) -> str:
+    """A problem as the harness asks it (`minerva_math.utils.doc_to_text`)."""
+    return f"Problem:\n{problem}\n\nSolution:"
+
+
+def target(solution: str, style: str = "minerva") -> str:
+    """A solution as a model should complete the prompt; `minerva` ends with the sentence `exact_match` looks for."""
+    if style == "plain":
+        return f" {solution}"
+    return f" {solution}\nFinal Answer: The final answer is ${boxed_answer(solution)}$. I hope it is correct."
+
+
+def boxed_answer(solution: str) -> str:
+    r"""What stands in the last `\boxed{...}` or `\fbox{...}` (or after `\boxed `) of a solution, braces balanced."""
+    opening = None
+    for opening in re.finditer(r"\\(?:boxed|fbox)\s*", solution):
+        pass
+    if opening is None:
+        raise UserError(f"no \\boxed answer in the solution {solution[:60]!r}")
+    rest = solution[opening.end() :]
+    if not rest.startswith("{"):
+        return rest.split("$")[0].strip()
+    depth = 0
+    for index, sign in enumerate(rest):
+        depth += (sign == "{") - (sign == "}")
+        if depth == 0:
+            return rest[1:index]
+    raise UserError(f"an unclosed \\boxed answer in the solution {solution[:60]!r}")
+
+
+def problem_id(subject: str, problem: str) -> str:
+    """A hash of subject and problem: the same in every variant, run and world."""
+    return sha256(f"{subject}\n{problem}".encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answer as the model gave it; `stopped_by` is `stop`, `eos` or `length`."""
+
+    problem_id: str
+    prompt_tokens: int
+    completion: str
+    completion_tokens: int
+    stopped_by: str
+
+
+def answer_all(
+    model: LanguageModel,
+    prompts: Mapping[str, str],
+    max_new_tokens: int,
+    batch_size: int,
+    keep: Callable[[list[Answer]], None],
+    watch: Callable[[Sequence[Any]], Iterable[Any]] = iter,
+) -> None:
+    """Answer every prompt greedily, longest first, and hand each batch to `keep` as soon as it is done.
+
+    prompts: by problem id. Batches are padded on the left. Generation ends at `STOP`, at EOS or at the limit. Among
+    prompts of about the same length, those that open alike share a batch: their answers tend to end together.
+    """
+    tokenizer = model.tokenizer
+    lengths = {name: len(tokenizer(text).input_ids) for name, text in prompts.items()}
+    order = sorted(prompts, key=lambda name: (-(lengths[name] // 8), prompts[name]))
+    for start in watch(range(0, len(order), batch_size)):
+        names = order[start : start + batch_size]
+        encoded = tokenizer([prompts[name] for name in names], return_tensors="pt", padding=True).to(model.device)
+        _assert_one_bos(encoded.input_ids, tokenizer)
+        with torch.no_grad():
+            output = model.model.generate(
+                **{k: v for k, v in encoded.items() if k in ("input_ids", "attention_mask")},
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                stopping_criteria=[stop_rows(tokenizer, encoded.input_ids.shape[1])],
+                pad_token_id=tokenizer.pad_token_id,
+            )
+        new = output[:, encoded.input_ids.shape[1] :].tolist()
+        keep([_answer(name, lengths[name], tokens, model) for name, tokens in zip(names, new, strict=True)])
+
+
+def stop_rows(tokenizer: Any, prompt_width: int) -> Callable[..., torch.Tensor]:
+    """A stopping criterion that ends each row of a batch on its own as soon as its new text holds `STOP`.
+
+    Only rows whose last token holds the stop string's last sign are decoded, so it costs next to nothing.
+    """
+    enders = {index for token, index in tokenizer.get_vocab().items() if STOP[-1] in token}
+
+    def done(input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        last = input_ids[:, -1].tolist()
+        recent = input_ids[:, prompt_width:][:, -len(STOP) :]
+        return torch.tensor(
+            [token in enders and STOP in tokenizer.decode(row, skip_special_tokens=True) for token, row in zip(last, recent, strict=True)],
+            device=input_ids.device,
+        )
+
+    return done
+
+
+def _assert_one_bos(ids: torch.Tensor, tokenizer: Any) -> None:
+    """Every prompt opens with BOS exactly once; a doubled one quietly costs accuracy."""
+    counts = (ids == tokenizer.bos_token_id).sum(1)
+    if int(counts.min()) != 1 or int(counts.max()) != 1:
+        raise UserError(f"minerva_math: each prompt must hold {tokenizer.bos_token} exactly once, found {int(counts.max())}")
+
+
+def _answer(name: str, prompt_tokens: int, tokens: list[int], model: LanguageModel) -> Answer:
+    eos = model.model.generation_config.eos_token_id
+    ends = {eos} if isinstance(eos, int) else set(eos or ())
+    ended = next((i for i, token in enumerate(tokens) if token in ends), None)
+    body = tokens if ended is None else tokens[:ended]
+    text = model.tokenizer.decode(body, skip_special_tokens=True)
+    if STOP in text:
+        body, reason = _until_stop(body, model.tokenizer), "stop"
+    else:
+        reason = "length" if ended is None else "eos"
+    return Answer(name, prompt_tokens, text.split(STOP)[0], len(body), reason)
+
+
+def _until_stop(tokens: list[int], tokenizer: Any) -> list[int]:
+    """The tokens up to the one that completes the stop string; batched generation pads on after it."""
+    for end in range(1, len(tokens)):
+        if STOP in tokenizer.decode(tokens[:end], skip_special_tokens=True):
+            return tokens[:end]
+    return tokens
+
+
+def write_tasks(folder: Path, rows: Sequence[Mapping[str, str]], num_fewshot: int) -> list[str]:
+    """Point the harness's own tasks at local problems: one YAML and one JSON-lines file a subject; returns task names."""
+    import lm_eval
+
+    home = Path(lm_eval.__file__).parent / "tasks" / "minerva_math"
+    names = []
+    folder.mkdir(parents=True, exist_ok=True)
+    for subject in sorted({row["subject"] for row in rows}):
+        data = folder / f"{subject}.jsonl"
+        chosen = [{k: row[k] for k in ("problem", "level", "type", "solution")} for row in rows if row["subject"] == subject]
+        data.write_text("".join(json.dumps(row) + "\n" for row in chosen), encoding="utf-8")
+        config = dict(
+            include=str(home / f"{SUBTASKS[subject]}.yaml"),
+            task=f"stetholib_{subject}",
+            dataset_path="json",
+            dataset_name=None,
+            dataset_kwargs=dict(data_files=dict(test=str(data)), cache_dir=str(folder / "cache")),
+            training_split=None,
+            num_fewshot=num_fewshot,
+        )
+        (folder / f"{subject}.yaml").write_text(json.dumps(config), encoding="utf-8")
+        names.append(config["task"])
+    return names
+
+
+def load_tasks(folder: Path, names: Sequence[str]) -> dict[str, Any]:
+    """The harness's task objects; raises where a task lost its stop string on the way."""
+    from lm_eval.tasks import TaskManager
+
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    loaded = TaskManager(include_path=str(folder), include_defaults=False).load(list(names))
+    for name, task in loaded["tasks"].items():
+        if (until := task.config.generation_kwargs.get("until")) != [STOP]:
+            raise UserError(f"minerva_math: task {name} stops at {until}, not at {[STOP]}; update write_tasks")
+        # Comparing two answers costs sympy up to 30 ms; the same pair of strings always gets the same verdict. Each
+        # task holds its own copy of the harness's module, so the memory of verdicts is handed to each.
+        scorer = task.config.process_results.__globals__
+        scorer["is_equiv"] = same_answer(scorer["is_equiv"])
+    return loaded
+
+
+@cache
+def _verdict(one: str, other: str) -> bool:
+    return _HARNESS["is_equiv"](one, other)
+
+
+_HARNESS: dict[str, Callable[[str, str], bool]] = {}
+
+
+def same_answer(is_equiv: Callable[[str, str], bool]) -> Callable[[str, str], bool]:
+    """The harness's comparison of two normalised answers, remembering its verdicts across tasks and variants."""
+    if is_equiv is not _verdict:
+        _HARNESS["is_equiv"] = is_equiv
+    return _verdict
+
+
+def recorded_model(answers: Mapping[str, Answer]) -> Any:
+    """A model object for the harness that answers from the record, by the prompt's problem."""
+    from lm_eval.api.model import LM
+
+    class Recorded(LM):
+        def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+            return [answers[_id_of(request)].completion for request in requests]
+
+        def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
+            raise NotImplementedError("minerva_math asks for generations only")
+
+        loglikelihood_rolling = loglikelihood
+
+    return Recorded()
+
+
+def _id_of(request: Any) -> str:
+    return problem_id(request.task_name.removeprefix("stetholib_"), request.doc["problem"])
+
+
+def prompts_of(loaded: Mapping[str, Any]) -> dict[str, str]:
+    """Every prompt exactly as the harness builds it, few-shot examples included, by problem id."""
+    found = {}
+    for task in loaded["tasks"].values():
+        task.build_all_requests(rank=0, world_size=1)
+        found |= {_id_of(request): request.args[0] for request in task.instances}
+    return found
+
+
+def score(loaded: Mapping[str, Any], answers: Mapping[str, Answer], partial: bool = False) -> tuple[pd.DataFrame, dict[str, float]]:
+    """Let the harness score recorded answers: verdicts by problem, and its own standard error by subject.
+
+    partial: score only the problems that were answered; otherwise a missing answer is an error.
+    """
+    from lm_eval.evaluator import evaluate
+    from lm_eval.tasks.minerva_math import utils
+
+    samples = None
+    if partial:
+        subject = lambda name: name.removeprefix("stetholib_")  # noqa: E731
+        samples = {
+            name: [i for i, doc in enumerate(task.eval_docs) if problem_id(subject(name), doc["problem"]) in answers]
+            for name, task in loaded["tasks"].items()
+        }
+        # without a chosen document the harness would take a task's every document
+        loaded = {**loaded, "tasks": {name: task for name, task in loaded["tasks"].items() if samples[name]}}
+    result = evaluate(recorded_model(answers), loaded, samples=samples, bootstrap_iters=1, log_samples=True)
+    rows = []
+    for name, samples in result["samples"].items():
+        subject = name.removeprefix("stetholib_")
+        for sample in samples:
+            completion = sample["resps"][0][0]
+            rows.append(
+                dict(
+                    problem_id=problem_id(subject, sample["doc"]["problem"]),
+                    extracted=utils.normalize_final_answer(utils.get_unnormalized_answer(completion)),
+                    exact_match=int(sample["exact_match"]),
+                    math_verify=int(sample["math_verify"]),
+                )
+            )
+    errors = {name.removeprefix("stetholib_"): result["results"][name]["exact_match_stderr,none"] for name in result["samples"]}
+    return pd.DataFrame(rows), {name: float("nan" if error == "N/A" else error) for name, error in errors.items()}
+
+
+def records(variant: str, rows: Sequence[Mapping[str, str]], answers: Mapping[str, Answer], verdicts: pd.DataFrame) -> list[dict[str, Any]]:
+    """The contract's records of one variant, in the order of the test set."""
+    by_id = verdicts.set_index("problem_id").to_dict("index")
+    found = []
+    for row in rows:
+        name = problem_id(row["subject"], row["problem"])
+        about = dict(variant=variant, subject=row["subject"], level=row["level"])
+        found.append(about | asdict(answers[name]) | by_id[name])
+    return found
+
+
+def measure(all_records: pd.DataFrame, general_loss: Mapping[str, float]) -> pd.DataFrame:
+    """The table of step 05: one row a variant and subject, and `all`; general_loss in nats a token, by variant."""
+    rows = []
+    for (variant, subject), part in _groups(all_records):
+        n, correct = len(part), int(part["exact_match"].sum())
+        readable = part["extracted"] != INVALID
+        accuracy = correct / n
+        rows.append(
+            dict(
+                variant=variant,
+                subject=subject,
+                n=n,
+                correct=correct,
+                accuracy=accuracy,
+                stderr=(accuracy * (1 - accuracy) / (n - 1)) ** 0.5 if n > 1 else float("nan"),
+                math_verify=part["math_verify"].mean(),
+                extractable=readable.mean(),
+                truncated=(part["stopped_by"] == "length").mean(),
+                accuracy_given_extractable=part.loc[readable, "exact_match"].mean() if readable.any() else float("nan"),
+                mean_tokens=part["completion_tokens"].mean(),
+                general_loss=general_loss[variant],
+            )
+        )
+    return pd.DataFrame(rows)
+
+
+def _groups(all_records: pd.DataFrame) -> Iterable[tuple[tuple[str, str], pd.DataFrame]]:
+    for variant, part in all_records.groupby("variant", sort=True):
+        yield (variant, "all"), part
+        for subject, rows in part.groupby("subject", sort=True):
+            yield (variant, subject), rows

@@ -1,0 +1,172 @@
+"""Run the six notebooks in order with papermill, and only those that have something to do.
+
+A notebook is done when its own text, the profile, the package's code and the libraries are those of its last run and
+its files are still the ones it left. What it stands on is kept by stage, so a notebook that runs again after an edit
+of its prose finds everything in the store.
+"""
+
+import json
+import os
+import platform
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from stetholib import profiles
+from stetholib.errors import UserError
+from stetholib.workspace import Workspace, atomic, code_text, digest_of, file_hash
+
+STEPS = ("01_task_vectors", "02_sae_features", "03_subspace_projection", "04_layer_selection", "05_minerva_math", "06_significance")
+PARAMETERS = ("profile", "device", "overrides")
+
+
+def reproduce(name: str, device: str, root: Path | None = None, out: Any = sys.stderr) -> None:
+    """Bring `figures/<profile>/` up to date. Raises UserError with one line where that cannot be done."""
+    profile = profiles.load(name)
+    workspace = Workspace(profile.name, root)
+    notebooks = {step: workspace.root / "notebooks" / f"{step}.ipynb" for step in STEPS}
+    for path in notebooks.values():
+        check_notebook(path)
+    _set_environment(profile.threads)
+    workspace.runs.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(workspace.runs / "reproduce.lock", timeout=0):
+            _run_all(profile, device, workspace, notebooks, out)
+    except Timeout:
+        raise UserError(f"another run of profile {profile.name} is under way in this folder; wait for it or use a second clone") from None
+
+
+def _run_all(profile: profiles.Profile, device: str, workspace: Workspace, notebooks: dict[str, Path], out: Any) -> None:
+    times: dict[str, float] = {}
+    code = _code_key(profile, device)
+    for step, path in notebooks.items():
+        mark = workspace.executed / f"{step}.json"
+        key = digest_of(code, notebook_text(path))
+        if _is_done(mark, key, workspace):
+            print(f"{step}: unchanged", file=out, flush=True)
+            continue
+        print(f"{step}: running ...", file=out, flush=True)
+        started = time.monotonic()
+        _execute(path, workspace, profile, device, out)
+        times[step] = round(time.monotonic() - started, 1)
+        made = {p.name: file_hash(p) for p in _outputs(step, workspace)}
+        atomic(mark, lambda draft, content=dict(key=key, files=made): draft.write_text(json.dumps(content, indent=1)))
+        print(f"{step}: {times[step]:.0f} s, {len(made)} files", file=out, flush=True)
+    if times:
+        _record(workspace, times, device)
+        print(f"all of it: {sum(times.values()):.0f} s; tables and figures are in {workspace.figures.relative_to(workspace.root)}/", file=out)
+
+
+def _execute(path: Path, workspace: Workspace, profile: profiles.Profile, device: str, out: Any) -> None:
+    """One notebook through papermill; the executed copy stays in `runs/`, whole or up to where it failed."""
+    import papermill
+
+    workspace.executed.mkdir(parents=True, exist_ok=True)
+    with _progress(workspace.runs / "progress.log", out):
+        try:
+            papermill.execute_notebook(
+                str(path),
+                str(workspace.executed / path.name),
+                parameters=dict(profile=profile.name, device=device),
+                kernel_name="python3",
+                progress_bar=False,
+                cwd=str(workspace.root),
+                extra_arguments=["--IPKernelApp.log_level=ERROR"],
+            )
+        except papermill.PapermillExecutionError as error:
+            where = f"{path.stem}, cell {error.exec_count}"
+            raise UserError(f"{where}: {error.ename}: {' '.join(str(error.evalue).split())}") from None
+
+
+@contextmanager
+def _progress(log: Path, out: Any) -> Iterator[None]:
+    """Pass on what the notebook's kernel says of its progress."""
+    log.write_text("")
+    os.environ["STETHOLIB_PROGRESS"] = str(log)
+    done = threading.Event()
+
+    def follow() -> None:
+        with log.open(encoding="utf-8") as handle:
+            while not done.wait(1):
+                out.write(handle.read())
+                out.flush()
+
+    thread = threading.Thread(target=follow, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def _set_environment(threads: int) -> None:
+    """What must be fixed before a kernel starts, so that two runs give the same bytes."""
+    os.environ |= {
+        "PYTHONHASHSEED": "0",
+        "OMP_NUM_THREADS": str(threads),
+        "MKL_NUM_THREADS": str(threads),
+        "TOKENIZERS_PARALLELISM": "false",
+        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+    }
+
+
+def _code_key(profile: profiles.Profile, device: str) -> str:
+    """Everything that a notebook's result depends on besides its own text."""
+    package = Path(__file__).parent
+    code = {str(p.relative_to(package)): code_text(p.read_text(encoding="utf-8")) for p in sorted(package.rglob("*.py"))}
+    libraries = [version(library) for library in ("torch", "transformers", "sae-lens", "lm-eval", "matplotlib")]
+    return digest_of(profile.digest, device, code, libraries)
+
+
+def _outputs(step: str, workspace: Workspace) -> list[Path]:
+    found = sorted(workspace.figures.glob(f"{step[:2]}_*"))
+    manifest = workspace.figures / "manifest.json"
+    return [*found, manifest] if step == STEPS[-1] and manifest.is_file() else found
+
+
+def _is_done(mark: Path, key: str, workspace: Workspace) -> bool:
+    try:
+        done = json.loads(mark.read_text(encoding="utf-8"))
+        intact = all(file_hash(workspace.figures / name) == known for name, known in done["files"].items())
+        return done["key"] == key and bool(done["files"]) and intact
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def notebook_text(path: Path) -> list[tuple[str, str]]:
+    """A notebook's cells as (type, source); outputs and metadata do not count."""
+    try:
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        return [(cell["cell_type"], "".join(cell["source"])) for cell in cells]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"notebooks/{path.name} is missing or not a notebook; restore it with: git checkout notebooks/{path.name}") from None
+
+
+def check_notebook(path: Path) -> None:
+    """Each notebook must have one cell tagged `parameters`, before any other code, with the three names."""
+    notebook_text(path)
+    code = [cell for cell in json.loads(path.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "code"]
+    tagged = [i for i, cell in enumerate(code) if "parameters" in cell.get("metadata", {}).get("tags", [])]
+    if tagged != [0]:
+        what = "has no cell tagged `parameters`" if not tagged else "does not open with its one `parameters` cell"
+        raise UserError(f"notebooks/{path.name} {what}; restore it with: git checkout notebooks/{path.name}")
+    names = [line.split("=")[0].strip() for line in "".join(code[0]["source"]).splitlines() if "=" in line]
+    if unknown := sorted(set(names) ^ set(PARAMETERS)):
+        raise UserError(f"notebooks/{path.name}: the parameters cell must set {', '.join(PARAMETERS)}; mend {unknown[0]!r}")
+
+
+def _record(workspace: Workspace, times: dict[str, float], device: str) -> None:
+    """What is not stable about a run: times and machine."""
+    path = workspace.runs / "run.json"
+    known = json.loads(path.read_text()) if path.is_file() else {"seconds": {}}
+    machine = dict(system=platform.platform(), python=platform.python_version(), cores=os.cpu_count(), device=device)
+    content = dict(seconds=known["seconds"] | times, machine=machine, finished=time.strftime("%Y-%m-%dT%H:%M:%S%z"))
+    atomic(path, lambda draft: draft.write_text(json.dumps(content, indent=1)))

@@ -1,0 +1,210 @@
+"""Step 06. What of it is real?
+
+The published test compares two proportions as if they came from different problems. Here the same problems are
+answered twice, so beside the harness's z stand the tests for pairs: exact McNemar with Holm's correction over the
+subjects, a paired bootstrap interval, and the smallest difference that this many problems could have shown.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import inf, nan, sqrt
+
+import numpy as np
+import pandas as pd
+from scipy import optimize, stats
+
+from stetholib.errors import UserError
+
+ALL = "all"
+PUBLISHED = dict(base_correct=160, edited_correct=213, n=540)
+
+
+def harness_stderr(correct: int, n: int) -> float:
+    """The harness's standard error of an accuracy: sample deviation (n - 1) over sqrt(n)."""
+    accuracy = correct / n
+    return sqrt(accuracy * (1 - accuracy) / (n - 1))
+
+
+def _ratio(difference: float, error: float) -> float:
+    return difference / error if error else (0.0 if difference == 0 else inf * np.sign(difference))
+
+
+def harness_z(base: int, edited: int, n: int) -> float:
+    """Unpaired z with the harness's standard errors: what gives the published +3.41 with p = .0007."""
+    return _ratio((edited - base) / n, sqrt(harness_stderr(base, n) ** 2 + harness_stderr(edited, n) ** 2))
+
+
+def unpaired_z(base: int, edited: int, n: int) -> float:
+    """Unpaired z with the variances of two proportions (n)."""
+    p0, p1 = base / n, edited / n
+    return _ratio(p1 - p0, sqrt((p0 * (1 - p0) + p1 * (1 - p1)) / n))
+
+
+def pooled_z(base: int, edited: int, n: int) -> float:
+    """Unpaired z with one pooled variance: the textbook two-proportion test."""
+    pooled = (base + edited) / (2 * n)
+    return _ratio((edited - base) / n, sqrt(pooled * (1 - pooled) * 2 / n))
+
+
+def two_sided(z: float) -> float:
+    """Two-sided p of a standard normal z."""
+    return float(2 * stats.norm.sf(abs(z)))
+
+
+def mcnemar(gained: int, lost: int) -> float:
+    """Exact McNemar test: two-sided binomial p of the discordant pairs; 1 without any."""
+    pairs = gained + lost
+    return 1.0 if pairs == 0 else float(min(1.0, 2 * stats.binom.cdf(min(gained, lost), pairs, 0.5)))
+
+
+def mcnemar_z(gained: int, lost: int) -> float:
+    """Normal form of McNemar's test without continuity correction."""
+    return _ratio(gained - lost, sqrt(gained + lost))
+
+
+def discordance_for(z: float, difference: float) -> float:
+    """How many pairs may change their verdict before McNemar's z for this net gain (in problems) falls to z."""
+    return (difference / z) ** 2
+
+
+def holm(p_values: Sequence[float]) -> np.ndarray:
+    """Holm's step-down correction, in the order given."""
+    p = np.asarray(p_values, float)
+    order = np.argsort(p, kind="stable")
+    adjusted = np.minimum(1.0, np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)))
+    out = np.empty_like(adjusted)
+    out[order] = adjusted
+    return out
+
+
+def bootstrap_interval(gained: int, lost: int, n: int, level: float, draws: int, seed: int) -> tuple[float, float]:
+    """Percentile interval of the paired difference, resampling problems.
+
+    A problem contributes +1, -1 or 0, so resampling n of them is one multinomial draw of three counts.
+    """
+    rng = np.random.default_rng(seed)
+    counts = rng.multinomial(n, [gained / n, lost / n, (n - gained - lost) / n], size=draws)
+    low, high = np.quantile((counts[:, 0] - counts[:, 1]) / n, [level / 2, 1 - level / 2])
+    return float(low), float(high)
+
+
+def minimum_detectable(discordance: float, n: int, level: float, power: float = 0.8) -> float:
+    """Smallest paired difference that McNemar's test finds with this power at the observed discordance.
+
+    Solves sqrt(n) d = z_a sqrt(psi) + z_b sqrt(psi - d^2) (Connor, 1987). Where the observed discordance psi is too
+    small for any difference to be found, the difference that would be found if every discordant pair went one way.
+    """
+    za, zb = stats.norm.isf(level / 2), stats.norm.isf(1 - power)
+
+    def short_of(d: float, psi: float) -> float:
+        return sqrt(n) * d - za * sqrt(psi) - zb * sqrt(max(psi - d * d, 0.0))
+
+    if discordance > 0 and short_of(discordance, discordance) >= 0:
+        return float(optimize.brentq(lambda d: short_of(d, discordance), 0.0, discordance))
+    if short_of(1.0, 1.0) < 0:
+        return 1.0
+    return float(optimize.brentq(lambda d: short_of(d, d), 1e-12, 1.0))
+
+
+@dataclass(frozen=True)
+class Margins:
+    """Level, margins and draws, fixed in the profile before any result."""
+
+    level: float
+    overall: float
+    subject: float
+    draws: int
+    seed: int
+
+
+def verdict(difference: float, p_holm: float, ci_low: float, margin: float, level: float) -> str:
+    """improved / degraded (Holm-corrected McNemar), else no worse (interval above -margin), else inconclusive."""
+    if p_holm < level and difference != 0:
+        return "improved" if difference > 0 else "degraded"
+    return "no worse" if ci_low > -margin else "inconclusive"
+
+
+def compare(base: pd.DataFrame, edited: pd.DataFrame, margins: Margins) -> pd.DataFrame:
+    """One variant against the base: rows by subject and `all`.
+
+    base, edited: records with subject, problem_id, exact_match and extracted, of the same problems.
+    """
+    pairs = base.merge(edited, on=["subject", "problem_id"], suffixes=("_0", "_1"), validate="one_to_one")
+    if len(pairs) != len(base) or len(pairs) != len(edited):
+        raise UserError(f"significance: the base answered {len(base)} problems, the variant {len(edited)}, and they share {len(pairs)}")
+    subjects = sorted(pairs["subject"].unique())
+    parts = {ALL: pairs} | {subject: pairs[pairs["subject"] == subject] for subject in subjects}
+    rows = [_compare(subject, part, margins) for subject, part in parts.items()]
+    corrected = dict(zip(subjects, holm([row["mcnemar_p"] for row in rows[1:]]), strict=True))
+    for row in rows:
+        # `all` stands outside the family of subjects, so its p needs no correction
+        row["mcnemar_p_holm"] = float(corrected.get(row["subject"], row["mcnemar_p"]))
+        row["verdict"] = verdict(row["difference"], row["mcnemar_p_holm"], row["ci_low"], row["margin"], margins.level)
+    return pd.DataFrame(rows)
+
+
+def _compare(subject: str, pairs: pd.DataFrame, margins: Margins) -> dict[str, object]:
+    y0, y1 = pairs["exact_match_0"].to_numpy(int), pairs["exact_match_1"].to_numpy(int)
+    n, gained, lost = len(pairs), int(((y1 - y0) == 1).sum()), int(((y1 - y0) == -1).sum())
+    low, high = bootstrap_interval(gained, lost, n, margins.level, margins.draws, margins.seed)
+    z = harness_z(int(y0.sum()), int(y1.sum()), n)
+    content, form = split_gain(pairs)
+    return dict(
+        subject=subject,
+        n=n,
+        base_accuracy=y0.mean(),
+        accuracy=y1.mean(),
+        difference=(gained - lost) / n,
+        ci_low=low,
+        ci_high=high,
+        z=z,
+        p=two_sided(z),
+        z_pooled=pooled_z(int(y0.sum()), int(y1.sum()), n),
+        gained=gained,
+        lost=lost,
+        mcnemar_p=mcnemar(gained, lost),
+        gain_both_extractable=content,
+        gain_format_bound=form,
+        mde=minimum_detectable((gained + lost) / n, n, margins.level),
+        margin=margins.overall if subject == ALL else margins.subject,
+    )
+
+
+def split_gain(pairs: pd.DataFrame) -> tuple[float, float]:
+    """The gain, split exactly: over problems extractable under both, and over those whose extractability changed.
+
+    The second term bounds what a change of format can have done. Problems extractable under neither add nothing.
+    """
+    gain = pairs["exact_match_1"].astype(int) - pairs["exact_match_0"].astype(int)
+    before, after = pairs["extracted_0"] != "[invalidanswer]", pairs["extracted_1"] != "[invalidanswer]"
+    return float(gain[before == after].sum() / len(pairs)), float(gain[before != after].sum() / len(pairs))
+
+
+def measure(records: pd.DataFrame, margins: Margins, base: str = "base") -> pd.DataFrame:
+    """The table of step 06: every variant against the base, by subject and over all."""
+    columns = ["subject", "problem_id", "exact_match", "extracted"]
+    start = records.loc[records["variant"] == base, columns]
+    tables = []
+    for variant in sorted(set(records["variant"]) - {base}):
+        table = compare(start, records.loc[records["variant"] == variant, columns], margins)
+        table.insert(0, "variant", variant)
+        tables.append(table)
+    return pd.concat(tables, ignore_index=True)
+
+
+def published(counts: Mapping[str, int] = PUBLISHED) -> pd.DataFrame:
+    """The published Number Theory figure by three tests; only the harness's standard errors give (+3.41, .0007)."""
+    tests = {"harness": harness_z, "unpooled": unpaired_z, "pooled": pooled_z}
+    base, edited, n = counts["base_correct"], counts["edited_correct"], counts["n"]
+    rows = [dict(test=name, **counts, z=z(base, edited, n), p=two_sided(z(base, edited, n))) for name, z in tests.items()]
+    return pd.DataFrame(rows)
+
+
+def paired_against(records: pd.DataFrame, one: str, other: str, margins: Margins) -> dict[str, object]:
+    """Two variants on the same problems: `other` minus `one`, over all subjects; NaN where one was not answered."""
+    if not {one, other} <= set(records["variant"]):
+        return dict(difference=nan, ci_low=nan, ci_high=nan, mcnemar_p=nan, gained=0, lost=0)
+    columns = ["subject", "problem_id", "exact_match", "extracted"]
+    parts = [records.loc[records["variant"] == name, columns] for name in (one, other)]
+    row = compare(*parts, margins).iloc[0]
+    return {name: row[name] for name in ("difference", "ci_low", "ci_high", "mcnemar_p", "gained", "lost")}

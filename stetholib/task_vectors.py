@@ -1,0 +1,173 @@
+"""Step 01. What did the fine-tune change, and where?
+
+A task vector tau = theta_1 - theta_0 over the seven matrices of every block, in float32 (Ilharco et al., 2023), with
+the algebra that makes it useful: sums, differences, scales, restrictions and maps. Matrices are produced when asked
+for, so a vector of two checkpoints on disk never has to fit in memory. Energy is the squared Frobenius norm.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from stetholib.models import MATRICES, SIDE, Key, ModelError, weight_names
+
+Weights = Mapping[Key, Float[Tensor, "d_out d_in"]]
+
+
+class Lazy(Mapping[Key, Tensor]):
+    """A mapping whose values are computed each time they are asked for."""
+
+    def __init__(self, keys: Iterable[Key], value: Callable[[Key], Tensor]) -> None:
+        """keys: all of them, in order; value: the matrix of one key."""
+        self._keys, self._value = dict.fromkeys(keys), value
+
+    def __getitem__(self, where: Key) -> Tensor:
+        if where not in self._keys:
+            raise KeyError(where)
+        return self._value(where)
+
+    def __iter__(self) -> Iterator[Key]:
+        return iter(self._keys)
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+
+@dataclass(frozen=True)
+class TaskVector:
+    """A change of weights, one matrix [d_out, d_in] in float32 for each `(layer, matrix)`."""
+
+    deltas: Weights
+
+    @classmethod
+    def between(cls, base: Mapping[str, Tensor], finetuned: Mapping[str, Tensor]) -> "TaskVector":
+        """theta_1 - theta_0 of two checkpoints or state dicts, read one matrix at a time.
+
+        Raises ModelError where names, shapes or dtypes differ: a vector between unlike models means nothing.
+        """
+        names, others = weight_names(base), weight_names(finetuned)
+        if set(names) != set(others):
+            odd = sorted(set(names) ^ set(others))[0]
+            raise ModelError(f"task vector: {odd[1]} of layer {odd[0]} is in only one of the two checkpoints")
+
+        def difference(where: Key) -> Tensor:
+            before, after = base[names[where]], finetuned[others[where]]
+            for what in ("shape", "dtype"):
+                if getattr(before, what) != getattr(after, what):
+                    raise ModelError(
+                        f"task vector: {what} of {names[where]} is {getattr(before, what)} in the base and "
+                        f"{getattr(after, what)} in the fine-tune"
+                    )
+            delta = after.float() - before.float()
+            if not torch.isfinite(delta).all():
+                raise ModelError(f"task vector: {names[where]} holds NaN or Inf in one of the two checkpoints")
+            return delta
+
+        return cls(Lazy(names, difference))
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The blocks it touches, in order."""
+        return tuple(sorted({layer for layer, _ in self.deltas}))
+
+    def map(self, change: Callable[[Key, Tensor], Tensor]) -> "TaskVector":
+        """A task vector whose every matrix is `change(key, matrix)`."""
+        return TaskVector(Lazy(self.deltas, lambda where: change(where, self.deltas[where])))
+
+    def restrict(self, layers: Iterable[int], matrices: Iterable[str] = MATRICES) -> "TaskVector":
+        """Only these blocks and matrices; raises where a block is not there."""
+        layers, matrices = tuple(layers), tuple(matrices)
+        if absent := sorted(set(layers) - set(self.layers)):
+            raise ModelError(f"task vector: it has no layer {absent[0]}, only {self.layers[0]} to {self.layers[-1]}")
+        keys = [where for where in self.deltas if where[0] in layers and where[1] in matrices]
+        return TaskVector(Lazy(keys, lambda where: self.deltas[where]))
+
+    def in_memory(self) -> "TaskVector":
+        """The same, with every matrix computed once and held."""
+        return TaskVector(dict(self.deltas.items()))
+
+    def energies(self) -> dict[Key, float]:
+        """Squared Frobenius norm of each matrix, summed in float64."""
+        return {where: float(delta.double().square().sum()) for where, delta in self.deltas.items()}
+
+    def energy(self) -> float:
+        """Squared Frobenius norm of the whole."""
+        return sum(self.energies().values())
+
+    def _with(self, other: "TaskVector", sign: float) -> "TaskVector":
+        if set(self.deltas) != set(other.deltas):
+            raise ModelError("task vector: two vectors of different matrices cannot be added")
+
+        def combined(where: Key) -> Tensor:
+            mine, theirs = self.deltas[where], other.deltas[where]
+            if mine.shape != theirs.shape:
+                raise ModelError(f"task vector: {where} is {tuple(mine.shape)} in one vector and {tuple(theirs.shape)} in the other")
+            return mine + sign * theirs
+
+        return TaskVector(Lazy(self.deltas, combined))
+
+    def __add__(self, other: "TaskVector") -> "TaskVector":
+        return self._with(other, 1.0)
+
+    def __sub__(self, other: "TaskVector") -> "TaskVector":
+        return self._with(other, -1.0)
+
+    def __mul__(self, scale: float | Mapping[Key, float]) -> "TaskVector":
+        """Scaled by one number, or by one for each matrix."""
+        if isinstance(scale, Mapping):
+            return self.map(lambda where, delta: delta * scale[where])
+        return self.map(lambda where, delta: delta * scale)
+
+    __rmul__ = __mul__
+
+    def __neg__(self) -> "TaskVector":
+        return self * -1.0
+
+
+def stable_rank(matrix: Float[Tensor, "d_out d_in"]) -> float:
+    """Energy over the squared spectral norm: how many directions the energy is spread over; 0 for a zero matrix."""
+    top = float(torch.linalg.matrix_norm(matrix.double(), 2)) ** 2
+    return float(matrix.double().square().sum()) / top if top else 0.0
+
+
+def measure(base: Weights, vector: TaskVector) -> pd.DataFrame:
+    """The table of step 01: one row a layer and matrix.
+
+    base_norm, delta_norm: Frobenius norms; relative: their ratio; energy_share: of the whole vector's energy.
+    """
+    total = vector.energy()
+    rows = []
+    for (layer, matrix), delta in vector.deltas.items():
+        before, change = base[layer, matrix].double().norm().item(), delta.double().norm().item()
+        rows.append(
+            dict(
+                layer=layer,
+                matrix=matrix,
+                side=SIDE[matrix],
+                base_norm=before,
+                delta_norm=change,
+                relative=change / before if before else float("nan"),
+                energy_share=change**2 / total if total else 0.0,
+                stable_rank=stable_rank(delta),
+            )
+        )
+    return pd.DataFrame(rows)
+
+
+def energy_elsewhere(base: Mapping[str, Tensor], finetuned: Mapping[str, Tensor]) -> dict[str, float]:
+    """Energy of the change outside the seven matrices (embeddings, norms, vision tower), by kind.
+
+    Raises ModelError where the two do not have the same tensors, tied copies aside.
+    """
+    edited, energies = set(weight_names(base).values()), {"embeddings": 0.0, "norms": 0.0, "other": 0.0}
+    tied = {"lm_head.weight"}
+    if odd := sorted((set(base) ^ set(finetuned)) - tied):
+        raise ModelError(f"task vector: {odd[0]} is in only one of the two checkpoints")
+    for name in sorted((set(base) & set(finetuned)) - edited - tied):
+        kind = "embeddings" if "embed" in name else "norms" if "norm" in name else "other"
+        energies[kind] += float((finetuned[name].double() - base[name].double()).square().sum())
+    return energies

@@ -1,0 +1,65 @@
+"""Texts: problems in MATH's fields and general documents, generated or from the Hub, by split.
+
+train is what a fine-tune may see; validation is for everything that is chosen or tuned; test is first read in step
+05. On the Hub, validation is a part of the training split picked by hash, and kept out of the fine-tune.
+"""
+
+from collections.abc import Mapping
+from hashlib import sha256
+
+from stetholib.errors import UserError
+from stetholib.minerva_math import boxed_answer
+from stetholib.mini import problems as mini_problems
+from stetholib.mini import stories as mini_stories
+from stetholib.profiles import Data
+
+Row = Mapping[str, str]
+SUBJECTS = mini_problems.SUBJECTS
+
+
+def problems(spec: Data, split: str, seed: int) -> list[Row]:
+    """Problems of a split, with `problem, level, type, solution, subject`, shuffled; the counts are the profile's."""
+    count = {"train": spec.train_problems, "validation": spec.validation_problems}
+    wanted = spec.test_problems if split == "test" else dict.fromkeys(SUBJECTS, count[split])
+    if spec.maths == "generated":
+        return mini_problems.generate(split, wanted, seed)
+    return _hub_problems(spec, split, wanted)
+
+
+def general(spec: Data, split: str, count: int, seed: int) -> list[str]:
+    """General documents; `train`, `validation` and `test` never share one."""
+    if spec.general == "generated":
+        return mini_stories.generate(count, seed, split)
+    from datasets import load_dataset
+
+    rows = load_dataset(spec.general, spec.general_config, revision=spec.general_revision, split="validation")
+    order = {"train": 0, "validation": 1, "test": 2}[split]
+    texts = [text for text in rows["text"] if len(text.split()) >= 40 and _bucket(text) % 3 == order]
+    if len(texts) < count:
+        raise UserError(f"data: {spec.general} has {len(texts)} general documents for {split}, {count} are wanted; lower data.general_documents")
+    return sorted(texts, key=_bucket)[:count]
+
+
+def _hub_problems(spec: Data, split: str, wanted: Mapping[str, int]) -> list[Row]:
+    """MATH's own test split, or a part of its training split; at most `wanted` of each subject, picked by hash."""
+    from datasets import load_dataset
+
+    found: list[Row] = []
+    for subject in SUBJECTS:
+        rows = load_dataset(spec.maths, subject, revision=spec.maths_revision, split="test" if split == "test" else "train")
+        ranked = sorted(({**row, "subject": subject} for row in rows), key=lambda row: _bucket(row["problem"]))
+        if split == "train":
+            ranked = ranked[spec.validation_problems :]
+        found += [row for row in ranked if _has_answer(row)][: wanted[subject]]
+    return sorted(found, key=lambda row: _bucket(row["problem"]))
+
+
+def _has_answer(row: Row) -> bool:
+    try:
+        return bool(boxed_answer(row["solution"]))
+    except ValueError:
+        return False
+
+
+def _bucket(text: str) -> int:
+    return int.from_bytes(sha256(text.encode()).digest()[:8], "big")

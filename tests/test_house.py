@@ -1,0 +1,168 @@
+"""Rules of the house: notebooks, environment, README and package keep to them."""
+
+import ast
+import json
+import re
+import subprocess
+import sys
+
+import pandas as pd
+import pytest
+import yaml
+from conftest import ROOT
+
+from stetholib import environment, readme, reproduce
+from stetholib.errors import UserError
+from stetholib.workspace import CONTRACTS
+
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+MODULES = sorted((ROOT / "stetholib").rglob("*.py"))
+
+
+def cells(path, kind="code"):
+    return ["".join(c["source"]) for c in json.loads(path.read_text())["cells"] if c["cell_type"] == kind]
+
+
+def test_there_are_six_notebooks_each_with_its_module():
+    assert tuple(path.stem for path in NOTEBOOKS) == reproduce.STEPS
+    for step in reproduce.STEPS:
+        assert (ROOT / "stetholib" / f"{step[3:]}.py").is_file()
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_a_notebook_is_short_defines_nothing_and_is_committed_without_outputs(path):
+    content = json.loads(path.read_text())["cells"]
+    code = cells(path)
+    lines = [line for cell in code for line in cell.splitlines() if line.strip() and not line.strip().startswith("#")]
+    assert len(content) <= 30 and len(lines) <= 120 and max(len(cell.splitlines()) for cell in code) <= 20
+    assert not any(re.search(r"^\s*(def|class) |sys\.path|^%?cd ", cell, re.M) for cell in code)
+    assert not any(cell.get("outputs") or cell.get("execution_count") for cell in content)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_a_notebook_opens_with_its_claim_and_closes_with_a_computed_summary(path):
+    first, last = cells(path, "markdown")[0], cells(path)[-1]
+    for part in ("claim", "refute", "**Reads**", "**Writes**", "**Takes**"):
+        assert part in first
+    assert cells(path, "markdown")[-1].startswith("## What we saw") and "Markdown(f'''" in last
+    reproduce.check_notebook(path)
+    assert json.loads(path.read_text())["cells"][1]["metadata"]["tags"] == ["parameters"]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_no_measured_number_is_typed_into_a_notebooks_prose(path):
+    allowed = re.compile(r"29\.6|39\.4|3\.41|0\.0007|97 %|3 %|50 %|540|160|213|C\d|0\.5|scale 0|n - 1")
+    for text in cells(path, "markdown")[1:]:
+        rest = allowed.sub("", text)
+        assert not re.search(r"\d+\.\d+|\d+ ?%", rest), rest
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: p.stem)
+def test_functions_fit_on_a_screen_and_public_ones_have_docstrings(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            assert node.end_lineno - node.lineno < 50, f"{node.name} is too long"
+            assert node.name.startswith("_") or _inner(path, node) or ast.get_docstring(node), f"{node.name} has no docstring"
+
+
+def _inner(path, node):
+    """Functions inside functions explain themselves by their names."""
+    tops = {id(item) for item in ast.walk(ast.parse(path.read_text())) if isinstance(item, ast.Module | ast.ClassDef)}
+    return bool(tops) and node.col_offset > 4
+
+
+def test_the_lock_pins_everything_and_names_no_place():
+    lock = (ROOT / "requirements.lock").read_text()
+    assert all(environment.PIN.match(line) for line in lock.splitlines() if line.strip())
+    assert "+" not in re.sub(r"==[^\n]*", "", lock) and "/" not in lock and "+cpu" not in lock
+
+
+def test_pyproject_and_conda_agree_with_the_lock():
+    pins = {name.lower(): version for name, version in environment.pins((ROOT / "requirements.lock").read_text()).items()}
+    project = (ROOT / "pyproject.toml").read_text()
+    direct = re.findall(r'"([\w-]+)(?:\[\w+\])?==([\w.]+)"', project)
+    assert len(direct) >= 15
+    for name, version in direct:
+        assert pins.get(name.lower(), pins.get(name.lower().replace("-", "_"))) == version, name
+    conda = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
+    assert conda[-1] == {"pip": ["-r requirements.lock", "-e ."]} and conda[0] == "python=3.11"
+    assert "requirements.lock" in (ROOT / "Makefile").read_text()
+
+
+def test_the_environment_check_tells_what_differs():
+    assert environment.differences("no-such-package==1.0\npytest==0.0.1\n") == [
+        "no-such-package is missing, 1.0 is wanted",
+        f"pytest is {pytest.__version__}, 0.0.1 is wanted",
+    ]
+    assert environment.differences("torch==2.13.0\n") == []
+
+
+def test_importing_the_package_imports_nothing_heavy():
+    code = "import stetholib, stetholib.__main__, stetholib.reproduce, sys; print([m for m in ('torch', 'transformers', 'sae_lens') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout.strip() in ("[]", "['torch']")
+
+
+def test_a_users_mistake_is_one_line_and_a_status(capsys):
+    from stetholib.__main__ import main
+
+    assert main(["reproduce", "--profile", "minni"]) == 2
+    error = capsys.readouterr().err
+    assert error == f"stetholib: {error.split(': ', 1)[1]}" and error.count("\n") == 1 and "did you mean 'mini'" in error
+    assert UserError("x")._render_traceback_() == ["UserError: x"]
+
+
+def broken(tmp_path, change):
+    notebook = json.loads(NOTEBOOKS[0].read_text())
+    change(notebook)
+    path = tmp_path / NOTEBOOKS[0].name
+    path.write_text(json.dumps(notebook))
+    return path
+
+
+def test_a_notebook_without_its_parameters_or_with_others_is_refused(tmp_path):
+    swaps = {
+        "has no cell tagged": lambda n: n["cells"][1]["metadata"].update(tags=[]),
+        "does not open with": lambda n: n["cells"].insert(1, n["cells"][2]),
+        "mend 'profle'": lambda n: n["cells"][1].update(source=['profle = "mini"\n', 'device = "cpu"\n', "overrides = {}"]),
+    }
+    for message, change in swaps.items():
+        with pytest.raises(UserError, match=message):
+            reproduce.check_notebook(broken(tmp_path, change))
+    (tmp_path / "x.ipynb").write_text("{")
+    with pytest.raises(UserError, match="git checkout"):
+        reproduce.check_notebook(tmp_path / "x.ipynb")
+
+
+def test_an_unknown_notebook_parameter_is_refused_with_the_nearest():
+    from stetholib.profiles import ProfileError
+    from stetholib.study import Study
+
+    with pytest.raises(ProfileError, match=r"'profil' \(did you mean 'profile'\?\)"):
+        Study.for_notebook(dict(profile="smoke", device="cpu", overrides={}, profil="mini"))
+    with pytest.raises(ProfileError, match="unknown device 'gpu'"):
+        Study.for_notebook(dict(profile="smoke", device="gpu", overrides={}))
+
+
+def test_the_committed_figures_hold_every_contract_file():
+    folder = ROOT / "figures" / "mini"
+    for stem, (keys, columns) in CONTRACTS.items():
+        table = pd.read_csv(folder / f"{stem}.csv")
+        assert set(keys + columns) <= set(table.columns) and not table.duplicated(keys).any(), stem
+    pictures = {path.stem for path in folder.glob("*.png")}
+    assert pictures == {path.stem for path in folder.glob("*.svg")} and {step for step in reproduce.STEPS} <= pictures
+    assert json.loads((folder / "manifest.json").read_text())["profile"] == "mini"
+
+
+def test_the_readmes_ledger_is_the_committed_one():
+    text = (ROOT / "README.md").read_text()
+    assert readme.with_ledger(text, ROOT) == text, "run: make readme"
+
+
+def test_the_readme_names_every_notebook_every_module_and_the_commands():
+    text = (ROOT / "README.md").read_text()
+    for step in reproduce.STEPS:
+        assert step in text
+    for path in (ROOT / "stetholib").glob("*.py"):
+        assert path.name in text or path.stem.startswith("__"), path.name
+    for command in ("make reproduce", "make test", "make test-all"):
+        assert command in text and command.split()[1] in (ROOT / "Makefile").read_text()

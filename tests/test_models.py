@@ -1,0 +1,92 @@
+import pytest
+import torch
+
+from stetholib import models
+from stetholib.models import ModelError
+
+
+def test_the_tap_reads_each_blocks_output_and_not_the_final_norm(toy):
+    ids = torch.tensor([[2, 30, 31, 32]])
+    with torch.no_grad(), models.residual_stream(toy.model) as taken:
+        hidden = toy.model(input_ids=ids, output_hidden_states=True).hidden_states
+    assert sorted(taken) == [0, 1]
+    assert torch.equal(taken[0], hidden[1])
+    assert not torch.allclose(taken[1], hidden[2])
+    assert torch.allclose(toy.model.model.norm(taken[1]), hidden[2])
+
+
+def test_the_tap_is_gone_afterwards(toy):
+    with models.residual_stream(toy.model) as taken:
+        pass
+    toy.model(input_ids=torch.tensor([[2, 30]]))
+    assert not taken and not any(block._forward_hooks for block in models.decoder_blocks(toy.model))
+
+
+def test_losses_are_those_of_transformers(toy):
+    pairs = models.tokenize(toy, [("", "There are 12 boxes."), ("", "The train was late.")], 64)
+    pool = models.batches(pairs, 1000, "cpu")
+    batch = pool[0]
+    labels = batch.input_ids.masked_fill(batch.attention_mask == 0, -100)
+    reference = toy.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=labels).loss
+    assert models.mean_loss(toy.model, pool) == pytest.approx(float(reference), rel=1e-5)
+
+
+def test_only_what_follows_the_context_is_scored(toy):
+    pairs = models.tokenize(toy, [("Problem:\nSolve", " the box.")], 64)
+    (ids, held) = pairs[0]
+    assert toy.tokenizer.decode(ids[held:]) == " the box."
+    batch = models.batches(pairs, 64, "cpu")[0]
+    assert int(batch.scored.sum()) == len(ids) - held
+
+
+def test_padding_and_batching_do_not_change_a_documents_loss(toy):
+    texts = [("", "There are 12 boxes."), ("", "The train was late, and Ada asked what the sum of it is."), ("", "So what?")]
+    pairs = models.tokenize(toy, texts, 64)
+    together = models.document_losses(toy.model, models.batches(pairs, 1000, "cpu"))[0]
+    alone = models.document_losses(toy.model, models.batches(pairs, 1, "cpu"))[0]
+    assert torch.allclose(together, alone, rtol=1e-5)
+
+
+def test_a_tokenizer_without_bos_or_with_two_is_refused(toy):
+    from copy import deepcopy
+
+    from tokenizers import processors
+
+    for template in ("$A", "<bos> <bos> $A"):
+        tokens = deepcopy(toy.tokenizer)
+        special = [("<bos>", 2)] if "bos" in template else []
+        tokens._tokenizer.post_processor = processors.TemplateProcessing(single=template, special_tokens=special)
+        with pytest.raises(ModelError, match="exactly once"):
+            models.tokenize(models.LanguageModel(toy.model, tokens), [("", "box")], 8)
+
+
+def test_gains_are_one_plus_w_for_gemma_and_w_for_llama(toy):
+    block = models.decoder_blocks(toy.model)[1]
+    with torch.no_grad():
+        block.post_feedforward_layernorm.weight.fill_(0.5)
+        block.input_layernorm.weight.fill_(0.25)
+    gains = models.norm_gains(toy.model)
+    assert torch.all(gains[1, "down"] == 1.5) and torch.all(gains[1, "q"] == 1.25)
+
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    llama = LlamaForCausalLM(LlamaConfig(vocab_size=20, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2))
+    with torch.no_grad():
+        llama.model.layers[0].post_attention_layernorm.weight.fill_(0.5)
+    gains = models.norm_gains(llama)
+    assert torch.all(gains[0, "gate"] == 0.5) and torch.all(gains[0, "down"] == 1)
+    assert len(models.edit_weights(llama)) == 14
+
+
+def test_pickled_weights_are_never_opened(tmp_path):
+    torch.save({"model.layers.0.self_attn.q_proj.weight": torch.zeros(2, 2)}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ModelError, match="safetensors only"):
+        models.load(tmp_path)
+
+
+def test_the_hash_sees_a_single_flipped_bit(toy):
+    before = models.weight_hash(toy.model)
+    weight = models.edit_weights(toy.model)[0, "q"]
+    with torch.no_grad():
+        weight.view(torch.int32)[0, 0] ^= 1
+    assert models.weight_hash(toy.model) != before

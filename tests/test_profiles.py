@@ -1,0 +1,81 @@
+import dataclasses
+
+import pytest
+import yaml
+
+from stetholib import profiles
+from stetholib.profiles import ProfileError, load
+
+
+@pytest.mark.parametrize("name", profiles.available())
+def test_every_shipped_profile_is_valid_and_bears_its_own_name(name):
+    profile = load(name)
+    assert profile.name == name and len(profile.digest) == 16
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        profile.seed = 1
+
+
+def changed(tmp_path, change):
+    values = yaml.safe_load((profiles.FOLDER / "mini.yaml").read_text())
+    change(values)
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return str(path)
+
+
+def test_a_users_own_file_is_a_profile(tmp_path):
+    path = changed(tmp_path, lambda v: v.update(seed=7))
+    assert load(path).seed == 7 and load(path).digest != load("mini").digest
+
+
+MISTAKES = {
+    "misspelt section key": (lambda v: v["selection"].update(score_shair=v["selection"].pop("score_share")), r"unknown key 'score_shair' \(did you mean 'score_share'\?\)"),
+    "missing key": (lambda v: v["sae"].pop("k"), "missing key 'k'"),
+    "share above one": (lambda v: v["projection"].update(rank_share=1.5), "rank_share: 1.5 is out of range, it must be between 0 and 1"),
+    "negative count": (lambda v: v["selection"].update(permutations=-3), "permutations: -3 is out of range, it must be 1 or more"),
+    "wrong choice": (lambda v: v["finetune"].update(method="lorra"), r"'lorra' \(did you mean 'lora'\?\)"),
+    "float16": (lambda v: v["model"].update(dtype="float16"), "must be one of float32, bfloat16"),
+    "text for a number": (lambda v: v.update(seed="zero"), "expected int, got 'zero'"),
+    "truth for a number": (lambda v: v.update(seed=True), "expected int, got True"),
+    "not a number": (lambda v: v["finetune"].update(learning_rate=float("nan")), "nan is out of range"),
+    "number for a list": (lambda v: v["evaluation"].update(variants=3), "expected a list"),
+    "value in a list out of range": (lambda v: v["projection"].update(rank_shares=[0.1, 2.0]), "2.0 is out of range"),
+    "text for a section": (lambda v: v.update(sae="none"), "expected a section"),
+    "no test problems": (lambda v: v["data"].update(test_problems={"algebra": 0}), "positive whole numbers"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_gets_one_line_that_names_it(tmp_path, mistake):
+    change, message = MISTAKES[mistake]
+    with pytest.raises(ProfileError, match=message) as caught:
+        load(changed(tmp_path, change))
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unknown_profile_names_the_nearest():
+    with pytest.raises(ProfileError, match=r"unknown profile 'minni' \(did you mean 'mini'\?\)"):
+        load("minni")
+
+
+def test_overrides_reach_single_keys_and_refuse_unknown_ones():
+    assert load("mini", {"selection.score_share": 0.05}).selection.score_share == 0.05
+    for dotted, message in (("selecton.score_share", "did you mean 'selection'"), ("selection.scoreshare", "did you mean 'score_share'")):
+        with pytest.raises(ProfileError, match=message):
+            load("mini", {dotted: 0.05})
+
+
+def test_a_file_that_is_not_a_profile_is_refused(tmp_path):
+    path = tmp_path / "list.yaml"
+    path.write_text("- a\n- b\n")
+    with pytest.raises(ProfileError, match="mapping"):
+        load(str(path))
+    path.write_text("a: [\n")
+    with pytest.raises(ProfileError, match="not a readable YAML"):
+        load(str(path))
+
+
+def test_no_code_asks_which_profile_it_serves():
+    for path in profiles.FOLDER.parent.rglob("*.py"):
+        text = path.read_text()
+        assert "profile.name ==" not in text and "name == \"paper\"" not in text

@@ -1,0 +1,170 @@
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from stetholib import sae_features, saes
+from stetholib.errors import UserError
+from stetholib.profiles import Sae
+from stetholib.sae_features import Dictionary, FeatureSums, auroc, cohen_d, matched_weights, moments, one_hot
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A small SAE trained by SAELens on sparse mixtures, and its training data."""
+    generator = torch.Generator().manual_seed(0)
+    atoms = torch.nn.functional.normalize(torch.randn(24, 16, generator=generator), dim=1)
+    codes = torch.rand(8192, 24, generator=generator) * (torch.rand(8192, 24, generator=generator) < 0.1)
+    x = codes @ atoms + 0.3
+    folder = tmp_path_factory.mktemp("sae")
+    spec = Sae(release="train", sae_id=None, d_sae=48, k=4, training_tokens=60_000, batch_size=256, learning_rate=3e-3)
+    saes.train(x, spec, 0, folder)
+    return saes.load(folder), x
+
+
+def test_our_activations_are_saelens_own(trained):
+    sae, x = trained
+    ours = saes.dictionary(sae)
+    assert float((ours.encode(x) - sae.encode(x)).abs().max()) < 1e-5
+    assert float((ours.decode(ours.encode(x)) - sae(x)).abs().max()) < 1e-4
+
+
+def test_a_trained_sae_beats_a_random_dictionary_of_its_l0(trained):
+    sae, x = trained
+    ours = saes.dictionary(sae)
+    test = sae_features.self_test(ours, x)
+    zero = sae_features.random_dictionary(x, ours.d_sae, test.l0, seed=1)
+    baseline = sae_features.self_test(zero, x)
+    assert baseline.l0 == pytest.approx(test.l0, rel=0.02)
+    assert test.fvu < 0.6 * baseline.fvu and baseline.fvu <= 1
+
+
+def test_training_an_sae_twice_gives_the_same_bytes(tmp_path, trained):
+    _, x = trained
+    spec = Sae(release="train", sae_id=None, d_sae=32, k=4, training_tokens=4096, batch_size=256, learning_rate=3e-3)
+    for name in ("a", "b"):
+        saes.train(x, spec, 7, tmp_path / name)
+    files = [(tmp_path / name / "sae_weights.safetensors").read_bytes() for name in ("a", "b")]
+    assert files[0] == files[1]
+
+
+def test_unsupported_saes_are_refused(trained):
+    from copy import deepcopy
+
+    sae = deepcopy(trained[0])
+    with torch.no_grad():
+        sae.W_dec[0, 0] = float("inf")
+    with pytest.raises(UserError, match="W_dec holds NaN or Inf"):
+        saes.dictionary(sae)
+    sae.cfg.normalize_activations = "layer_norm"
+    with pytest.raises(UserError, match="normalised at inference"):
+        saes.dictionary(sae)
+
+
+def test_the_anchors_of_fvu():
+    x = torch.randn(500, 8)
+    zeros = torch.zeros(8, 4)
+    mean = Dictionary(zeros, torch.zeros(4), zeros.T, x.mean(0), torch.zeros(4))
+    assert sae_features.self_test(mean, x).fvu == pytest.approx(1, abs=1e-6)
+    both = torch.cat([torch.eye(8), -torch.eye(8)])
+    perfect = Dictionary(both.T, torch.zeros(16), both, torch.zeros(8), torch.zeros(16))
+    test = sae_features.self_test(perfect, x)
+    assert test.fvu == pytest.approx(0, abs=1e-10) and test.l0 == pytest.approx(8)
+    with pytest.raises(UserError, match="NaN or Inf"):
+        sae_features.self_test(perfect, x / 0)
+
+
+def test_jumprelu_is_silent_at_and_below_its_threshold():
+    d = Dictionary(torch.eye(3), torch.zeros(3), torch.eye(3), torch.zeros(3), torch.tensor([1.0, 1.0, 0.0]))
+    assert d.encode(torch.tensor([[1.0, 1.5, -1.0]])).tolist() == [[0.0, 1.5, 0.0]]
+
+
+def test_matched_weights_give_both_corpora_the_same_words_in_the_same_amounts():
+    rng = np.random.default_rng(0)
+    maths = [torch.from_numpy(rng.choice(6, 30, p=[0.4, 0.3, 0.1, 0.1, 0.1, 0.0])) for _ in range(20)]
+    general = [torch.from_numpy(rng.choice(6, 30, p=[0.1, 0.2, 0.3, 0.0, 0.1, 0.3])) for _ in range(15)]
+    tokens, labels = maths + general, [True] * 20 + [False] * 15
+    weights = matched_weights(tokens, labels, minimum=20)
+    amount = {side: torch.zeros(6, dtype=torch.float64) for side in (True, False)}
+    for ids, w, side in zip(tokens, weights, labels, strict=True):
+        amount[side].index_add_(0, ids, w.double())
+    assert torch.allclose(amount[True], amount[False], atol=1e-3)
+    assert amount[True][3] == 0 and amount[True][5] == 0, "a word of one corpus only counts for nothing"
+    assert amount[True][0] > 0
+
+
+def sums_of(acts, document, corpus_of, weights=None, ceiling=4.0):
+    gathered = FeatureSums(acts.shape[1], corpus_of, ceiling, ("corpus",))
+    weights = torch.ones(len(acts)) if weights is None else weights
+    half = len(acts) // 2
+    for part in (slice(0, half), slice(half, None)):
+        gathered.add(acts[part], document[part], {"corpus": weights[part]})
+    return gathered.sums["corpus"]
+
+
+@pytest.fixture()
+def world():
+    """Three corpora (two subjects and general text) of unequal length."""
+    generator = torch.Generator().manual_seed(1)
+    corpus_of = torch.tensor([0] * 6 + [1] * 4 + [2] * 9)
+    document = torch.cat([torch.full((5 + 3 * i,), i) for i in range(19)])
+    acts = torch.relu(torch.randn(len(document), 7, generator=generator) + corpus_of[document].unsqueeze(1) * 0.2)
+    return acts, document, corpus_of
+
+
+def test_specificity_is_the_formula_worked_by_hand(world):
+    acts, document, corpus_of = world
+    m = moments(sums_of(acts, document, corpus_of), one_hot(corpus_of, 3), pool_subjects=False)
+    token_corpus = corpus_of[document]
+    first, second, general = (acts[token_corpus == c].double().numpy() for c in range(3))
+    mean_maths = (first.mean(0) + second.mean(0)) / 2
+    var_maths = ((first**2).mean(0) + (second**2).mean(0)) / 2 - mean_maths**2
+    expected = (mean_maths - general.mean(0)) / np.sqrt((var_maths + general.var(0)) / 2 + 1e-6)
+    assert np.allclose(cohen_d(m)[0], expected, atol=1e-4)
+    assert np.allclose(m.fires_general[0], (general > 0).mean(0), atol=1e-6)
+
+
+def test_pooled_subjects_weigh_by_their_tokens(world):
+    acts, document, corpus_of = world
+    m = moments(sums_of(acts, document, corpus_of), one_hot(corpus_of, 3), pool_subjects=True)
+    maths = acts[corpus_of[document] < 2]
+    assert torch.allclose(m.mean_maths[0], maths.mean(0), atol=1e-5)
+
+
+def test_a_resample_counts_a_document_as_often_as_it_is_drawn(world):
+    acts, document, corpus_of = world
+    sums = sums_of(acts, document, corpus_of)
+    twice = one_hot(corpus_of, 3).clone()
+    twice[0, 2, 10] = 2
+    keep = corpus_of[document] == 2
+    repeated = torch.cat([acts[keep], acts[document == 10]])
+    assert torch.allclose(moments(sums, twice, False).mean_general[0], repeated.mean(0), atol=1e-5)
+
+
+def test_auroc_is_the_mann_whitney_statistic_up_to_bins():
+    generator = torch.Generator().manual_seed(0)
+    maths, general = torch.rand(400, 3, generator=generator) * 4, torch.rand(300, 3, generator=generator) ** 2 * 4
+    maths[:100], general[:150] = 0, 0
+    acts = torch.cat([maths, general])
+    corpus_of = torch.tensor([0, 1])
+    document = torch.tensor([0] * 400 + [1] * 300)
+    ours = auroc(sums_of(acts, document, corpus_of).histogram)
+    for feature in range(3):
+        u = stats.mannwhitneyu(maths[:, feature].numpy(), general[:, feature].numpy()).statistic
+        assert float(ours[feature]) == pytest.approx(u / (400 * 300), abs=0.01)
+
+
+def test_firing_log_ratio_is_zero_without_a_difference_and_signed_with_one(world):
+    acts, document, corpus_of = world
+    m = moments(sums_of(acts, document, corpus_of), one_hot(corpus_of, 3), False)
+    ratio = sae_features.firing_log_ratio(m)[0]
+    expected = torch.log((m.fires_maths + 1e-4) / (m.fires_general + 1e-4))[0]
+    assert torch.allclose(ratio, expected) and torch.equal(ratio > 0, (m.fires_maths > m.fires_general)[0])
+
+
+def test_the_most_specific_features_are_ranked_among_those_that_fire():
+    values = torch.tensor([3.0, 9.0, 5.0, 5.0])
+    fires = torch.tensor([True, False, True, True])
+    assert sae_features.most_specific(values, fires, 3).tolist() == [2, 3, 0]
+    with pytest.raises(UserError, match="only 3 fire"):
+        sae_features.most_specific(values, fires, 4)

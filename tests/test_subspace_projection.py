@@ -1,0 +1,167 @@
+import numpy as np
+import pytest
+import torch
+
+from stetholib import subspace_projection as sp
+from stetholib.errors import UserError
+from stetholib.models import MATRICES, SIDE
+from stetholib.planted import planted_vector
+from stetholib.subspace_projection import Directions, Ranks
+from stetholib.task_vectors import TaskVector
+
+D, HIDDEN = 24, 40
+
+
+@pytest.fixture(scope="module")
+def vector():
+    generator = torch.Generator().manual_seed(0)
+    shape = {"reader": (HIDDEN, D), "writer": (D, HIDDEN)}
+    return TaskVector({(layer, m): torch.randn(shape[SIDE[m]], generator=generator) for layer in range(2) for m in MATRICES})
+
+
+@pytest.mark.parametrize("side", ["reader", "writer"])
+def test_the_whole_space_keeps_everything_and_an_orthogonal_basis_nothing(vector, side):
+    delta = vector.deltas[0, "q" if side == "reader" else "o"]
+    whole = torch.linalg.qr(torch.randn(D, D, dtype=torch.float64))[0]
+    assert float(sp.energy_by_rank(delta, whole, side)[-1]) == pytest.approx(1, abs=1e-6)
+    half, rest = whole[:, :10], whole[:, 10:]
+    kept = sp.project(delta.double(), half, side)
+    assert float(sp.energy_by_rank(kept, rest, side)[-1]) < 1e-20
+    assert float(sp.energy_by_rank(delta, half, side)[-1]) == pytest.approx(float(kept.square().sum() / delta.double().square().sum()), rel=1e-10)
+
+
+def test_projecting_twice_is_projecting_once(vector):
+    q = torch.linalg.qr(torch.randn(D, 5, dtype=torch.float64))[0]
+    once = sp.project(vector.deltas[0, "up"].double(), q, "reader")
+    assert torch.allclose(once, sp.project(once, q, "reader"), atol=1e-12)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.03, 0.5, 1.0])
+def test_planted_energy_is_found_to_a_millionth(share):
+    planted, bases = planted_vector(layers=2, width=20, hidden=30, rank=3, share=share, seed=4)
+    for (layer, matrix), delta in planted.deltas.items():
+        assert float(sp.energy_by_rank(delta, bases[layer], SIDE[matrix])[-1]) == pytest.approx(share, abs=1e-6)
+    assert sp.scalpel(planted, bases).energy() == pytest.approx(share * planted.energy(), abs=1e-6)
+
+
+def test_a_random_subspace_keeps_its_share_of_the_width(vector):
+    sites = {layer: Directions({"sae_decoder": torch.eye(D, dtype=torch.float64)[:, :6]}) for layer in range(2)}
+    gains = {where: torch.ones(D) for where in vector.deltas}
+    table = sp.measure(vector, sites, gains, Ranks(3, (1, 3, 6)), random_draws=60, seed=1)
+    rows = table[table["basis"] == "random"]
+    for rank, part in rows.groupby("rank"):
+        error = part["energy_sd"] / np.sqrt(60)
+        assert abs(part["energy_retained"].mean() - rank / D) < 3 * np.sqrt((error**2).sum()) / len(part)
+        assert ((part["energy_retained"] - rank / D).abs() < 4.5 * error).all()
+
+
+def test_own_svd_is_the_best_subspace_and_each_matrix_has_a_better_one(vector):
+    best = sp.own_svd(vector, 0)
+    for side, matrices in (("reader", ("q", "k", "v", "gate", "up")), ("writer", ("o", "down"))):
+        total = sum(float(vector.deltas[0, m].double().square().sum()) for m in matrices)
+        kept = sum(float(sp.energy_by_rank(vector.deltas[0, m], best[side][:, :4], side)[-1] * vector.deltas[0, m].double().square().sum()) for m in matrices)
+        for seed in range(20):
+            other = sp.random_basis(D, 4, torch.Generator().manual_seed(seed))
+            rival = sum(float(sp.energy_by_rank(vector.deltas[0, m], other, side)[-1] * vector.deltas[0, m].double().square().sum()) for m in matrices)
+            assert rival < kept
+        stacked = torch.cat([vector.deltas[0, m].double() if side == "reader" else vector.deltas[0, m].double().T for m in matrices])
+        assert kept / total == pytest.approx(float(torch.linalg.svdvals(stacked)[:4].square().sum() / stacked.square().sum()), rel=1e-9)
+
+
+def table_of(vector, basis=None, ranks=Ranks(3, (1, 3, 6))):
+    basis = torch.linalg.qr(torch.randn(D, 6, dtype=torch.float64))[0] if basis is None else basis
+    sites = {layer: Directions({"sae_decoder": basis, "sae_encoder": basis}) for layer in range(2)}
+    generator = torch.Generator().manual_seed(3)
+    gains = {where: 0.5 + torch.rand(D, generator=generator) for where in vector.deltas}
+    return sp.measure(vector, sites, gains, ranks, random_draws=3, seed=0), sites, gains
+
+
+def test_budget_and_misalignment_are_exactly_what_is_lost(vector):
+    table, _, _ = table_of(vector)
+    energies = vector.energies()
+    for where in ({}, {"side": "reader"}, {"side": "writer"}, {"matrix": "q"}):
+        split = sp.split_loss(table, energies, 3, **where)
+        assert split.rank_budget + split.misalignment == pytest.approx(1 - split.retained, abs=1e-12)
+        assert split.ceiling >= split.retained
+
+
+def test_the_index_is_zero_for_the_best_basis_and_one_for_a_random_one():
+    assert sp.LossSplit(retained=0.4, ceiling=0.4, chance=0.1).index == 0
+    assert sp.LossSplit(retained=0.1, ceiling=0.4, chance=0.1).index == 1
+    assert np.isnan(sp.LossSplit(0.1, 0.1, 0.1).index)
+
+
+def test_pooling_weighs_matrices_by_their_energy(vector):
+    table, sites, _ = table_of(vector)
+    kept = sp.pooled(sp.default_rows(table), vector.energies()).set_index(["basis", "rank"]).loc[("sae_decoder", 3), "energy_retained"]
+    projected = sp.scalpel(vector, {layer: site.by_name["sae_decoder"][:, :3] for layer, site in sites.items()})
+    assert kept == pytest.approx(projected.energy() / vector.energy(), rel=1e-5)
+
+
+def test_the_table_has_one_row_a_key_and_block_zero_keeps_its_own_site(vector):
+    table, _, _ = table_of(vector)
+    assert not table.duplicated(["layer", "matrix", "basis", "rank", "sae_layer", "gains"]).any()
+    assert (table.loc[table["layer"] == 0, "sae_layer"] == 0).all()
+    earlier = table[table["sae_layer"] != table["layer"]]
+    assert set(earlier["matrix"]) == {"q", "k", "v", "gate", "up"} and (earlier["sae_layer"] == earlier["layer"] - 1).all()
+
+
+def test_gains_carry_directions_through_the_norm(vector):
+    """A reader behind gain D reads D v where the residual stream holds v; brute force on the product W D."""
+    generator = torch.Generator().manual_seed(5)
+    gain, v = 0.5 + torch.rand(D, generator=generator).double(), torch.randn(D, 2, generator=generator).double()
+    q = sp.orthonormal(v.T)
+    reader = sp.through_gain(q, gain, "reader", covector=False)
+    assert torch.linalg.matrix_rank(torch.cat([reader, gain.unsqueeze(1) * v], 1)) == 2
+    writer = sp.through_gain(q, gain, "writer", covector=False)
+    assert torch.linalg.matrix_rank(torch.cat([gain.unsqueeze(1) * writer, v], 1)) == 2
+    encoder = sp.through_gain(q, gain, "reader", covector=True)
+    assert torch.linalg.matrix_rank(torch.cat([gain.unsqueeze(1) * encoder, v], 1)) == 2
+    for basis in (reader, writer, encoder):
+        assert torch.allclose(basis.T @ basis, torch.eye(2, dtype=torch.float64))
+    ones = torch.ones(D, dtype=torch.float64)
+    assert sp.overlap(sp.through_gain(q, ones, "reader", covector=False), q) == pytest.approx(1)
+
+
+def test_principal_angles_against_scipy():
+    from scipy.linalg import subspace_angles
+
+    a, b = (torch.linalg.qr(torch.randn(D, 4, dtype=torch.float64))[0] for _ in range(2))
+    assert np.allclose(sorted(np.cos(subspace_angles(a.numpy(), b.numpy()))), sorted(sp.principal_cosines(a, b)))
+    assert sp.overlap(a, a) == pytest.approx(1)
+
+
+def test_random_subspaces_overlap_by_rank_over_width():
+    generator = torch.Generator().manual_seed(0)
+    mean = np.mean([sp.overlap(sp.random_basis(D, 4, generator), sp.random_basis(D, 4, generator)) for _ in range(300)])
+    assert mean == pytest.approx(4 / D, abs=0.01)
+
+
+def test_the_mechanism_finds_planted_gradients_and_activations():
+    """Updates that are outer products of known gradients and activations align with them as the theory says."""
+    generator = torch.Generator().manual_seed(0)
+    act, grad = (sp.random_basis(D, 3, generator) for _ in range(2))
+    deltas = {}
+    for layer in range(2):
+        for m in MATRICES:
+            if SIDE[m] == "reader":
+                deltas[layer, m] = torch.randn(HIDDEN, 3, generator=generator).double() @ act.T
+            else:
+                deltas[layer, m] = grad @ torch.randn(3, HIDDEN, generator=generator).double()
+    sites = {layer: Directions({"sae_decoder": sp.random_basis(D, 3, generator), "activation_pca": act, "gradient_pca": grad}) for layer in range(2)}
+    mean = sp.mechanism(TaskVector(deltas), sites, 3).groupby(["side", "basis"])["overlap"].mean()
+    assert mean["reader", "activation_pca"] == pytest.approx(1) and mean["writer", "gradient_pca"] == pytest.approx(1)
+    assert mean["reader", "gradient_pca"] < 0.5 and mean["writer", "activation_pca"] < 0.5
+
+
+def test_ranks_come_from_shares_of_the_width():
+    assert Ranks.of(64, 0.03, [0.016, 0.25]) == Ranks(2, (1, 2, 16))
+    assert Ranks.of(2560, 0.03, [0.03]) == Ranks(77, (77,))
+    assert Ranks.of(4, 0.01, [2.0]) == Ranks(1, (1, 4))
+
+
+def test_directions_that_cannot_span_their_rank_are_refused():
+    with pytest.raises(UserError, match="above the width"):
+        sp.orthonormal(torch.randn(5, 4))
+    with pytest.raises(UserError, match="linearly dependent"):
+        sp.orthonormal(torch.ones(2, 4))

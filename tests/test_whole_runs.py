@@ -1,0 +1,118 @@
+"""Whole runs of `make reproduce` on the smoke profile, in copies of the checkout. Slow."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pandas as pd
+import pytest
+from conftest import ROOT
+
+from stetholib import reproduce
+from stetholib.workspace import CONTRACTS
+
+pytestmark = pytest.mark.slow
+
+
+def clone(folder):
+    for part in ("stetholib", "notebooks"):
+        shutil.copytree(ROOT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__"))
+    return folder
+
+
+def run(folder, profile="smoke"):
+    environment = dict(os.environ, PYTHONPATH=str(folder), STETHOLIB_HOME=str(folder))
+    command = [sys.executable, "-m", "stetholib", "reproduce", "--profile", profile]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stderr
+
+
+def made(folder, profile="smoke"):
+    return {path.name: path.read_bytes() for path in sorted((folder / "figures" / profile).iterdir())}
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory):
+    folder = clone(tmp_path_factory.mktemp("first"))
+    run(folder)
+    return folder
+
+
+def test_a_run_leaves_every_contract_file_and_a_picture_for_each_step(first):
+    for stem, (keys, columns) in CONTRACTS.items():
+        table = pd.read_csv(first / "figures" / "smoke" / f"{stem}.csv")
+        assert (keys + columns) == list(table.columns)[: len(keys + columns)] and len(table), stem
+    names = set(made(first))
+    assert all(f"{step}.{kind}" in names for step in reproduce.STEPS for kind in ("png", "svg", "csv")) and "manifest.json" in names
+
+
+def test_every_answer_is_on_record_with_the_contracts_fields(first):
+    path = first / "runs" / "smoke" / "records" / "stethoscope.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    fields = "variant subject level problem_id prompt_tokens completion completion_tokens stopped_by extracted exact_match math_verify"
+    assert len(rows) == 30 and all(set(fields.split()) == set(row) for row in rows)
+    assert len({row["problem_id"] for row in rows}) == 30
+
+
+def test_again_runs_nothing_and_changes_no_byte(first):
+    before = made(first)
+    assert run(first).count("unchanged") == 6 and made(first) == before
+
+
+def test_after_a_change_of_prose_that_notebook_alone_runs_from_the_store(first):
+    before, store = made(first), sorted(p.name for p in (first / "runs" / "smoke" / "store").iterdir())
+    path = first / "notebooks" / "03_subspace_projection.ipynb"
+    path.write_text(path.read_text().replace("What is the scalpel?", "What, then, is the scalpel?"))
+    said = run(first)
+    assert said.count("unchanged") == 5 and "03_subspace_projection: running" in said
+    assert made(first) == before and sorted(p.name for p in (first / "runs" / "smoke" / "store").iterdir()) == store
+
+
+def test_a_lost_table_is_made_again_the_same(first):
+    before = made(first)
+    (first / "figures" / "smoke" / "04_layer_sets.csv").unlink()
+    assert run(first).count("unchanged") == 5 and made(first) == before
+
+
+def test_two_clones_give_the_same_bytes(first, tmp_path):
+    second = clone(tmp_path / "second")
+    run(second)
+    one, other = made(first), made(second)
+    assert one.keys() == other.keys()
+    assert {name for name in one if one[name] != other[name]} == set()
+
+
+def test_any_notebook_can_be_opened_first(tmp_path):
+    import papermill
+
+    folder = clone(tmp_path)
+    os.environ["STETHOLIB_HOME"] = str(folder)
+    try:
+        papermill.execute_notebook(
+            str(folder / "notebooks" / "04_layer_selection.ipynb"), str(tmp_path / "out.ipynb"), parameters={"profile": "smoke"}, cwd=str(folder), progress_bar=False
+        )
+    finally:
+        del os.environ["STETHOLIB_HOME"]
+    assert (folder / "figures" / "smoke" / "04_layer_selection.csv").is_file()
+
+
+def test_no_test_problem_is_read_before_step_05(tmp_path, monkeypatch):
+    """Steps 01 to 04 run with a data source that refuses the test split."""
+    from stetholib import texts
+    from stetholib.study import Study
+
+    real = texts.problems
+
+    def guarded(spec, split, seed):
+        assert split != "test", "a test problem was read before step 05"
+        return real(spec, split, seed)
+
+    monkeypatch.setattr(texts, "problems", guarded)
+    study = Study.open("smoke", root=tmp_path)
+    study.task_vectors(), study.sae_features(), study.subspace_projection(), study.mechanism()
+    study.energy_or_direction(), study.layer_selection(), study.agreement(), study.relations(), study.greedy_share()
+    with pytest.raises(AssertionError, match="test problem"):
+        study.minerva_math()
