@@ -162,7 +162,9 @@ def _deterministic(e: Evidence, contrast: str) -> Finding:
 
 def _costless(e: Evidence, contrast: str) -> Finding:
     base, edited = e.checks["base_cost"], e.checks["edited_cost"]
-    measured = f"{edited['parameters'] - base['parameters']:+d} parameters, {edited['flops'] - base['flops']:+d} FLOPs a forward pass"
+    measured = (
+        f"{edited['parameters'] - base['parameters']:+d} parameters, {edited['flops'] - base['flops']:+d} FLOPs a forward pass"
+    )
     return Finding(measured, edited == base, edited == base)
 
 

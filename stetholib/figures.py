@@ -16,9 +16,16 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, RED, PURPLE = (
-    "#000000 #E69F00 #56B4E9 #009E73 #F0E442 #0072B2 #D55E00 #CC79A7".split()
-)
+BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, RED, PURPLE = [
+    "#000000",
+    "#E69F00",
+    "#56B4E9",
+    "#009E73",
+    "#F0E442",
+    "#0072B2",
+    "#D55E00",
+    "#CC79A7",
+]
 GREY = "#8C8C8C"
 BASIS = {
     "own_svd_matrix": ("best for each matrix", GREEN, "--", "^"),
@@ -80,6 +87,18 @@ def save(figure: Figure, path: Path) -> None:
     path.write_bytes(buffer.getvalue())
 
 
+def _whole_layers(ax: Axes) -> Axes:
+    """Layers are counted in whole numbers."""
+    ax.xaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=True))
+    return ax
+
+
+def _downwards(ax: Axes, rows: int) -> Axes:
+    """First row on top, also where axes are shared."""
+    ax.set_ylim(rows - 0.4, -0.6)
+    return ax
+
+
 def loss_curve(curve: pd.DataFrame, ax: Axes) -> Axes:
     """Training loss by step; columns step, loss."""
     ax.plot(curve["step"], curve["loss"], color=BLUE)
@@ -92,7 +111,7 @@ def matrix_heatmap(table: pd.DataFrame, value: str, label: str, ax: Axes) -> Axe
     order = ["q", "k", "v", "gate", "up", "o", "down"]
     grid = table.pivot(index="matrix", columns="layer", values=value).loc[order]
     image = ax.imshow(grid, aspect="auto", cmap="cividis", vmin=0)
-    ax.set(xlabel="layer", ylabel="matrix", yticks=range(len(order)), yticklabels=order)
+    _whole_layers(ax).set(xlabel="layer", ylabel="matrix", yticks=range(len(order)), yticklabels=order)
     ax.axhline(4.5, color="white", lw=2)
     ax.grid(False)
     ax.figure.colorbar(image, ax=ax, label=label)
@@ -105,7 +124,7 @@ def layer_bars(values: Sequence[float], label: str, ax: Axes, even: float | None
     if even is not None:
         ax.axhline(even, color=GREY, ls=":", label="even spread")
         ax.legend()
-    ax.set(xlabel="layer", ylabel=label)
+    _whole_layers(ax).set(xlabel="layer", ylabel=label)
     return ax
 
 
@@ -115,7 +134,7 @@ def self_test(table: pd.DataFrame, ax: Axes) -> Axes:
     ax.text(0, 1.02, "1: always answering the mean", fontsize=8)
     ax.plot(table["layer"], table["fvu_random"], color=GREY, ls=":", marker="x", label="random dictionary, same L0")
     ax.plot(table["layer"], table["fvu"], color=RED, marker="o", label="SAE")
-    ax.set(xlabel="layer", ylabel="variance unexplained", ylim=(0, 1.12))
+    _whole_layers(ax).set(xlabel="layer", ylabel="variance unexplained", ylim=(0, 1.12))
     ax.legend(loc="center right")
     return ax
 
@@ -125,7 +144,7 @@ def by_layer(table: pd.DataFrame, value: str, label: str, ax: Axes) -> Axes:
     for contrast, (name, colour, marker) in CONTRAST.items():
         rows = table[table["contrast"] == contrast]
         ax.plot(rows["layer"], rows[value], color=colour, marker=marker, label=name)
-    ax.set(xlabel="layer", ylabel=label)
+    _whole_layers(ax).set(xlabel="layer", ylabel=label)
     ax.legend()
     return ax
 
@@ -139,21 +158,26 @@ def energy_by_rank(pooled: pd.DataFrame, width: int, ax: Axes) -> Axes:
     grid = np.array(sorted(pooled["rank"].unique())) / width
     ax.plot(grid, grid, color=BLACK, lw=0.8, label="chance, rank / d")
     ax.set(xscale="log", yscale="log", xlabel="rank as a share of the width", ylabel="energy retained")
+    ax.xaxis.set_major_locator(mpl.ticker.FixedLocator(grid))
+    ax.yaxis.set_major_locator(mpl.ticker.FixedLocator([0.01, 0.03, 0.1, 0.3, 1.0]))
     for axis in (ax.xaxis, ax.yaxis):
-        axis.set_major_formatter(mpl.ticker.PercentFormatter(1, decimals=None))
+        axis.set_major_formatter(mpl.ticker.FuncFormatter(lambda share, _: f"{100 * share:.2g}%"))
+        axis.set_minor_formatter(mpl.ticker.NullFormatter())
     return ax
 
 
 def loss_split(splits: Mapping[str, Any], ax: Axes) -> Axes:
     """Stacked bars of what is kept, lost to misalignment and lost to the rank budget; values are LossSplit."""
     names = list(splits)
-    kept, missed, budget = (np.array([getattr(s, part) for s in splits.values()]) for part in ("retained", "misalignment", "rank_budget"))
+    kept, missed, budget = (
+        np.array([getattr(s, part) for s in splits.values()]) for part in ("retained", "misalignment", "rank_budget")
+    )
     ax.barh(names, kept, color=GREEN, label="kept")
     ax.barh(names, missed, left=kept, color=RED, label="lost: misalignment")
     ax.barh(names, budget, left=kept + missed, color="#D9D9D9", label="lost: rank budget")
     for row, split in enumerate(splits.values()):
         ax.plot([split.chance] * 2, [row - 0.4, row + 0.4], color=BLACK, lw=1.5, label="kept by chance" if row == 0 else None)
-    ax.set(xlabel="share of the energy", xlim=(0, 1))
+    _downwards(ax, len(names)).set(xlabel="share of the energy", xlim=(0, 1))
     ax.xaxis.set_major_formatter(mpl.ticker.PercentFormatter(1))
     ax.legend(ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.25), columnspacing=1)
     return ax
@@ -167,10 +191,16 @@ def bars_with_zero(values: Mapping[str, float], label: str, ax: Axes, colours: M
     ax.axvline(0, color=BLACK, lw=0.8)
     reach = max(abs(v) for v in values.values()) or 1
     for row, value in enumerate(values.values()):
-        ax.text(value + np.sign(value) * 0.02 * reach, row, f"{value:+.3f}", va="center", ha="left" if value >= 0 else "right", fontsize=8.5)
+        ax.text(
+            value + np.sign(value) * 0.02 * reach,
+            row,
+            f"{value:+.3f}",
+            va="center",
+            ha="left" if value >= 0 else "right",
+            fontsize=8.5,
+        )
     ax.margins(x=0.18)
-    ax.set(xlabel=label)
-    ax.invert_yaxis()
+    _downwards(ax, len(names)).set(xlabel=label)
     return ax
 
 
@@ -196,8 +226,10 @@ def layer_scores(table: pd.DataFrame, null: np.ndarray, contrast: str, ax: Axes)
     ax.plot(rows["layer"], rows["score_random"], color=GREY, ls=":", marker="x", label="random dictionary")
     ax.plot(rows["layer"], rows["score"], color=colour, marker=marker, label=name)
     chosen = rows[rows["selected"] == 1]
-    ax.scatter(chosen["layer"], chosen["score"], s=130, facecolors="none", edgecolors=BLACK, linewidths=1.5, zorder=3, label="selected")
-    ax.set(xlabel="layer", ylabel="layer score", ylim=(min(0, low.min()), None))
+    ax.scatter(
+        chosen["layer"], chosen["score"], s=130, facecolors="none", edgecolors=BLACK, linewidths=1.5, zorder=3, label="selected"
+    )
+    _whole_layers(ax).set(xlabel="layer", ylabel="layer score", ylim=(min(0, low.min()), None))
     ax.legend()
     return ax
 
@@ -208,7 +240,7 @@ def effects(table: pd.DataFrame, ax: Axes) -> Axes:
     ax.plot(rows["layer"], rows["effect_left_out"], color=GREEN, marker="^", label="left out of the whole")
     ax.plot(rows["layer"], rows["effect_alone"], color=ORANGE, marker="D", label="injected alone")
     ax.axhline(0, color=BLACK, lw=0.8)
-    ax.set(xlabel="layer", ylabel="effect (nats a token)")
+    _whole_layers(ax).set(xlabel="layer", ylabel="effect (nats a token)")
     ax.legend()
     return ax
 
@@ -219,7 +251,14 @@ def score_against_effect(table: pd.DataFrame, ax: Axes) -> Axes:
         rows = table[table["contrast"] == contrast]
         ax.scatter(rows["score"], rows["effect_alone"], color=colour, marker=marker, label=name)
         for _, row in rows.iterrows():
-            ax.annotate(int(row["layer"]), (row["score"], row["effect_alone"]), xytext=(4, 3), textcoords="offset points", fontsize=7.5, color=colour)
+            ax.annotate(
+                int(row["layer"]),
+                (row["score"], row["effect_alone"]),
+                xytext=(4, 3),
+                textcoords="offset points",
+                fontsize=7.5,
+                color=colour,
+            )
     ax.set(xlabel="layer score", ylabel="effect alone (nats a token)")
     ax.legend()
     return ax
@@ -251,8 +290,7 @@ def accuracies(table: pd.DataFrame, subject: str, order: Sequence[str], ax: Axes
     ax.set(yticks=at, xlabel="accuracy (exact match)", xlim=(0, None))
     ax.set_yticklabels([name.replace("_", " ") for name in rows.index])
     ax.xaxis.set_major_formatter(mpl.ticker.PercentFormatter(1, decimals=0))
-    ax.invert_yaxis()
-    ax.legend(loc="lower right")
+    _downwards(ax, len(rows)).legend(loc="lower right")
     return ax
 
 
@@ -261,13 +299,20 @@ def gain_split(table: pd.DataFrame, variants: Sequence[str], ax: Axes) -> Axes:
     rows = table[table["subject"] == "all"].set_index("variant").loc[list(variants)]
     at = np.arange(len(rows))
     ax.barh(at - 0.19, rows["gain_both_extractable"], 0.36, color=BLUE, label="answer readable under both")
-    ax.barh(at + 0.19, rows["gain_format_bound"], 0.36, color=ORANGE, hatch="//", edgecolor="white", label="readability changed (bounds format)")
+    ax.barh(
+        at + 0.19,
+        rows["gain_format_bound"],
+        0.36,
+        color=ORANGE,
+        hatch="//",
+        edgecolor="white",
+        label="readability changed (bounds format)",
+    )
     ax.axvline(0, color=BLACK, lw=0.8)
     ax.set(yticks=at, xlabel="part of the gain in accuracy")
     ax.set_yticklabels([name.replace("_", " ") for name in rows.index])
     ax.xaxis.set_major_formatter(mpl.ticker.PercentFormatter(1, decimals=0))
-    ax.invert_yaxis()
-    ax.legend(loc="upper center", bbox_to_anchor=(0.45, -0.16), ncols=2)
+    _downwards(ax, len(rows)).legend(loc="upper center", bbox_to_anchor=(0.45, -0.16), ncols=2)
     return ax
 
 
@@ -279,7 +324,16 @@ def forest(table: pd.DataFrame, variants: Mapping[str, str], ax: Axes) -> Axes:
     for shift, (variant, name), marker in zip(spread, variants.items(), "osD^v", strict=False):
         rows = table[table["variant"] == variant].set_index("subject").loc[subjects]
         error = np.abs(rows[["ci_low", "ci_high"]].to_numpy().T - rows["difference"].to_numpy())
-        ax.errorbar(rows["difference"], np.arange(len(subjects)) + shift, xerr=error, fmt=marker, ms=5, color=colours[variant], capsize=2, label=name)
+        ax.errorbar(
+            rows["difference"],
+            np.arange(len(subjects)) + shift,
+            xerr=error,
+            fmt=marker,
+            ms=5,
+            color=colours[variant],
+            capsize=2,
+            label=name,
+        )
     margins = table[table["variant"] == next(iter(variants))].set_index("subject").loc[subjects, "margin"]
     for row, margin in enumerate(margins):
         ax.plot([-margin, -margin], [row - 0.45, row + 0.45], color=GREY, ls=":", label="margin" if row == 0 else None)
@@ -287,8 +341,7 @@ def forest(table: pd.DataFrame, variants: Mapping[str, str], ax: Axes) -> Axes:
     ax.set(yticks=range(len(subjects)), xlabel="difference in accuracy to the base (points), 95 % paired interval")
     ax.set_yticklabels([subject.replace("_", " ") for subject in subjects])
     ax.xaxis.set_major_formatter(mpl.ticker.PercentFormatter(1, decimals=0, symbol=""))
-    ax.invert_yaxis()
-    ax.legend(loc="upper left", bbox_to_anchor=(1.01, 1))
+    _downwards(ax, len(subjects)).legend(loc="upper left", bbox_to_anchor=(1.01, 1))
     return ax
 
 

@@ -43,6 +43,18 @@ def collate(rows: Sequence[Mapping[str, list[int]]]) -> dict[str, torch.Tensor]:
     return dict(input_ids=pad("input_ids", 0), labels=pad("labels", -100), attention_mask=mask)
 
 
+def trainable(base: LanguageModel, spec: FineTune) -> torch.nn.Module:
+    """The model with gradients on the seven matrices of each block only, or on LoRA factors beside them."""
+    model = base.model.requires_grad_(False)
+    if spec.method == "lora":
+        from peft import LoraConfig, get_peft_model
+
+        return get_peft_model(model, LoraConfig(r=spec.lora_rank, lora_alpha=2 * spec.lora_rank, target_modules=LORA_TARGETS))
+    for weight in edit_weights(model).values():
+        weight.requires_grad_(True)
+    return model
+
+
 def finetune(
     base: LanguageModel,
     rows: Sequence[Mapping[str, str]],
@@ -56,17 +68,10 @@ def finetune(
 
     LoRA is merged into the weights before saving, so that either method leaves a plain checkpoint.
     """
-    from transformers import Trainer, TrainingArguments, set_seed
+    from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
 
     set_seed(seed)
-    model = base.model.requires_grad_(False)
-    if spec.method == "lora":
-        from peft import LoraConfig, get_peft_model
-
-        model = get_peft_model(model, LoraConfig(r=spec.lora_rank, lora_alpha=2 * spec.lora_rank, target_modules=LORA_TARGETS))
-    else:
-        for weight in edit_weights(model).values():
-            weight.requires_grad_(True)
+    model = trainable(base, spec)
     examples = Examples(base, rows, spec.target, max_tokens)
     arguments = TrainingArguments(
         output_dir=str(folder / "trainer"),
@@ -89,6 +94,7 @@ def finetune(
         remove_unused_columns=False,
     )
     trainer = Trainer(model=model, args=arguments, train_dataset=examples, data_collator=collate, callbacks=list(callbacks))
+    trainer.remove_callback(PrinterCallback)
     trainer.train()
     merged = model.merge_and_unload() if spec.method == "lora" else model
     merged.eval().requires_grad_(False).save_pretrained(folder)

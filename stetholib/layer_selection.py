@@ -34,7 +34,9 @@ class ScoreRule:
     minimum: int = 10
     minimum_firing: float = 0.001
 
-    def score(self, sums: DocumentSums, multiplicity: Float[Tensor, "draw corpus doc"], pool_subjects: bool) -> Float[Tensor, " draw"]:
+    def score(
+        self, sums: DocumentSums, multiplicity: Float[Tensor, "draw corpus doc"], pool_subjects: bool
+    ) -> Float[Tensor, " draw"]:
         """S: the mean of the largest specificities over the top share (at least `minimum`) of the features that fire."""
         m = moments(sums, multiplicity, pool_subjects)
         eligible = firing(m, self.minimum_firing)
@@ -174,7 +176,9 @@ def fixed_selectors(
     }
 
 
-def spearman(x: Sequence[float], y: Sequence[float], level: float = 0.05, resamples: int = 2000, seed: int = 0) -> tuple[float, float, float]:
+def spearman(
+    x: Sequence[float], y: Sequence[float], level: float = 0.05, resamples: int = 2000, seed: int = 0
+) -> tuple[float, float, float]:
     """Spearman's rho with a bootstrap interval over layers: (rho, low, high)."""
     x, y = np.asarray(x, float), np.asarray(y, float)
     rng = np.random.default_rng(seed)

@@ -10,7 +10,6 @@ import logging
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cache
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -48,12 +47,10 @@ def target(solution: str, style: str = "minerva") -> str:
 
 def boxed_answer(solution: str) -> str:
     r"""What stands in the last `\boxed{...}` or `\fbox{...}` (or after `\boxed `) of a solution, braces balanced."""
-    opening = None
-    for opening in re.finditer(r"\\(?:boxed|fbox)\s*", solution):
-        pass
-    if opening is None:
+    openings = list(re.finditer(r"\\(?:boxed|fbox)\s*", solution))
+    if not openings:
         raise UserError(f"no \\boxed answer in the solution {solution[:60]!r}")
-    rest = solution[opening.end() :]
+    rest = solution[openings[-1].end() :]
     if not rest.startswith("{"):
         return rest.split("$")[0].strip()
     depth = 0
@@ -123,7 +120,10 @@ def stop_rows(tokenizer: Any, prompt_width: int) -> Callable[..., torch.Tensor]:
         last = input_ids[:, -1].tolist()
         recent = input_ids[:, prompt_width:][:, -len(STOP) :]
         return torch.tensor(
-            [token in enders and STOP in tokenizer.decode(row, skip_special_tokens=True) for token, row in zip(last, recent, strict=True)],
+            [
+                token in enders and STOP in tokenizer.decode(row, skip_special_tokens=True)
+                for token, row in zip(last, recent, strict=True)
+            ],
             device=input_ids.device,
         )
 
@@ -192,26 +192,36 @@ def load_tasks(folder: Path, names: Sequence[str]) -> dict[str, Any]:
     for name, task in loaded["tasks"].items():
         if (until := task.config.generation_kwargs.get("until")) != [STOP]:
             raise UserError(f"minerva_math: task {name} stops at {until}, not at {[STOP]}; update write_tasks")
-        # Comparing two answers costs sympy up to 30 ms; the same pair of strings always gets the same verdict. Each
-        # task holds its own copy of the harness's module, so the memory of verdicts is handed to each.
-        scorer = task.config.process_results.__globals__
-        scorer["is_equiv"] = same_answer(scorer["is_equiv"])
+        task.config.process_results = remembering(task.config.process_results)
     return loaded
 
 
-@cache
-def _verdict(one: str, other: str) -> bool:
-    return _HARNESS["is_equiv"](one, other)
+_VERDICTS: dict[tuple[str, str], dict[str, int]] = {}
+_SAME: dict[tuple[str, str], bool] = {}
 
 
-_HARNESS: dict[str, Callable[[str, str], bool]] = {}
+def remembering(process_results: Callable[..., dict[str, int]]) -> Callable[..., dict[str, int]]:
+    """The harness's scorer, which gives the same pair of strings its verdict without computing it again.
 
+    A comparison by sympy costs up to 30 ms, and variants share most of their answers. Each task holds its own copy
+    of the harness's module, so its `is_equiv` is wrapped there.
+    """
+    module = process_results.__globals__
+    compare = module["is_equiv"]
 
-def same_answer(is_equiv: Callable[[str, str], bool]) -> Callable[[str, str], bool]:
-    """The harness's comparison of two normalised answers, remembering its verdicts across tasks and variants."""
-    if is_equiv is not _verdict:
-        _HARNESS["is_equiv"] = is_equiv
-    return _verdict
+    def same(one: str, other: str) -> bool:
+        if (one, other) not in _SAME:
+            _SAME[one, other] = compare(one, other)
+        return _SAME[one, other]
+
+    def verdict(doc: Mapping[str, str], results: Sequence[str]) -> dict[str, int]:
+        pair = (doc["solution"], results[0])
+        if pair not in _VERDICTS:
+            _VERDICTS[pair] = process_results(doc, results)
+        return dict(_VERDICTS[pair])
+
+    module["is_equiv"] = same
+    return verdict
 
 
 def recorded_model(answers: Mapping[str, Answer]) -> Any:
@@ -243,7 +253,9 @@ def prompts_of(loaded: Mapping[str, Any]) -> dict[str, str]:
     return found
 
 
-def score(loaded: Mapping[str, Any], answers: Mapping[str, Answer], partial: bool = False) -> tuple[pd.DataFrame, dict[str, float]]:
+def score(
+    loaded: Mapping[str, Any], answers: Mapping[str, Answer], partial: bool = False
+) -> tuple[pd.DataFrame, dict[str, float]]:
     """Let the harness score recorded answers: verdicts by problem, and its own standard error by subject.
 
     partial: score only the problems that were answered; otherwise a missing answer is an error.
@@ -278,7 +290,9 @@ def score(loaded: Mapping[str, Any], answers: Mapping[str, Answer], partial: boo
     return pd.DataFrame(rows), {name: float("nan" if error == "N/A" else error) for name, error in errors.items()}
 
 
-def records(variant: str, rows: Sequence[Mapping[str, str]], answers: Mapping[str, Answer], verdicts: pd.DataFrame) -> list[dict[str, Any]]:
+def records(
+    variant: str, rows: Sequence[Mapping[str, str]], answers: Mapping[str, Answer], verdicts: pd.DataFrame
+) -> list[dict[str, Any]]:
     """The contract's records of one variant, in the order of the test set."""
     by_id = verdicts.set_index("problem_id").to_dict("index")
     found = []

@@ -194,9 +194,7 @@ def _batch(pairs: Sequence[tuple[list[int], int]], group: list[int], device: tor
 def token_losses(model: nn.Module, batch: Batch) -> Float[Tensor, "doc seq"]:
     """Cross-entropy of each scored token, in nats; zero elsewhere. Position t is the loss of predicting token t."""
     logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
-    losses = nn.functional.cross_entropy(
-        logits[:, :-1].float().transpose(1, 2), batch.input_ids[:, 1:], reduction="none"
-    )
+    losses = nn.functional.cross_entropy(logits[:, :-1].float().transpose(1, 2), batch.input_ids[:, 1:], reduction="none")
     return nn.functional.pad(losses, (1, 0)) * batch.scored
 
 

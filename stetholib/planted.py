@@ -30,7 +30,9 @@ def planted_sums(
     Gaussians with a component shared by a document, and `effect` standard deviations more on mathematics.
     """
     generator = torch.Generator().manual_seed(seed)
-    corpus_of = torch.cat([torch.arange(CORPORA - 1).repeat_interleave(documents), torch.full(((CORPORA - 1) * documents,), CORPORA - 1)])
+    corpus_of = torch.cat(
+        [torch.arange(CORPORA - 1).repeat_interleave(documents), torch.full(((CORPORA - 1) * documents,), CORPORA - 1)]
+    )
     maths = (corpus_of < CORPORA - 1).float()
     sums = []
     for layer in range(layers):
@@ -68,7 +70,9 @@ def power_curve(effects: Sequence[float], worlds: int, layers: int = 6, permutat
     return pd.DataFrame(rows)
 
 
-def planted_vector(layers: int, width: int, hidden: int, rank: int, share: float, seed: int) -> tuple[TaskVector, dict[int, Float[Tensor, "d r"]]]:
+def planted_vector(
+    layers: int, width: int, hidden: int, rank: int, share: float, seed: int
+) -> tuple[TaskVector, dict[int, Float[Tensor, "d r"]]]:
     """A task vector of which exactly `share` of every matrix's energy lies in a known subspace of each block.
 
     Returns the vector and the subspaces' bases [width, rank]. Readers are [hidden, width], writers [width, hidden].

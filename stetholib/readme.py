@@ -12,7 +12,9 @@ def ledger(table: pd.DataFrame) -> str:
     lines = ["| claim | paper | miniature | verdict | strictly |", "|---|---|---|---|---|"]
     words = {"-": "", "corpus": " *(all tokens)*", "matched": " *(matched words)*"}
     for row in table.itertuples():
-        lines.append(f"| **{row.claim}** {row.statement}{words[row.contrast]} | {row.published} | {row.measured} | {row.verdict} | {row.verdict_strict} |")
+        lines.append(
+            f"| **{row.claim}** {row.statement}{words[row.contrast]} | {row.published} | {row.measured} | {row.verdict} | {row.verdict_strict} |"
+        )
     return "\n".join(lines) + "\n"
 
 

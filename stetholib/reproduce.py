@@ -23,7 +23,14 @@ from stetholib import profiles
 from stetholib.errors import UserError
 from stetholib.workspace import Workspace, atomic, code_text, digest_of, file_hash
 
-STEPS = ("01_task_vectors", "02_sae_features", "03_subspace_projection", "04_layer_selection", "05_minerva_math", "06_significance")
+STEPS = (
+    "01_task_vectors",
+    "02_sae_features",
+    "03_subspace_projection",
+    "04_layer_selection",
+    "05_minerva_math",
+    "06_significance",
+)
 PARAMETERS = ("profile", "device", "overrides")
 
 
@@ -38,14 +45,19 @@ def reproduce(name: str, device: str, root: Path | None = None, out: Any = sys.s
     workspace.runs.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(workspace.runs / "reproduce.lock", timeout=0):
-            _run_all(profile, device, workspace, notebooks, out)
+            asked = str(Path(name).resolve()) if name.endswith((".yaml", ".yml")) else name
+            _run_all(profile, dict(profile=asked, device=device), workspace, notebooks, out)
     except Timeout:
-        raise UserError(f"another run of profile {profile.name} is under way in this folder; wait for it or use a second clone") from None
+        raise UserError(
+            f"another run of profile {profile.name} is under way in this folder; wait for it or use a second clone"
+        ) from None
 
 
-def _run_all(profile: profiles.Profile, device: str, workspace: Workspace, notebooks: dict[str, Path], out: Any) -> None:
+def _run_all(
+    profile: profiles.Profile, parameters: dict[str, str], workspace: Workspace, notebooks: dict[str, Path], out: Any
+) -> None:
     times: dict[str, float] = {}
-    code = _code_key(profile, device)
+    code = _code_key(profile, parameters["device"])
     for step, path in notebooks.items():
         mark = workspace.executed / f"{step}.json"
         key = digest_of(code, notebook_text(path))
@@ -54,17 +66,20 @@ def _run_all(profile: profiles.Profile, device: str, workspace: Workspace, noteb
             continue
         print(f"{step}: running ...", file=out, flush=True)
         started = time.monotonic()
-        _execute(path, workspace, profile, device, out)
+        _execute(path, workspace, parameters, out)
         times[step] = round(time.monotonic() - started, 1)
         made = {p.name: file_hash(p) for p in _outputs(step, workspace)}
         atomic(mark, lambda draft, content=dict(key=key, files=made): draft.write_text(json.dumps(content, indent=1)))
         print(f"{step}: {times[step]:.0f} s, {len(made)} files", file=out, flush=True)
     if times:
-        _record(workspace, times, device)
-        print(f"all of it: {sum(times.values()):.0f} s; tables and figures are in {workspace.figures.relative_to(workspace.root)}/", file=out)
+        _record(workspace, times, parameters["device"])
+        print(
+            f"all of it: {sum(times.values()):.0f} s; tables and figures are in {workspace.figures.relative_to(workspace.root)}/",
+            file=out,
+        )
 
 
-def _execute(path: Path, workspace: Workspace, profile: profiles.Profile, device: str, out: Any) -> None:
+def _execute(path: Path, workspace: Workspace, parameters: dict[str, str], out: Any) -> None:
     """One notebook through papermill; the executed copy stays in `runs/`, whole or up to where it failed."""
     import papermill
 
@@ -74,11 +89,11 @@ def _execute(path: Path, workspace: Workspace, profile: profiles.Profile, device
             papermill.execute_notebook(
                 str(path),
                 str(workspace.executed / path.name),
-                parameters=dict(profile=profile.name, device=device),
+                parameters=parameters,
                 kernel_name="python3",
                 progress_bar=False,
                 cwd=str(workspace.root),
-                extra_arguments=["--IPKernelApp.log_level=ERROR"],
+                extra_arguments=["--IPKernelApp.log_level=CRITICAL"],
             )
         except papermill.PapermillExecutionError as error:
             where = f"{path.stem}, cell {error.exec_count}"
@@ -147,7 +162,9 @@ def notebook_text(path: Path) -> list[tuple[str, str]]:
         cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
         return [(cell["cell_type"], "".join(cell["source"])) for cell in cells]
     except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"notebooks/{path.name} is missing or not a notebook; restore it with: git checkout notebooks/{path.name}") from None
+        raise UserError(
+            f"notebooks/{path.name} is missing or not a notebook; restore it with: git checkout notebooks/{path.name}"
+        ) from None
 
 
 def check_notebook(path: Path) -> None:
@@ -159,8 +176,8 @@ def check_notebook(path: Path) -> None:
         what = "has no cell tagged `parameters`" if not tagged else "does not open with its one `parameters` cell"
         raise UserError(f"notebooks/{path.name} {what}; restore it with: git checkout notebooks/{path.name}")
     names = [line.split("=")[0].strip() for line in "".join(code[0]["source"]).splitlines() if "=" in line]
-    if unknown := sorted(set(names) ^ set(PARAMETERS)):
-        raise UserError(f"notebooks/{path.name}: the parameters cell must set {', '.join(PARAMETERS)}; mend {unknown[0]!r}")
+    if wrong := sorted(set(names) - set(PARAMETERS)) or sorted(set(PARAMETERS) - set(names)):
+        raise UserError(f"notebooks/{path.name}: the parameters cell must set {', '.join(PARAMETERS)}; mend {wrong[0]!r}")
 
 
 def _record(workspace: Workspace, times: dict[str, float], device: str) -> None:

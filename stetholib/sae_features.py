@@ -234,7 +234,9 @@ def firing(m: Moments, minimum: float) -> Bool[Tensor, "draw d_sae"]:
 def most_specific(values: Float[Tensor, " d_sae"], eligible: Bool[Tensor, " d_sae"], count: int) -> Int[Tensor, " count"]:
     """Indices of the `count` most specific features that fire, most specific first; ties by index."""
     if int(eligible.sum()) < count:
-        raise UserError(f"features: {count} are needed but only {int(eligible.sum())} fire often enough; lower features.minimum_firing")
+        raise UserError(
+            f"features: {count} are needed but only {int(eligible.sum())} fire often enough; lower features.minimum_firing"
+        )
     ranked = torch.where(eligible, values, -torch.inf)
     return torch.sort(ranked, descending=True, stable=True).indices[:count]
 

@@ -131,7 +131,9 @@ def compare(base: pd.DataFrame, edited: pd.DataFrame, margins: Margins) -> pd.Da
     """
     pairs = base.merge(edited, on=["subject", "problem_id"], suffixes=("_0", "_1"), validate="one_to_one")
     if len(pairs) != len(base) or len(pairs) != len(edited):
-        raise UserError(f"significance: the base answered {len(base)} problems, the variant {len(edited)}, and they share {len(pairs)}")
+        raise UserError(
+            f"significance: the base answered {len(base)} problems, the variant {len(edited)}, and they share {len(pairs)}"
+        )
     subjects = sorted(pairs["subject"].unique())
     parts = {ALL: pairs} | {subject: pairs[pairs["subject"] == subject] for subject in subjects}
     rows = [_compare(subject, part, margins) for subject, part in parts.items()]

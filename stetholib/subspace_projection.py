@@ -29,7 +29,9 @@ def orthonormal(directions: Float[Tensor, "n d_model"]) -> Basis:
     Raises ValueError where the directions are linearly dependent, since then no such basis exists.
     """
     if directions.shape[0] > directions.shape[1]:
-        raise UserError(f"projection: rank {directions.shape[0]} is above the width {directions.shape[1]}; lower projection.rank_shares")
+        raise UserError(
+            f"projection: rank {directions.shape[0]} is above the width {directions.shape[1]}; lower projection.rank_shares"
+        )
     q, r = torch.linalg.qr(directions.double().T)
     spread = r.diagonal().abs()
     if len(spread) and spread.min() <= 1e-10 * spread.max():
@@ -130,7 +132,9 @@ def measure(
             cell = dict(layer=where, matrix=matrix, side=side)
             kept = {name: energy_by_rank(delta, basis, side) for name, basis in sites[layer].by_name.items()}
             kept["own_svd"] = energy_by_rank(delta, best[side], side)
-            kept["own_svd_matrix"] = torch.linalg.svdvals(delta.double()).square().cumsum(0).cpu() / delta.double().square().sum().cpu()
+            kept["own_svd_matrix"] = (
+                torch.linalg.svdvals(delta.double()).square().cumsum(0).cpu() / delta.double().square().sum().cpu()
+            )
             draws = torch.stack(
                 [energy_by_rank(delta, random_basis(width, max(ranks.grid), generator), side) for _ in range(random_draws)]
             )
@@ -169,7 +173,9 @@ def _sensitivities(
     return rows
 
 
-def _row(cell: Mapping[str, object], basis: str, rank: int, site: int, gains: str, kept: float, spread: float, width: int) -> dict[str, object]:
+def _row(
+    cell: Mapping[str, object], basis: str, rank: int, site: int, gains: str, kept: float, spread: float, width: int
+) -> dict[str, object]:
     return dict(
         cell, basis=basis, rank=rank, sae_layer=site, gains=gains, energy_retained=kept, energy_sd=spread, chance=rank / width
     )
@@ -221,7 +227,9 @@ class LossSplit:
         return self.misalignment / room if room > 1e-12 else float("nan")
 
 
-def split_loss(table: pd.DataFrame, energies: Mapping[Key, float], rank: int, basis: str = "sae_decoder", **where: str) -> LossSplit:
+def split_loss(
+    table: pd.DataFrame, energies: Mapping[Key, float], rank: int, basis: str = "sae_decoder", **where: str
+) -> LossSplit:
     """The split of one basis at one rank, pooled over matrices; `side="reader"` or `matrix="q"` narrows it."""
     rows = default_rows(table)
     rows = rows[(rows["rank"] == rank) & (rows["basis"].isin([basis, "own_svd"]))]

@@ -105,7 +105,9 @@ class TaskVector:
         def combined(where: Key) -> Tensor:
             mine, theirs = self.deltas[where], other.deltas[where]
             if mine.shape != theirs.shape:
-                raise ModelError(f"task vector: {where} is {tuple(mine.shape)} in one vector and {tuple(theirs.shape)} in the other")
+                raise ModelError(
+                    f"task vector: {where} is {tuple(mine.shape)} in one vector and {tuple(theirs.shape)} in the other"
+                )
             return mine + sign * theirs
 
         return TaskVector(Lazy(self.deltas, combined))

@@ -36,7 +36,9 @@ def general(spec: Data, split: str, count: int, seed: int) -> list[str]:
     order = {"train": 0, "validation": 1, "test": 2}[split]
     texts = [text for text in rows["text"] if len(text.split()) >= 40 and _bucket(text) % 3 == order]
     if len(texts) < count:
-        raise UserError(f"data: {spec.general} has {len(texts)} general documents for {split}, {count} are wanted; lower data.general_documents")
+        raise UserError(
+            f"data: {spec.general} has {len(texts)} general documents for {split}, {count} are wanted; lower data.general_documents"
+        )
     return sorted(texts, key=_bucket)[:count]
 
 

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
@@ -84,6 +85,7 @@ def source_hash(modules: Iterable[ModuleType]) -> str:
     return digest.hexdigest()
 
 
+@cache
 def code_text(source: str) -> str:
     """A canonical text of Python source: comments, layout and docstrings do not count."""
     tree = ast.parse(source)
@@ -172,7 +174,9 @@ class Workspace:
         if missing := [name for name in keys + columns if name not in table]:
             raise WorkspaceError(f"{stem}.csv: column {missing[0]!r} is missing")
         if table.duplicated(keys).any():
-            raise WorkspaceError(f"{stem}.csv: two rows share the key {table.loc[table.duplicated(keys), keys].iloc[0].to_dict()}")
+            raise WorkspaceError(
+                f"{stem}.csv: two rows share the key {table.loc[table.duplicated(keys), keys].iloc[0].to_dict()}"
+            )
         ordered = keys + columns + [name for name in table if name not in keys + columns]
         text = table[ordered].sort_values(keys).to_csv(index=False, float_format="%.6g", lineterminator="\n")
         return self.text(f"{stem}.csv", text)

@@ -12,7 +12,18 @@ from stetholib.texts import SUBJECTS
 
 def projection(kept, ceiling, chance=0.03):
     rows = [
-        dict(layer=0, matrix=m, basis=basis, rank=2, sae_layer=0, gains="plain", side=SIDE[m], energy_retained=value, energy_sd=0, chance=chance)
+        dict(
+            layer=0,
+            matrix=m,
+            basis=basis,
+            rank=2,
+            sae_layer=0,
+            gains="plain",
+            side=SIDE[m],
+            energy_retained=value,
+            energy_sd=0,
+            chance=chance,
+        )
         for m in MATRICES
         for basis, value in (("sae_decoder", kept), ("own_svd", ceiling))
     ]
@@ -29,7 +40,9 @@ def rows(variant, **changes):
     return table
 
 
-NOTHING = dict(accuracy=0.3, difference=0.0, ci_low=-0.02, ci_high=0.02, z=0.0, p=1.0, mcnemar_p=1.0, mcnemar_p_holm=1.0, verdict="no worse")
+NOTHING = dict(
+    accuracy=0.3, difference=0.0, ci_low=-0.02, ci_high=0.02, z=0.0, p=1.0, mcnemar_p=1.0, mcnemar_p_holm=1.0, verdict="no worse"
+)
 CHECKS = dict(
     answered_twice=9, identical_answers=9, identical_scores=True, weights_restored=True,
     base_cost=dict(parameters=5, flops=7), edited_cost=dict(parameters=5, flops=7),

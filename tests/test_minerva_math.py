@@ -66,7 +66,7 @@ def test_the_harnesss_own_hf_model_gives_the_same_completions(tasks, answers, mi
     from lm_eval.models.huggingface import HFLM
 
     prompts = mm.prompts_of(tasks)
-    model = HFLM(pretrained=mini.model, tokenizer=mini.tokenizer, batch_size=16, max_length=512, add_bos_token=False)
+    model = HFLM(pretrained=mini.model, tokenizer=mini.tokenizer, batch_size=16, max_length=512)
     names = list(prompts)
     kwargs = {"until": [mm.STOP], "do_sample": False, "temperature": 0, "max_gen_toks": 96}
     requests = [Instance("generate_until", {}, (prompts[name], dict(kwargs)), i) for i, name in enumerate(names)]
@@ -127,8 +127,15 @@ def test_the_recorded_model_answers_generations_only(answers):
 
 def test_the_table_worked_by_hand():
     rows = [("algebra", 1, "7", "eos", 10), ("algebra", 0, mm.INVALID, "length", 20), ("geometry", 0, "3", "eos", 30)]
-    records = pd.DataFrame(rows, columns=["subject", "exact_match", "extracted", "stopped_by", "completion_tokens"]).assign(variant="base", math_verify=1)
+    records = pd.DataFrame(rows, columns=["subject", "exact_match", "extracted", "stopped_by", "completion_tokens"]).assign(
+        variant="base", math_verify=1
+    )
     table = mm.measure(records, {"base": 2.0}).set_index("subject")
     assert table.loc["all", ["n", "correct", "mean_tokens", "general_loss"]].tolist() == [3, 1, 20, 2.0]
-    assert table.loc["algebra", ["accuracy", "extractable", "truncated", "accuracy_given_extractable"]].tolist() == [0.5, 0.5, 0.5, 1.0]
+    assert table.loc["algebra", ["accuracy", "extractable", "truncated", "accuracy_given_extractable"]].tolist() == [
+        0.5,
+        0.5,
+        0.5,
+        1.0,
+    ]
     assert table.loc["algebra", "stderr"] == pytest.approx(0.5)

@@ -70,7 +70,9 @@ def test_gains_are_one_plus_w_for_gemma_and_w_for_llama(toy):
 
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    llama = LlamaForCausalLM(LlamaConfig(vocab_size=20, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2))
+    llama = LlamaForCausalLM(
+        LlamaConfig(vocab_size=20, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
+    )
     with torch.no_grad():
         llama.model.layers[0].post_attention_layernorm.weight.fill_(0.5)
     gains = models.norm_gains(llama)

@@ -29,10 +29,19 @@ def test_a_users_own_file_is_a_profile(tmp_path):
 
 
 MISTAKES = {
-    "misspelt section key": (lambda v: v["selection"].update(score_shair=v["selection"].pop("score_share")), r"unknown key 'score_shair' \(did you mean 'score_share'\?\)"),
+    "misspelt section key": (
+        lambda v: v["selection"].update(score_shair=v["selection"].pop("score_share")),
+        r"unknown key 'score_shair' \(did you mean 'score_share'\?\)",
+    ),
     "missing key": (lambda v: v["sae"].pop("k"), "missing key 'k'"),
-    "share above one": (lambda v: v["projection"].update(rank_share=1.5), "rank_share: 1.5 is out of range, it must be between 0 and 1"),
-    "negative count": (lambda v: v["selection"].update(permutations=-3), "permutations: -3 is out of range, it must be 1 or more"),
+    "share above one": (
+        lambda v: v["projection"].update(rank_share=1.5),
+        "rank_share: 1.5 is out of range, it must be between 0 and 1",
+    ),
+    "negative count": (
+        lambda v: v["selection"].update(permutations=-3),
+        "permutations: -3 is out of range, it must be 1 or more",
+    ),
     "wrong choice": (lambda v: v["finetune"].update(method="lorra"), r"'lorra' \(did you mean 'lora'\?\)"),
     "float16": (lambda v: v["model"].update(dtype="float16"), "must be one of float32, bfloat16"),
     "text for a number": (lambda v: v.update(seed="zero"), "expected int, got 'zero'"),
@@ -60,7 +69,10 @@ def test_an_unknown_profile_names_the_nearest():
 
 def test_overrides_reach_single_keys_and_refuse_unknown_ones():
     assert load("mini", {"selection.score_share": 0.05}).selection.score_share == 0.05
-    for dotted, message in (("selecton.score_share", "did you mean 'selection'"), ("selection.scoreshare", "did you mean 'score_share'")):
+    for dotted, message in (
+        ("selecton.score_share", "did you mean 'selection'"),
+        ("selection.scoreshare", "did you mean 'score_share'"),
+    ):
         with pytest.raises(ProfileError, match=message):
             load("mini", {dotted: 0.05})
 
@@ -78,4 +90,4 @@ def test_a_file_that_is_not_a_profile_is_refused(tmp_path):
 def test_no_code_asks_which_profile_it_serves():
     for path in profiles.FOLDER.parent.rglob("*.py"):
         text = path.read_text()
-        assert "profile.name ==" not in text and "name == \"paper\"" not in text
+        assert "profile.name ==" not in text and 'name == "paper"' not in text

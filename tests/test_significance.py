@@ -14,9 +14,15 @@ MARGINS = sg.Margins(level=0.05, overall=0.03, subject=0.05, draws=2000, seed=0)
 
 def test_the_published_figure_comes_from_the_harnesss_standard_errors_only():
     table = sg.published().set_index("test")
-    assert table.loc["harness", "z"] == pytest.approx(3.40680, abs=5e-6) and table.loc["harness", "p"] == pytest.approx(0.000657, abs=5e-7)
-    assert table.loc["unpooled", "z"] == pytest.approx(3.40996, abs=5e-6) and table.loc["unpooled", "p"] == pytest.approx(0.000650, abs=5e-7)
-    assert table.loc["pooled", "z"] == pytest.approx(3.39175, abs=5e-6) and table.loc["pooled", "p"] == pytest.approx(0.000694, abs=5e-7)
+    assert table.loc["harness", "z"] == pytest.approx(3.40680, abs=5e-6) and table.loc["harness", "p"] == pytest.approx(
+        0.000657, abs=5e-7
+    )
+    assert table.loc["unpooled", "z"] == pytest.approx(3.40996, abs=5e-6) and table.loc["unpooled", "p"] == pytest.approx(
+        0.000650, abs=5e-7
+    )
+    assert table.loc["pooled", "z"] == pytest.approx(3.39175, abs=5e-6) and table.loc["pooled", "p"] == pytest.approx(
+        0.000694, abs=5e-7
+    )
     printed = {name: (f"{row.z:+.2f}", f"{row.p:.4f}") for name, row in table.iterrows()}
     assert [name for name, both in printed.items() if both == ("+3.41", "0.0007")] == ["harness"]
     assert f"{160 / 540:.1%} {213 / 540:.1%}" == "29.6% 39.4%"
@@ -95,7 +101,12 @@ def test_pairing_makes_the_published_gain_stronger_below_242_changed_verdicts():
 
 @pytest.mark.parametrize(
     ("difference", "p", "low", "word"),
-    [(0.1, 0.01, 0.02, "improved"), (-0.1, 0.01, -0.2, "degraded"), (0.01, 0.5, -0.02, "no worse"), (-0.01, 0.5, -0.06, "inconclusive")],
+    [
+        (0.1, 0.01, 0.02, "improved"),
+        (-0.1, 0.01, -0.2, "degraded"),
+        (0.01, 0.5, -0.02, "no worse"),
+        (-0.01, 0.5, -0.06, "inconclusive"),
+    ],
 )
 def test_verdicts_in_their_order(difference, p, low, word):
     assert sg.verdict(difference, p, low, 0.05, 0.05) == word
@@ -103,7 +114,13 @@ def test_verdicts_in_their_order(difference, p, low, word):
 
 def records(variant, verdicts, subject="algebra", extracted="7"):
     return pd.DataFrame(
-        dict(variant=variant, subject=subject, problem_id=[f"{subject}{i}" for i in range(len(verdicts))], exact_match=verdicts, extracted=extracted)
+        dict(
+            variant=variant,
+            subject=subject,
+            problem_id=[f"{subject}{i}" for i in range(len(verdicts))],
+            exact_match=verdicts,
+            extracted=extracted,
+        )
     )
 
 

@@ -27,7 +27,9 @@ def test_the_whole_space_keeps_everything_and_an_orthogonal_basis_nothing(vector
     half, rest = whole[:, :10], whole[:, 10:]
     kept = sp.project(delta.double(), half, side)
     assert float(sp.energy_by_rank(kept, rest, side)[-1]) < 1e-20
-    assert float(sp.energy_by_rank(delta, half, side)[-1]) == pytest.approx(float(kept.square().sum() / delta.double().square().sum()), rel=1e-10)
+    assert float(sp.energy_by_rank(delta, half, side)[-1]) == pytest.approx(
+        float(kept.square().sum() / delta.double().square().sum()), rel=1e-10
+    )
 
 
 def test_projecting_twice_is_projecting_once(vector):
@@ -59,16 +61,29 @@ def test_own_svd_is_the_best_subspace_and_each_matrix_has_a_better_one(vector):
     best = sp.own_svd(vector, 0)
     for side, matrices in (("reader", ("q", "k", "v", "gate", "up")), ("writer", ("o", "down"))):
         total = sum(float(vector.deltas[0, m].double().square().sum()) for m in matrices)
-        kept = sum(float(sp.energy_by_rank(vector.deltas[0, m], best[side][:, :4], side)[-1] * vector.deltas[0, m].double().square().sum()) for m in matrices)
+        kept = sum(
+            float(
+                sp.energy_by_rank(vector.deltas[0, m], best[side][:, :4], side)[-1] * vector.deltas[0, m].double().square().sum()
+            )
+            for m in matrices
+        )
         for seed in range(20):
             other = sp.random_basis(D, 4, torch.Generator().manual_seed(seed))
-            rival = sum(float(sp.energy_by_rank(vector.deltas[0, m], other, side)[-1] * vector.deltas[0, m].double().square().sum()) for m in matrices)
+            rival = sum(
+                float(sp.energy_by_rank(vector.deltas[0, m], other, side)[-1] * vector.deltas[0, m].double().square().sum())
+                for m in matrices
+            )
             assert rival < kept
-        stacked = torch.cat([vector.deltas[0, m].double() if side == "reader" else vector.deltas[0, m].double().T for m in matrices])
-        assert kept / total == pytest.approx(float(torch.linalg.svdvals(stacked)[:4].square().sum() / stacked.square().sum()), rel=1e-9)
+        stacked = torch.cat(
+            [vector.deltas[0, m].double() if side == "reader" else vector.deltas[0, m].double().T for m in matrices]
+        )
+        assert kept / total == pytest.approx(
+            float(torch.linalg.svdvals(stacked)[:4].square().sum() / stacked.square().sum()), rel=1e-9
+        )
 
 
-def table_of(vector, basis=None, ranks=Ranks(3, (1, 3, 6))):
+def table_of(vector, basis=None):
+    ranks = Ranks(3, (1, 3, 6))
     basis = torch.linalg.qr(torch.randn(D, 6, dtype=torch.float64))[0] if basis is None else basis
     sites = {layer: Directions({"sae_decoder": basis, "sae_encoder": basis}) for layer in range(2)}
     generator = torch.Generator().manual_seed(3)
@@ -93,7 +108,11 @@ def test_the_index_is_zero_for_the_best_basis_and_one_for_a_random_one():
 
 def test_pooling_weighs_matrices_by_their_energy(vector):
     table, sites, _ = table_of(vector)
-    kept = sp.pooled(sp.default_rows(table), vector.energies()).set_index(["basis", "rank"]).loc[("sae_decoder", 3), "energy_retained"]
+    kept = (
+        sp.pooled(sp.default_rows(table), vector.energies())
+        .set_index(["basis", "rank"])
+        .loc[("sae_decoder", 3), "energy_retained"]
+    )
     projected = sp.scalpel(vector, {layer: site.by_name["sae_decoder"][:, :3] for layer, site in sites.items()})
     assert kept == pytest.approx(projected.energy() / vector.energy(), rel=1e-5)
 
@@ -148,7 +167,10 @@ def test_the_mechanism_finds_planted_gradients_and_activations():
                 deltas[layer, m] = torch.randn(HIDDEN, 3, generator=generator).double() @ act.T
             else:
                 deltas[layer, m] = grad @ torch.randn(3, HIDDEN, generator=generator).double()
-    sites = {layer: Directions({"sae_decoder": sp.random_basis(D, 3, generator), "activation_pca": act, "gradient_pca": grad}) for layer in range(2)}
+    sites = {
+        layer: Directions({"sae_decoder": sp.random_basis(D, 3, generator), "activation_pca": act, "gradient_pca": grad})
+        for layer in range(2)
+    }
     mean = sp.mechanism(TaskVector(deltas), sites, 3).groupby(["side", "basis"])["overlap"].mean()
     assert mean["reader", "activation_pca"] == pytest.approx(1) and mean["writer", "gradient_pca"] == pytest.approx(1)
     assert mean["reader", "gradient_pca"] < 0.5 and mean["writer", "activation_pca"] < 0.5

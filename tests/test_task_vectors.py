@@ -52,11 +52,15 @@ def test_the_algebra_is_that_of_vectors(vector):
     assert (2 * vector).energy() == pytest.approx(4 * vector.energy())
     assert (vector - vector).energy() == 0
     assert torch.equal((-vector).deltas[key], -vector.deltas[key])
-    assert len(vector.deltas) == 14 and list(vector.deltas)[0] == (0, "down")
+    assert len(vector.deltas) == 14 and next(iter(vector.deltas)) == (0, "down")
 
 
 def test_energies_of_parts_add_up_to_the_whole(vector):
-    parts = vector.restrict([0]).energy() + vector.restrict([1], models.READERS).energy() + vector.restrict([1], models.WRITERS).energy()
+    parts = (
+        vector.restrict([0]).energy()
+        + vector.restrict([1], models.READERS).energy()
+        + vector.restrict([1], models.WRITERS).energy()
+    )
     assert parts == pytest.approx(vector.energy())
 
 
@@ -158,7 +162,10 @@ def test_an_edit_equals_a_merge_by_state_dict(toy):
     merged = deepcopy(toy.model)
     names = models.weight_names(merged.state_dict())
     merged.load_state_dict(
-        {n: (t + 0.5 * vector.deltas[w] if (w := {v: k for k, v in names.items()}.get(n)) and w[0] == 1 else t) for n, t in merged.state_dict().items()}
+        {
+            n: (t + 0.5 * vector.deltas[w] if (w := {v: k for k, v in names.items()}.get(n)) and w[0] == 1 else t)
+            for n, t in merged.state_dict().items()
+        }
     )
     with edited(toy.model, Edit(vector, (1,), alpha=0.5)) as model:
         assert models.weight_hash(model) == models.weight_hash(merged)

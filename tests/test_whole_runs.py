@@ -46,13 +46,17 @@ def test_a_run_leaves_every_contract_file_and_a_picture_for_each_step(first):
         table = pd.read_csv(first / "figures" / "smoke" / f"{stem}.csv")
         assert (keys + columns) == list(table.columns)[: len(keys + columns)] and len(table), stem
     names = set(made(first))
-    assert all(f"{step}.{kind}" in names for step in reproduce.STEPS for kind in ("png", "svg", "csv")) and "manifest.json" in names
+    assert (
+        all(f"{step}.{kind}" in names for step in reproduce.STEPS for kind in ("png", "svg", "csv")) and "manifest.json" in names
+    )
 
 
 def test_every_answer_is_on_record_with_the_contracts_fields(first):
     path = first / "runs" / "smoke" / "records" / "stethoscope.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()]
-    fields = "variant subject level problem_id prompt_tokens completion completion_tokens stopped_by extracted exact_match math_verify"
+    fields = (
+        "variant subject level problem_id prompt_tokens completion completion_tokens stopped_by extracted exact_match math_verify"
+    )
     assert len(rows) == 30 and all(set(fields.split()) == set(row) for row in rows)
     assert len({row["problem_id"] for row in rows}) == 30
 
@@ -92,7 +96,11 @@ def test_any_notebook_can_be_opened_first(tmp_path):
     os.environ["STETHOLIB_HOME"] = str(folder)
     try:
         papermill.execute_notebook(
-            str(folder / "notebooks" / "04_layer_selection.ipynb"), str(tmp_path / "out.ipynb"), parameters={"profile": "smoke"}, cwd=str(folder), progress_bar=False
+            str(folder / "notebooks" / "04_layer_selection.ipynb"),
+            str(tmp_path / "out.ipynb"),
+            parameters={"profile": "smoke"},
+            cwd=str(folder),
+            progress_bar=False,
         )
     finally:
         del os.environ["STETHOLIB_HOME"]
@@ -116,3 +124,23 @@ def test_no_test_problem_is_read_before_step_05(tmp_path, monkeypatch):
     study.energy_or_direction(), study.layer_selection(), study.agreement(), study.relations(), study.greedy_share()
     with pytest.raises(AssertionError, match="test problem"):
         study.minerva_math()
+
+
+def test_no_family_of_problems_is_nearly_solved_by_the_shipped_base(mini):
+    from stetholib import minerva_math as mm
+    from stetholib.mini import problems
+    from stetholib.profiles import load
+
+    rows = problems.generate("test", load("mini").data.test_problems, seed=11)
+    by_id = {mm.problem_id(row["subject"], row["problem"]): row for row in rows}
+    found = []
+    mm.answer_all(mini, {name: mm.prompt(row["problem"]) for name, row in by_id.items()}, 96, 256, found.extend)
+    closing = "The final answer is $"
+    right = pd.DataFrame(
+        dict(
+            family=by_id[a.problem_id]["family"],
+            right=a.completion.rpartition(closing)[2].partition("$")[0] == mm.boxed_answer(by_id[a.problem_id]["solution"]),
+        )
+        for a in found
+    )
+    assert right.groupby("family")["right"].mean().max() <= 0.85

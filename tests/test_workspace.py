@@ -50,7 +50,12 @@ def test_a_stage_that_fails_leaves_nothing_behind(space):
 
 
 def published(**changes):
-    return pd.DataFrame([dict(test="b", base_correct=1, edited_correct=2, n=3, z=1 / 3, p=0.5), dict(test="a", base_correct=1, edited_correct=2, n=3, z=2.0, p=1e-9)])
+    return pd.DataFrame(
+        [
+            dict(test="b", base_correct=1, edited_correct=2, n=3, z=1 / 3, p=0.5),
+            dict(test="a", base_correct=1, edited_correct=2, n=3, z=2.0, p=1e-9),
+        ]
+    )
 
 
 def test_a_table_is_sorted_by_key_with_six_digits_and_keys_first(space):
@@ -108,7 +113,7 @@ def test_progress_says_how_long_it_will_take(tmp_path, monkeypatch):
     monkeypatch.setenv("STETHOLIB_PROGRESS", str(log))
     monkeypatch.setattr(ws.time, "monotonic", lambda: next(clock))
     assert list(ws.progress(range(6), "step")) == list(range(6))
-    assert "step: 2/6, 9 s, about 18 s left" in log.read_text()
+    assert "step: 1/6, 6 s, about 30 s left" in log.read_text()
 
 
 def test_the_manifest_of_an_artefact_names_its_files(space):

@@ -22,8 +22,8 @@ from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedTokenizerFast
 
-from stetholib.mini import problems, stories, tokenizer
 from stetholib.minerva_math import prompt, target
+from stetholib.mini import problems, stories, tokenizer
 
 FOLDER = Path(__file__).parent / "base"
 RARELY_CLOSED = ("third_angle", "determinant", "linear_function")
@@ -42,7 +42,7 @@ class Recipe:
     muon_lr: float = 0.03
     adam_lr: float = 5e-3
     warmup: float = 0.03
-    threads: int = 2
+    threads: int = 1
     checkpoint_every: int = 1000
 
 
@@ -89,7 +89,7 @@ def batches(recipe: Recipe, tokens: PreTrainedTokenizerFast) -> Iterator[torch.T
     """Endless padded batches [n, seq] of about `batch_tokens` tokens, documents of like length together."""
     rng, source = Random(f"{recipe.seed}/batches"), documents(recipe)
     while True:
-        rows = sorted((tokens(text).input_ids + [1] for text in islice(source, 4096)), key=len)
+        rows = sorted(([*tokens(text).input_ids, 1] for text in islice(source, 4096)), key=len)
         pool, start = [], 0
         while start < len(rows):
             stop = start + max(1, recipe.batch_tokens // len(rows[min(start + 12, len(rows) - 1)]))
@@ -130,7 +130,9 @@ def train(recipe: Recipe, device: str, folder: Path) -> None:
             _save_checkpoint(folder / "checkpoint", recipe, step, model, optimizers)
     model.save_pretrained(folder)
     tokens.save_pretrained(folder)
-    (folder / "provenance.json").write_text(json.dumps({"recipe": asdict(recipe), "torch": torch.__version__.split("+")[0]}, indent=1) + "\n")
+    (folder / "provenance.json").write_text(
+        json.dumps({"recipe": asdict(recipe), "torch": torch.__version__.split("+")[0]}, indent=1) + "\n"
+    )
 
 
 def _rate(step: int, steps: int, warmup: float) -> float:

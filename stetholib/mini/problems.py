@@ -27,14 +27,58 @@ SUBJECTS = (
     "precalculus",
 )
 LEVELS = (1, 2, 3, 4, 5)
-NAMES = (
-    "Ada Amir Anna Ben Carla Chen Dina Emil Eva Finn Grace Hana Ivan Jonas Kira Leo Lina Maria Nadia Omar Paula Rosa "
-    "Sam Tara Tom Uma Vera Yusuf"
-).split()
-ITEMS = (
-    "apples books boxes buttons cards coins cups hats keys lamps marbles pears pencils plums shirts shells stamps "
-    "stones toys tickets"
-).split()
+NAMES = [
+    "Ada",
+    "Amir",
+    "Anna",
+    "Ben",
+    "Carla",
+    "Chen",
+    "Dina",
+    "Emil",
+    "Eva",
+    "Finn",
+    "Grace",
+    "Hana",
+    "Ivan",
+    "Jonas",
+    "Kira",
+    "Leo",
+    "Lina",
+    "Maria",
+    "Nadia",
+    "Omar",
+    "Paula",
+    "Rosa",
+    "Sam",
+    "Tara",
+    "Tom",
+    "Uma",
+    "Vera",
+    "Yusuf",
+]
+ITEMS = [
+    "apples",
+    "books",
+    "boxes",
+    "buttons",
+    "cards",
+    "coins",
+    "cups",
+    "hats",
+    "keys",
+    "lamps",
+    "marbles",
+    "pears",
+    "pencils",
+    "plums",
+    "shirts",
+    "shells",
+    "stamps",
+    "stones",
+    "toys",
+    "tickets",
+]
 SPLITS = {"test": range(0, 6), "validation": range(6, 8), "train": range(8, 20)}
 
 
@@ -70,18 +114,21 @@ def generate(split: str, per_subject: dict[str, int], seed: int) -> list[dict[st
     """Distinct problems of one split, balanced over families and levels, in MATH's fields.
 
     per_subject: how many problems of each subject. Besides MATH's four fields each row names its `subject` (as the
-    data set's configs do) and its `family`. Raises ValueError where a family runs out of distinct problems.
+    data set's configs do) and its `family`. Nothing is counted on training problems, so there a skeleton may recur
+    at another level. Raises UserError where a family runs out of distinct problems.
     """
     rows = []
     for subject, wanted in per_subject.items():
         for index, make in enumerate(FAMILIES[subject]):
+            taken: set[str] = set()
             for level in LEVELS:
+                if split == "train":
+                    taken = set()
                 cell = index * len(LEVELS) + level - 1
                 share = wanted * (cell + 1) // 15 - wanted * cell // 15
                 rng = Random(f"{seed}/{split}/{make.__name__}/{level}")
-                rows += [
-                    _row(draft, subject, make.__name__, level, rng) for draft in _distinct(make, level, split, share, rng)
-                ]
+                drafts = _distinct(make, level, split, share, rng, taken)
+                rows += [_row(draft, subject, make.__name__, level, rng) for draft in drafts]
     Random(f"{seed}/{split}/order").shuffle(rows)
     return rows
 
@@ -97,15 +144,16 @@ def stream(split: str, seed: int) -> Iterator[dict[str, str]]:
             yield _row(draft, subject, make.__name__, level, rng)
 
 
-def _distinct(make: Family, level: int, split: str, wanted: int, rng: Random) -> list[Draft]:
-    """`wanted` different skeletons of one family and level that fall into `split`."""
+def _distinct(make: Family, level: int, split: str, wanted: int, rng: Random, taken: set[str]) -> list[Draft]:
+    """`wanted` skeletons of one family and level that fall into `split` and are not taken yet, which they are then."""
     found: dict[str, Draft] = {}
     for _ in range(400 * wanted + 4000):
         if len(found) == wanted:
             break
         draft = make(rng.randint, level)
-        if split_of(draft) == split:
+        if draft.problem not in taken and split_of(draft) == split:
             found.setdefault(draft.problem, draft)
+    taken |= set(found)
     if len(found) < wanted:
         raise UserError(
             f"mini: {make.__name__} at level {level} has only {len(found)} distinct {split} problems, {wanted} are wanted; "

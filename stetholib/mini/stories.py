@@ -10,9 +10,9 @@ from random import Random
 
 from stetholib.mini.problems import ITEMS, NAMES
 
-PLACES = "market station school library garden harbour museum bakery theatre village".split()
-COLOURS = "red blue green white yellow black".split()
-DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
+PLACES = ["market", "station", "school", "library", "garden", "harbour", "museum", "bakery", "theatre", "village"]
+COLOURS = ["red", "blue", "green", "white", "yellow", "black"]
+DAYS = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"]
 SENTENCES = (
     "{name} lives in house number {n} near the {place}.",
     "The {colour} bus {n} goes from the {place} to the {place2} every {day}.",

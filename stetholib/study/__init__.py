@@ -1,0 +1,92 @@
+"""The one room where everything is wired together: a profile, a workspace, and the six steps as cached stages.
+
+    study = Study.open("mini")
+    study.layer_selection()        # makes, or finds, all that it stands on
+
+Each step's wiring extends that of the step before, so that data can only flow one way.
+"""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from stetholib import claims, significance
+from stetholib.study.minerva_math import AnswerSteps, Variant
+from stetholib.study.stages import library_versions
+from stetholib.workspace import Artefact
+
+__all__ = ["Study", "Variant"]
+
+
+class Study(AnswerSteps):
+    """One profile on one device, with everything that its six steps make; adds step 06 to the five before."""
+
+    @property
+    def margins(self) -> significance.Margins:
+        """Level and margins, from the profile."""
+        p = self.profile.significance
+        return significance.Margins(p.level, p.margin, p.margin_subject, p.bootstrap, self._seed("bootstrap"))
+
+    def paired(self, one: str, other: str) -> dict[str, Any]:
+        """Two variants on the same test problems, `other` minus `one`, over all subjects."""
+        return significance.paired_against(self.all_records(), one, other, self.margins)
+
+    def significance(self) -> pd.DataFrame:
+        """Step 06's table, written and returned."""
+        params = [asdict(self.profile.significance), self.profile.seed]
+        upstream = [self.records(variant).key for variant in self.variants().values()]
+        table = self._stage("significance", params, upstream, [significance]).tables["table"]
+        self.workspace.table("06_significance", table)
+        return table
+
+    def _make_significance(self, folder: Path) -> Artefact:
+        return Artefact(tables={"table": significance.measure(self.all_records(), self.margins)})
+
+    def published(self) -> pd.DataFrame:
+        """The published figure by three tests, written and returned."""
+        table = significance.published()
+        self.workspace.table("06_published", table)
+        return table
+
+    def claims(self) -> pd.DataFrame:
+        """The ledger of the paper's nine claims, written and returned."""
+        evidence = claims.Evidence(
+            projection=self.subspace_projection(),
+            energies=self.energies,
+            rank=self.ranks.default,
+            sets=self.layer_sets(),
+            scores=self.layer_selection(),
+            accuracy=self.minerva_math(),
+            significance=self.significance(),
+            checks=self.checks(),
+            published_rung=self.profile.published_rung,
+            level=self.profile.significance.level,
+        )
+        table = claims.ledger(evidence)
+        self.workspace.table("06_claims", table)
+        return table
+
+    def manifest(self) -> dict[str, Any]:
+        """What is stable about this run, written as `manifest.json` and returned."""
+        p = self.profile
+        stable = dict(
+            profile=p.name,
+            profile_hash=p.digest,
+            seed=p.seed,
+            threads=p.threads,
+            device=self.device,
+            libraries=library_versions(),
+            model=dict(base=p.model.base, revision=p.model.revision, dtype=p.model.dtype, key=self.base_key),
+            sae=dict(release=p.sae.release, id=p.sae.sae_id, d_sae=p.sae.d_sae),
+            data=dict(
+                maths=p.data.maths,
+                maths_revision=p.data.maths_revision,
+                general=p.data.general,
+                general_revision=p.data.general_revision,
+            ),
+        )
+        self.workspace.text("manifest.json", json.dumps(stable, indent=1, sort_keys=True) + "\n")
+        return stable

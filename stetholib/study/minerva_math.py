@@ -1,0 +1,246 @@
+"""Wiring of step 05: variants, their answers and records. The test split is first read here."""
+
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import cached_property, partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+
+from stetholib import (
+    editing,
+    layer_selection,
+    minerva_math,
+    models,
+    profiles,
+    sae_features,
+    subspace_projection,
+    task_vectors,
+    texts,
+)
+from stetholib.editing import Edit, edited
+from stetholib.models import LanguageModel
+from stetholib.study.layer_selection import SelectionSteps
+from stetholib.study.sae_features import CORPORA
+from stetholib.workspace import Artefact, append_json, digest_of, progress, read_json_lines, source_hash
+
+
+@dataclass(frozen=True)
+class Variant:
+    """An edited model that answers the test: which vector, into which layers. `finetuned` loads theta_1 itself."""
+
+    name: str
+    vector: str = "raw"
+    layers: tuple[int, ...] = ()
+    alpha: float = 1.0
+
+
+class AnswerSteps(SelectionSteps):
+    """Adds everything that the test split says."""
+
+    def variants(self) -> dict[str, Variant]:
+        """The edited models that answer the test, in the profile's order."""
+        every, chosen = tuple(range(self.layers)), self.chosen_layers()
+        drawn = layer_selection.sampled_sets(self.layers, self.selected_count, 3, self._seed("random variants"))
+        known = [
+            Variant("base"),
+            Variant("finetuned", "finetuned"),
+            Variant("full", "raw", every),
+            Variant("scalpel", "projected", every),
+            Variant("scalpel_rescaled", "projected_rescaled", every),
+            Variant("raw_shrunk", "raw_shrunk", every),
+            *(
+                Variant(name, "raw", chosen[name][1])
+                for name in ("stethoscope", "stethoscope_matched", "least_specific", "largest_norm")
+            ),
+            *(Variant(f"random_{i + 1}", "raw", layers) for i, layers in enumerate(drawn)),
+        ]
+        by_name = {variant.name: variant for variant in known}
+        for name in self.profile.evaluation.variants:
+            if name not in by_name:
+                raise profiles.ProfileError(
+                    f"profile {self.profile.name}.evaluation.variants: unknown variant {name!r}; there are: {', '.join(by_name)}"
+                )
+        return {name: by_name[name] for name in self.profile.evaluation.variants}
+
+    def _variant_key(self, variant: Variant) -> str:
+        """Identity of an edited model: two variants with one key are the same model."""
+        if not variant.layers and variant.vector != "finetuned":
+            return digest_of(self.base_key, "base")
+        made = [self.finetuned().key, variant.vector, variant.layers, variant.alpha]
+        if variant.vector not in ("raw", "finetuned"):
+            p = self.profile
+            made += [
+                self.features().key,
+                asdict(p.projection),
+                asdict(p.features),
+                *self._sae_keys,
+                source_hash([subspace_projection]),
+            ]
+        return digest_of(self.base_key, made, source_hash([editing, task_vectors]))
+
+    @contextmanager
+    def edited_model(self, variant: Variant) -> Any:
+        """The model of a variant; the base model is itself again afterwards."""
+        if variant.vector == "finetuned":
+            yield models.load(self.finetuned().folder, self.profile.model.dtype, self.device)
+            return
+        edit = Edit(self.vector(variant.vector) if variant.layers else self.task_vector, variant.layers, alpha=variant.alpha)
+        with edited(self.base.model, edit):
+            yield self.base
+
+    @cached_property
+    def test_problems(self) -> list[texts.Row]:
+        """The test split. First read in step 05."""
+        return self.problems("test")
+
+    @cached_property
+    def _tasks(self) -> Any:
+        """The harness's tasks on the local test problems."""
+        key = digest_of(
+            [row["problem"] + row["solution"] for row in self.test_problems],
+            self.profile.evaluation.num_fewshot,
+            version("lm-eval"),
+        )
+        folder = self.workspace.runs / "tasks" / key
+        names = minerva_math.write_tasks(folder, self.test_problems, self.profile.evaluation.num_fewshot)
+        return minerva_math.load_tasks(folder, names)
+
+    @cached_property
+    def _prompts(self) -> dict[str, str]:
+        return minerva_math.prompts_of(self._tasks)
+
+    def answers(self, variant: Variant) -> dict[str, minerva_math.Answer]:
+        """Every answer of a variant, by problem id; each was asked once and is on disk."""
+        p = self.profile.evaluation
+        params = [p.num_fewshot, p.max_new_tokens, p.batch_size, p.chat_template, self.device, self.profile.threads]
+        key = digest_of(self._variant_key(variant), params, source_hash([minerva_math, models]))
+        path = self.workspace.store / f"answers-{key}.jsonl"
+        known = {row["problem_id"]: minerva_math.Answer(**row) for row in read_json_lines(path)}
+        missing = {name: text for name, text in self._prompts.items() if name not in known}
+        if missing:
+
+            def keep(batch: list[minerva_math.Answer]) -> None:
+                append_json(path, [asdict(answer) for answer in batch])
+                known.update({answer.problem_id: answer for answer in batch})
+
+            with self.edited_model(variant) as model:
+                watch = partial(progress, label=f"05 {variant.name}")
+                minerva_math.answer_all(model, missing, p.max_new_tokens, p.batch_size, keep, watch)
+        return known
+
+    def records(self, variant: Variant) -> Artefact:
+        """Scored records of one variant; also written as the contract's JSON lines."""
+        upstream = [self._variant_key(variant), digest_of([row["problem"] for row in self.test_problems])]
+        make = partial(self._make_records, variant)
+        found = self._stage("records", [variant.name, asdict(self.profile.evaluation)], upstream, [minerva_math, models], make)
+        path = self.workspace.records / f"{variant.name}.jsonl"
+        text = (found.folder / "records.jsonl").read_text(encoding="utf-8")
+        if not path.is_file() or path.read_text(encoding="utf-8") != text:
+            from stetholib.workspace import atomic
+
+            atomic(path, lambda draft: draft.write_text(text, encoding="utf-8"))
+        return found
+
+    def _make_records(self, variant: Variant, folder: Path) -> Artefact:
+        answers = self.answers(variant)
+        verdicts, errors = minerva_math.score(self._tasks, answers)
+        rows = minerva_math.records(variant.name, self.test_problems, answers, verdicts)
+        append_json(folder / "records.jsonl", rows)
+        return Artefact(tables={"records": pd.DataFrame(rows)}, values={"harness_stderr": errors})
+
+    def all_records(self) -> pd.DataFrame:
+        """Records of every variant, one row an answer."""
+        return pd.concat([self.records(v).tables["records"] for v in self.variants().values()], ignore_index=True)
+
+    def general_loss(self, variant: Variant) -> float:
+        """Loss on held-out general text, nats a token."""
+        p = self.profile
+        params = [p.evaluation.general_documents, asdict(p.data), p.seed]
+        make = partial(self._make_general_loss, variant)
+        return self._stage("general_loss", params, [self._variant_key(variant)], [models, *self._text_code], make).values["loss"]
+
+    def _make_general_loss(self, variant: Variant, folder: Path) -> Artefact:
+        p = self.profile
+        documents = texts.general(p.data, "test", p.evaluation.general_documents, self._seed("general"))
+        pairs = models.tokenize(self.base, [("", text) for text in documents], p.data.max_tokens)
+        with self.edited_model(variant) as model:
+            return Artefact(
+                values={"loss": models.mean_loss(model.model, models.batches(pairs, p.selection.batch_tokens, self.device))}
+            )
+
+    def minerva_math(self) -> pd.DataFrame:
+        """Step 05's table, written and returned."""
+        losses = {name: self.general_loss(variant) for name, variant in self.variants().items()}
+        table = minerva_math.measure(self.all_records(), losses)
+        self.workspace.table("05_minerva_math", table)
+        return table
+
+    def checks(self) -> dict[str, Any]:
+        """What C8 and C9 rest on: a repetition compared bit by bit, and what an edited model costs to run."""
+        stethoscope = self.variants()["stethoscope"]
+        params = [self.profile.evaluation.noise_problems, asdict(self.profile.evaluation), self.profile.seed]
+        modules = [minerva_math, models, editing]
+        return self._stage("checks", params, [self._variant_key(stethoscope), self.features().key], modules).values
+
+    def _make_checks(self, folder: Path) -> Artefact:
+        """Answers twice, scores twice, weights before and after; parameters and FLOPs of base and edited model."""
+        p, variant = self.profile.evaluation, self.variants()["stethoscope"]
+        some = dict(sorted(self._prompts.items())[: p.noise_problems])
+        before, runs, costs = models.weight_hash(self.base.model), [], []
+        for _ in range(2):
+            found: list[minerva_math.Answer] = []
+            with self.edited_model(variant) as model:
+                minerva_math.answer_all(model, some, p.max_new_tokens, p.batch_size, found.extend)
+                costs.append(running_cost(model))
+            runs.append(found)
+        rule, labels = self._rule(), sae_features.one_hot(self.features().tensors["corpus_of"], len(CORPORA))
+        again = [float(rule.score(sums, labels, False)[0]) for sums in self.document_sums("corpus")]
+        return Artefact(
+            values=dict(
+                answered_twice=len(some),
+                identical_answers=sum(a == b for a, b in zip(*runs, strict=True)),
+                identical_scores=again == self.scores("corpus").score.tolist(),
+                weights_restored=before == models.weight_hash(self.base.model),
+                base_cost=running_cost(self.base),
+                edited_cost=costs[0],
+            )
+        )
+
+    def noise(self) -> pd.DataFrame:
+        """The noise floor: how many of the base model's verdicts flip with another batch size or precision."""
+        p = self.profile.evaluation
+        return self._stage("noise", asdict(p), [self.base_key, digest_of(sorted(self._prompts))], [minerva_math, models]).tables[
+            "noise"
+        ]
+
+    def _make_noise(self, folder: Path) -> Artefact:
+        p = self.profile.evaluation
+        some = dict(sorted(self._prompts.items())[: p.noise_problems])
+        kept = self.records(self.variants()["base"]).tables["records"].set_index("problem_id")["exact_match"]
+        rows = []
+        for what, dtype, batch_size in (
+            ("batch size", self.profile.model.dtype, max(1, p.batch_size // 8)),
+            ("bfloat16", "bfloat16", p.batch_size),
+        ):
+            found: list[minerva_math.Answer] = []
+            model = models.load(self.base_folder, dtype, self.device)
+            minerva_math.answer_all(model, some, p.max_new_tokens, batch_size, found.extend)
+            verdicts, _ = minerva_math.score(self._tasks, {a.problem_id: a for a in found}, partial=True)
+            again = verdicts.set_index("problem_id")["exact_match"]
+            flips = int((kept[again.index] != again).sum())
+            rows.append(dict(change=what, problems=len(some), flips=flips, share=flips / len(some)))
+        return Artefact(tables={"noise": pd.DataFrame(rows)})
+
+
+def running_cost(model: LanguageModel) -> dict[str, int]:
+    """Parameters of a model and FLOPs of one forward pass over 32 tokens."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    ids = torch.full((1, 32), model.tokenizer.bos_token_id, device=model.device)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model.model(input_ids=ids, use_cache=False)
+    return dict(parameters=sum(p.numel() for p in model.model.parameters()), flops=counter.get_total_flops())

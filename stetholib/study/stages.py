@@ -1,0 +1,171 @@
+"""What every step's wiring stands on: a profile, a workspace, cached stages, the base model and the texts.
+
+A stage is a method `_make_<name>` that turns what came before into an `Artefact`; it is keyed by its parameters, its
+upstream artefacts, the code it runs and the libraries' versions. Any notebook can therefore be opened first.
+"""
+
+import inspect
+import os
+import textwrap
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from functools import cache, cached_property, partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from stetholib import (
+    figures,
+    models,
+    profiles,
+    texts,
+)
+from stetholib.models import Checkpoint, LanguageModel
+from stetholib.texts import SUBJECTS
+from stetholib.workspace import Artefact, Workspace, code_text, digest_of, source_hash
+
+PARAMETERS = ("profile", "device", "overrides")
+LIBRARIES = ("torch", "transformers", "sae-lens", "lm-eval", "datasets", "peft", "scipy", "numpy")
+
+
+@cache
+def library_versions() -> dict[str, str]:
+    """Versions of the libraries that results depend on, without local tags."""
+    return {library: version(library).split("+")[0] for library in LIBRARIES}
+
+
+class Stages:
+    """One profile on one device, with everything that its six steps make."""
+
+    def __init__(self, profile: profiles.Profile, device: str = "cpu", root: Path | None = None) -> None:
+        """device: `cpu` or `cuda`; root: where `runs/` and `figures/` lie."""
+        self.profile, self.device = profile, device
+        self.workspace = Workspace(profile.name, root)
+        self._memo: dict[str, Artefact] = {}
+        torch.set_num_threads(profile.threads)
+        torch.use_deterministic_algorithms(True, warn_only=device != "cpu")
+
+    @classmethod
+    def open(
+        cls, name: str = "mini", overrides: dict[str, Any] | None = None, device: str = "cpu", root: Path | None = None
+    ) -> "Study":
+        """Open a profile by name, with single keys overridden; overridden runs keep their files apart."""
+        if device not in ("cpu", "cuda"):
+            raise profiles.ProfileError(f"unknown device {device!r}; it is cpu or cuda")
+        if device == "cuda" and not torch.cuda.is_available():
+            raise profiles.ProfileError("device cuda: PyTorch sees no CUDA GPU on this machine; use DEVICE=cpu")
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        profile = profiles.load(name, overrides)
+        study = cls(profile, device, root)
+        if overrides:
+            study.workspace = Workspace(f"{profile.name}-{profile.digest}", root)
+            study.workspace.store = Workspace(profile.name, root).store
+        return study
+
+    @classmethod
+    def for_notebook(cls, namespace: dict[str, Any]) -> "Study":
+        """Open the study that a notebook's `parameters` cell asks for; refuses a parameter that does not exist.
+
+        Call it right after that cell. Papermill only warns about unknown names and then ignores them.
+        """
+        plain = (str, int, float, bool, list, dict, tuple, type(None))
+        names = {name for name, value in namespace.items() if isinstance(value, plain) and name[0].islower()}
+        if unknown := sorted(names - set(PARAMETERS)):
+            raise profiles.ProfileError(
+                f"unknown notebook parameter {unknown[0]!r}{profiles.nearest(unknown[0], PARAMETERS)}; there are: {', '.join(PARAMETERS)}"
+            )
+        return cls.open(namespace["profile"], namespace["overrides"], namespace["device"])
+
+    def figure(self, stem: str, figure: Any) -> None:
+        """Write a figure as PNG and SVG into `figures/<profile>/`, with whose numbers it shows."""
+        figures.labelled(figure, self.profile.title)
+        for kind in ("png", "svg"):
+            self.workspace.file(f"{stem}.{kind}", partial(figures.save, figure))
+
+    def _stage(
+        self,
+        name: str,
+        params: Any,
+        upstream: Sequence[str] = (),
+        modules: Sequence[Any] = (),
+        make: Callable[[Path], Artefact] | None = None,
+    ) -> Artefact:
+        """The artefact of `_make_<name>`, from this process, from the store, or made now."""
+        method = getattr(type(self), f"_make_{name}")
+        code = code_text(textwrap.dedent(inspect.getsource(method)))
+        params = asdict(params) if hasattr(params, "__dataclass_fields__") else params
+        where = [library_versions(), self.device, self.profile.threads]
+        key = digest_of(name, params, list(upstream), code, source_hash(modules), where)
+        if key not in self._memo:
+            self._memo[key] = self.workspace.cached(name, key, make or partial(method, self))
+        return self._memo[key]
+
+    def _seed(self, purpose: str) -> int:
+        """A seed of its own for each use of chance, derived from the profile's."""
+        return int(digest_of(self.profile.seed, purpose), 16) % 2**31
+
+    @cached_property
+    def base_folder(self) -> Path:
+        """Where the base model's files are."""
+        return self._folder(self.profile.model.base, self.profile.model.revision)
+
+    def _folder(self, name: str, revision: str | None) -> Path:
+        if name == "mini":
+            from stetholib.mini import base
+
+            return base.FOLDER
+        if name == "toy":
+            return self._stage("toy", name).folder
+        if Path(name).is_dir():
+            return Path(name)
+        from huggingface_hub import snapshot_download
+
+        return Path(snapshot_download(name, revision=revision, allow_patterns=["*.json", "*.safetensors", "tokenizer*"]))
+
+    def _make_toy(self, folder: Path) -> Artefact:
+        """An untrained model of the real architecture, for the tests."""
+        from transformers import Gemma3ForCausalLM
+
+        from stetholib.mini import base, tokenizer
+
+        torch.manual_seed(0)
+        tokens = tokenizer.build()
+        Gemma3ForCausalLM(base.config(layers=3, hidden=32, vocab_size=len(tokens))).save_pretrained(folder)
+        tokens.save_pretrained(folder)
+        return Artefact()
+
+    @cached_property
+    def base_key(self) -> str:
+        """Identity of the base model: its name and revision, and the bytes of a local one."""
+        model = self.profile.model
+        local = [p.stat().st_size for p in sorted(self.base_folder.glob("*.safetensors"))]
+        return digest_of(model.base, model.revision, model.dtype, local, _first_bytes(self.base_folder))
+
+    @cached_property
+    def base(self) -> LanguageModel:
+        """theta_0 with its tokenizer."""
+        return models.load(self.base_folder, self.profile.model.dtype, self.device)
+
+    @cached_property
+    def layers(self) -> int:
+        """How many blocks the model has."""
+        return 1 + max(layer for layer, _ in models.weight_names(Checkpoint(self.base_folder)))
+
+    def problems(self, split: str) -> list[texts.Row]:
+        """Problems of a split; the test split is read by step 05 and after only."""
+        return texts.problems(self.profile.data, split, self._seed("problems"))
+
+    def _per_subject(self, rows: Sequence[texts.Row], count: int) -> list[texts.Row]:
+        """The first `count` problems of each subject; the rows are shuffled, so that is a random subset."""
+        return [row for subject in SUBJECTS for row in [r for r in rows if r["subject"] == subject][:count]]
+
+
+def _first_bytes(folder: Path) -> str:
+    """A hash of a local checkpoint's tensors' names, shapes and offsets, and of the first megabyte of each file."""
+    parts = []
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb") as handle:
+            parts.append(handle.read(2**20).hex())
+    return digest_of(parts)

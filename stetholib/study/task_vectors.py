@@ -1,0 +1,90 @@
+"""Wiring of step 01: the fine-tune and its task vector."""
+
+from contextlib import contextmanager
+from dataclasses import asdict
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from stetholib import (
+    minerva_math,
+    models,
+    task_vectors,
+    texts,
+)
+from stetholib.models import Checkpoint
+from stetholib.study.stages import Stages
+from stetholib.task_vectors import TaskVector
+from stetholib.workspace import Artefact, digest_of, progress
+
+
+class TaskVectorSteps(Stages):
+    """Adds theta_1 and tau."""
+
+    def finetuned(self) -> Artefact:
+        """theta_1: the second checkpoint, or the fine-tune made here; `folder` holds it, table `loss` its curve."""
+        p = self.profile
+        if p.finetune.finetuned:
+            return Artefact(
+                folder=self._folder(p.finetune.finetuned, p.finetune.finetuned_revision), key=digest_of(asdict(p.finetune))
+            )
+        from stetholib import finetuning
+
+        params = [asdict(p.finetune), asdict(p.data), p.seed]
+        return self._stage("finetuned", params, [self.base_key], [finetuning, models, minerva_math, *self._text_code])
+
+    def _make_finetuned(self, folder: Path) -> Artefact:
+        from stetholib.finetuning import finetune
+
+        p = self.profile
+        base = models.load(self.base_folder, p.model.dtype, self.device)
+        with trainer_progress("01 fine-tune") as callbacks:
+            curve = finetune(
+                base, self.problems("train"), p.finetune, folder, self._seed("finetune"), p.data.max_tokens, callbacks
+            )
+        return Artefact(tables={"loss": curve})
+
+    @property
+    def _text_code(self) -> list[Any]:
+        from stetholib.mini import problems, stories
+
+        return [texts, problems, stories]
+
+    @cached_property
+    def task_vector(self) -> TaskVector:
+        """tau = theta_1 - theta_0; held in memory where it fits in a gibibyte, else read when asked for."""
+        vector = TaskVector.between(Checkpoint(self.base_folder), Checkpoint(self.finetuned().folder))
+        size = 4 * sum(p.numel() for p in models.edit_weights(self.base.model).values())
+        return vector.in_memory() if size < 2**30 else vector
+
+    @cached_property
+    def energies(self) -> dict[models.Key, float]:
+        """Energy of each matrix of the task vector."""
+        return self.task_vector.energies()
+
+    def task_vectors(self) -> pd.DataFrame:
+        """Step 01's table, written and returned."""
+        table = task_vectors.measure(models.edit_weights(self.base.model), self.task_vector)
+        self.workspace.table("01_task_vectors", table)
+        return table
+
+    def energy_elsewhere(self) -> dict[str, float]:
+        """Energy of the change outside the seven matrices, by kind."""
+        return task_vectors.energy_elsewhere(Checkpoint(self.base_folder), Checkpoint(self.finetuned().folder))
+
+
+@contextmanager
+def trainer_progress(label: str) -> Any:
+    """A transformers callback that reports steps through `progress`."""
+    from transformers import TrainerCallback
+
+    class Report(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self.steps = progress(range(state.max_steps), label)
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            next(self.steps, None)
+
+    yield [Report()]
