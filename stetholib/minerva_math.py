@@ -193,7 +193,13 @@ def load_tasks(folder: Path, names: Sequence[str]) -> dict[str, Any]:
         if (until := task.config.generation_kwargs.get("until")) != [STOP]:
             raise UserError(f"minerva_math: task {name} stops at {until}, not at {[STOP]}; update write_tasks")
         task.config.process_results = remembering(task.config.process_results)
+        task.config.doc_to_target = gold
     return loaded
+
+
+def gold(doc: Mapping[str, str]) -> str:
+    """The harness's `doc_to_target`, as a function: its template would be compiled anew for every document."""
+    return doc["solution"] if "few_shot" in doc else doc["answer"]
 
 
 _VERDICTS: dict[tuple[str, str], dict[str, int]] = {}

@@ -30,7 +30,7 @@ def test_the_harness_asks_every_problem_with_our_prompt(tasks):
 def test_four_shots_are_the_harnesss_own(tmp_path):
     four = mm.load_tasks(tmp_path, mm.write_tasks(tmp_path, ROWS[:8], num_fewshot=4))
     prompt = next(iter(mm.prompts_of(four).values()))
-    assert prompt.count("Problem:") == 5 and "Terrell" in prompt
+    assert prompt.count("Problem:") == 5 and "The final answer is $16$. I hope it is correct." in prompt
 
 
 def test_a_task_that_lost_its_stop_string_is_refused(tmp_path):
