@@ -194,7 +194,7 @@ def bars_with_zero(values: Mapping[str, float], label: str, ax: Axes, colours: M
         ax.text(
             value + np.sign(value) * 0.02 * reach,
             row,
-            f"{value:+.3f}",
+            f"{value:+.2g}",
             va="center",
             ha="left" if value >= 0 else "right",
             fontsize=8.5,
@@ -230,7 +230,7 @@ def layer_scores(table: pd.DataFrame, null: np.ndarray, contrast: str, ax: Axes)
         chosen["layer"], chosen["score"], s=130, facecolors="none", edgecolors=BLACK, linewidths=1.5, zorder=3, label="selected"
     )
     _whole_layers(ax).set(xlabel="layer", ylabel="layer score", ylim=(min(0, low.min()), None))
-    ax.legend()
+    ax.legend(ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.16), columnspacing=1)
     return ax
 
 
@@ -290,7 +290,7 @@ def accuracies(table: pd.DataFrame, subject: str, order: Sequence[str], ax: Axes
     ax.set(yticks=at, xlabel="accuracy (exact match)", xlim=(0, None))
     ax.set_yticklabels([name.replace("_", " ") for name in rows.index])
     ax.xaxis.set_major_formatter(mpl.ticker.PercentFormatter(1, decimals=0))
-    _downwards(ax, len(rows)).legend(loc="lower right")
+    _downwards(ax, len(rows)).legend(loc="lower left")
     return ax
 
 

@@ -83,7 +83,7 @@ def finetune(
         warmup_steps=0.03,
         weight_decay=0.0,
         train_sampling_strategy="group_by_length",
-        logging_steps=0.02,
+        logging_steps=0.05,
         save_strategy="no",
         report_to=[],
         seed=seed,
