@@ -135,7 +135,7 @@ def self_test(table: pd.DataFrame, ax: Axes) -> Axes:
     ax.plot(table["layer"], table["fvu_random"], color=GREY, ls=":", marker="x", label="random dictionary, same L0")
     ax.plot(table["layer"], table["fvu"], color=RED, marker="o", label="SAE")
     _whole_layers(ax).set(xlabel="layer", ylabel="variance unexplained", ylim=(0, 1.12))
-    ax.legend(loc="center right")
+    ax.legend(loc="center left", bbox_to_anchor=(0, 0.36))
     return ax
 
 

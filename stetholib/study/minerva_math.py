@@ -111,6 +111,8 @@ class AnswerSteps(SelectionSteps):
 
     @cached_property
     def _prompts(self) -> dict[str, str]:
+        if self.profile.evaluation.chat_template:
+            raise profiles.ProfileError(f"profile {self.profile.name}.evaluation.chat_template: only false is supported so far")
         return minerva_math.prompts_of(self._tasks)
 
     def answers(self, variant: Variant) -> dict[str, minerva_math.Answer]:
