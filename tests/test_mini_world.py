@@ -131,7 +131,8 @@ def test_base_training_resumes_where_it_was_interrupted(tmp_path, monkeypatch):
     import torch
     from safetensors.torch import load_file
 
-    monkeypatch.setattr(base, "config", lambda layers=1, hidden=16, vocab_size=352: _small(vocab_size))
+    small = base.config
+    monkeypatch.setattr(base, "config", lambda vocab_size: small(layers=1, hidden=16, vocab_size=vocab_size))
     recipe = base.Recipe(tokens=6 * 256, batch_tokens=256, checkpoint_every=3, threads=torch.get_num_threads())
     base.train(recipe, "cpu", tmp_path / "whole")
     real, steps = base._loss, []
@@ -149,24 +150,6 @@ def test_base_training_resumes_where_it_was_interrupted(tmp_path, monkeypatch):
     base.train(recipe, "cpu", tmp_path / "cut")
     whole, cut = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "cut"))
     assert all(torch.equal(whole[name], cut[name]) for name in whole)
-
-
-def _small(vocab_size):
-    from transformers import Gemma3TextConfig
-
-    return Gemma3TextConfig(
-        vocab_size=vocab_size,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        head_dim=8,
-        query_pre_attn_scalar=8,
-        pad_token_id=0,
-        eos_token_id=1,
-        bos_token_id=2,
-    )
 
 
 def test_the_world_is_the_same_each_time_it_is_made():
