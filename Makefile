@@ -15,7 +15,7 @@ RUN := $(shell $(PYTHON) -m stetholib.environment 2>/dev/null && echo $(PYTHON) 
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help env reproduce test test-all mini-base lab lint readme clean
+.PHONY: help env reproduce seeds test test-all mini-base lab lint readme clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 24
@@ -33,6 +33,9 @@ endif
 
 reproduce: env  ## the six notebooks, every table and figure: make reproduce [PROFILE=mini] [DEVICE=cpu]
 	@$(RUN) -m stetholib reproduce --profile $(PROFILE) --device $(DEVICE)
+
+seeds: env  ## the experiment in several worlds, how often each claim holds: make seeds [SEEDS=5]
+	@$(RUN) -m stetholib seeds --device $(DEVICE) --count $(SEEDS)
 
 test: env  ## the tests of every day: offline, at most five minutes on two cores
 	$(RUN) -m pytest -q -m "not slow" --cov=stetholib --cov-report=term

@@ -1,4 +1,4 @@
-"""The command line behind the Makefile: `python -m stetholib reproduce --profile mini`."""
+"""The command line behind the Makefile: `python -m stetholib reproduce --profile mini`, `python -m stetholib seeds`."""
 
 import argparse
 import sys
@@ -8,15 +8,22 @@ from stetholib.errors import UserError
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; a user's mistake is one line on standard error and exit status 2."""
-    parser = argparse.ArgumentParser(prog="stetholib", description="Reproduce the six notebooks.")
-    parser.add_argument("command", choices=["reproduce"])
+    parser = argparse.ArgumentParser(prog="stetholib", description="Run the six notebooks, or several worlds.")
+    parser.add_argument("command", choices=["reproduce", "seeds"])
     parser.add_argument("--profile", default="mini")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--count", type=int, default=5, help="how many worlds")
+    parser.add_argument("--into", default="seeds", help="folder below figures/ for what several worlds say")
     options = parser.parse_args(arguments)
     try:
-        from stetholib.reproduce import reproduce
+        if options.command == "seeds":
+            from stetholib import worlds
 
-        reproduce(options.profile, options.device)
+            worlds.run(options.profile, options.device, options.count, options.into)
+        else:
+            from stetholib.reproduce import reproduce
+
+            reproduce(options.profile, options.device)
     except UserError as error:
         print(f"stetholib: {error}", file=sys.stderr)
         return 2

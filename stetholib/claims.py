@@ -17,6 +17,7 @@ from stetholib.subspace_projection import split_loss
 NUMBER_THEORY = "number_theory"
 CONTRAST_VARIANT = {"corpus": "stethoscope", "matched": "stethoscope_matched"}
 FLOOR = 0.05  # base accuracy below which a subject tells nothing
+FIVE_OF_SEVEN = 5 / 7
 DETECTABLE = 0.10  # minimum detectable effect above which it tells nothing
 
 
@@ -39,9 +40,13 @@ class Evidence:
         """The significance rows of a variant, by subject; `all` among them."""
         return self.significance[self.significance["variant"] == variant].set_index("subject")
 
-    def testable(self, rows: pd.DataFrame) -> pd.Series:
-        """Which rows can tell anything: base accuracy and minimum detectable effect within bounds."""
-        return (rows["base_accuracy"] >= FLOOR) & (rows["mde"] <= DETECTABLE)
+    def testable(self, rows: pd.DataFrame, by_interval: bool = False) -> bool:
+        """Whether five subjects in seven can tell anything: base accuracy and minimum detectable effect within bounds.
+
+        by_interval: the rule reads intervals against a margin, which say for themselves how much could be detected.
+        """
+        telling = (rows["base_accuracy"] >= FLOOR) & (by_interval | (rows["mde"] <= DETECTABLE))
+        return bool(telling.sum() >= FIVE_OF_SEVEN * len(rows))
 
 
 @dataclass(frozen=True)
@@ -93,7 +98,7 @@ def _no_gain(e: Evidence, contrast: str) -> Finding:
     strictly = int((subjects["verdict"] == "improved").sum())
     below = int((subjects["ci_high"] < subjects["margin"]).sum())
     measured = f"{improved} of {len(subjects)} improved; interval below the margin in {below} of {len(subjects)}"
-    contained: bool | None = True if below == len(subjects) else None
+    contained: bool | None = True if below == len(subjects) and e.testable(subjects, by_interval=True) else None
     return Finding(measured, False if improved else contained, False if strictly else contained)
 
 
@@ -134,8 +139,8 @@ def _improved(e: Evidence, contrast: str) -> Finding:
     usual = int(((subjects["p"] < e.level) & (subjects["difference"] > 0)).sum())
     strict = int((subjects["verdict"] == "improved").sum())
     measured = f"{usual} of {len(subjects)}; {strict} of {len(subjects)} paired and corrected"
-    wanted = 5 * len(subjects) / 7
-    untold = None if int(e.testable(subjects).sum()) < wanted else False
+    wanted = FIVE_OF_SEVEN * len(subjects)
+    untold = False if e.testable(subjects) else None
     return Finding(measured, True if usual >= wanted else untold, True if strict >= wanted else untold)
 
 
@@ -145,9 +150,9 @@ def _not_degraded(e: Evidence, contrast: str) -> Finding:
     degraded = int((subjects["verdict"] == "degraded").sum())
     safe = int(subjects["verdict"].isin(["improved", "no worse"]).sum())
     measured = f"{usual} of {len(subjects)} degraded; {safe} of {len(subjects)} improved or no worse by the margin"
-    told = int(e.testable(subjects).sum()) >= 5 * len(subjects) / 7
-    strict: bool | None = False if degraded else (True if safe == len(subjects) else None)
-    return Finding(measured, False if usual else (True if told else None), strict)
+    contained = safe == len(subjects) and e.testable(subjects, by_interval=True)
+    strict: bool | None = False if degraded else (True if contained else None)
+    return Finding(measured, False if usual else (True if e.testable(subjects) else None), strict)
 
 
 def _deterministic(e: Evidence, contrast: str) -> Finding:

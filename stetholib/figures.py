@@ -316,6 +316,51 @@ def gain_split(table: pd.DataFrame, variants: Sequence[str], ax: Axes) -> Axes:
     return ax
 
 
+def token_limits(table: pd.DataFrame, names: Mapping[str, str], ax: Axes) -> Axes:
+    """Accuracy against the token limit, one line a variant; columns variant, limit, accuracy."""
+    for (variant, name), colour, marker in zip(names.items(), (GREY, GREEN, RED, BLUE), "xosD", strict=False):
+        rows = table[table["variant"] == variant]
+        ax.plot(rows["limit"], rows["accuracy"], color=colour, marker=marker, ms=4, label=name)
+    ax.axvline(table["limit"].max(), color=BLACK, lw=0.8, ls=":", label="the limit that was used")
+    ax.set(xlabel="limit on new tokens", ylabel="accuracy (exact match)", ylim=(0, None))
+    ax.yaxis.set_major_formatter(mpl.ticker.PercentFormatter(1, decimals=0))
+    ax.legend(loc="upper left")
+    return ax
+
+
+def claims_by_world(table: pd.DataFrame, column: str, ax: Axes) -> Axes:
+    """One square a claim and world: holds, contradicted, or not testable; the count of worlds stands at the right."""
+    rows = list(dict.fromkeys(zip(table["claim"], table["contrast"], strict=True)))
+    worlds = sorted(table["world"].unique())
+    look = {"contradicted": (ORANGE, "no"), "not testable": ("#D9D9D9", "?")}
+    for y, (claim, contrast) in enumerate(rows):
+        of = table[(table["claim"] == claim) & (table["contrast"] == contrast)].set_index("world")[column]
+        for x, world in enumerate(worlds):
+            colour, sign = look.get(of[world], (BLUE, "yes"))
+            ax.add_patch(mpl.patches.Rectangle((x - 0.45, y - 0.42), 0.9, 0.84, color=colour))
+            ax.text(x, y, sign, ha="center", va="center", fontsize=8, color="white" if colour == BLUE else BLACK)
+        ax.text(len(worlds) - 0.35, y, f"{sum(of.map(lambda v: v not in look))} of {len(worlds)}", va="center", fontsize=9)
+    words = {"-": "", "corpus": " all tokens", "matched": " matched words"}
+    ax.set(xlim=(-0.6, len(worlds) + 0.4), xticks=range(len(worlds)), yticks=range(len(rows)), xlabel="world (seed)")
+    ax.set_xticklabels(worlds)
+    ax.set_yticklabels([claim + words[contrast] for claim, contrast in rows])
+    ax.grid(False)
+    return _downwards(ax, len(rows))
+
+
+def percentiles_by_world(table: pd.DataFrame, ax: Axes) -> Axes:
+    """Percentile of each contrast's selected set among random sets, one dot a world; chance is a half."""
+    for shift, (contrast, (name, colour, marker)) in zip((-0.09, 0.09), CONTRAST.items(), strict=True):
+        at, share = table["world"] + shift, table[f"percentile_{contrast}"]
+        ax.plot(at, share, color=colour, marker=marker, ls="none", ms=8, label=name)
+    ax.axhline(0.5, color=GREY, ls=":", label="chance")
+    ax.axhline(0.95, color=BLACK, lw=0.8, label="better than 95 %")
+    _whole_layers(ax).set(xlabel="world (seed)", ylabel="random sets that do worse", ylim=(-0.03, 1.03), xticks=table["world"])
+    ax.yaxis.set_major_formatter(mpl.ticker.PercentFormatter(1, decimals=0))
+    ax.legend(ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.12))
+    return ax
+
+
 def forest(table: pd.DataFrame, variants: Mapping[str, str], ax: Axes) -> Axes:
     """Paired differences by subject with bootstrap intervals, one colour a variant, with zero and the margins."""
     subjects = ["all", *sorted(set(table["subject"]) - {"all"})]

@@ -309,6 +309,30 @@ def records(
     return found
 
 
+def tokens_to_answer(completion: str, count: Callable[[str], int]) -> int | None:
+    """How many new tokens it took until the harness could read an answer; None where it never could."""
+    from lm_eval.tasks.minerva_math import utils
+
+    sentence = "I hope it is correct."
+    end = completion.find(sentence) + len(sentence)
+    readable = utils.get_unnormalized_answer(completion[:end]) != INVALID
+    return count(completion[:end]) if readable else None
+
+
+def accuracy_by_limit(all_records: pd.DataFrame, needed: Sequence[int | None], limits: Sequence[int]) -> pd.DataFrame:
+    """Accuracy had the token limit been lower: columns variant, limit, accuracy.
+
+    Greedy answers under a lower limit are the same answers cut short, so nothing has to be asked again. needed: of
+    each record, `tokens_to_answer`.
+    """
+    tokens = pd.Series(needed, index=all_records.index, dtype=float)
+    parts = []
+    for limit in limits:
+        right = (all_records["exact_match"] == 1) & (tokens <= limit)
+        parts.append(right.groupby(all_records["variant"]).mean().rename("accuracy").reset_index().assign(limit=limit))
+    return pd.concat(parts, ignore_index=True)
+
+
 def measure(all_records: pd.DataFrame, general_loss: Mapping[str, float]) -> pd.DataFrame:
     """The table of step 05: one row a variant and subject, and `all`; general_loss in nats a token, by variant."""
     rows = []

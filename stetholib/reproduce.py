@@ -41,7 +41,7 @@ def reproduce(name: str, device: str, root: Path | None = None, out: Any = sys.s
     notebooks = {step: workspace.root / "notebooks" / f"{step}.ipynb" for step in STEPS}
     for path in notebooks.values():
         check_notebook(path)
-    _set_environment(profile.threads)
+    set_environment(profile.threads)
     workspace.runs.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(workspace.runs / "reproduce.lock", timeout=0):
@@ -122,9 +122,10 @@ def _progress(log: Path, out: Any) -> Iterator[None]:
         thread.join()
 
 
-def _set_environment(threads: int) -> None:
-    """What must be fixed before a kernel starts, so that two runs give the same bytes."""
+def set_environment(threads: int) -> None:
+    """What must be fixed before a kernel starts, so that two runs give the same bytes; libraries' own bars are off."""
     os.environ |= {
+        "TQDM_DISABLE": "1",
         "PYTHONHASHSEED": "0",
         "OMP_NUM_THREADS": str(threads),
         "MKL_NUM_THREADS": str(threads),

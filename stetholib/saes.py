@@ -4,16 +4,21 @@ Either way the result is SAELens' own object, saved and loaded by SAELens, and t
 `Dictionary` for the measurements.
 """
 
+import json
+import re
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float
+from safetensors.torch import load_file
 from torch import Tensor
 
+from stetholib import hub
 from stetholib.errors import UserError
-from stetholib.profiles import Sae
+from stetholib.profiles import Sae, nearest
 from stetholib.sae_features import Dictionary
 
 
@@ -65,11 +70,73 @@ def load(folder: Path, device: str = "cpu") -> Any:
     return SAE.load_from_disk(folder, device=device, dtype="float32")
 
 
-def load_release(release: str, sae_id: str, device: str = "cpu") -> Any:
-    """A SAELens SAE by release and id, from the Hub or its cache."""
+def load_release(release: str, sae_id: str, revision: str | None = None) -> Any:
+    """A SAELens SAE by release and id, from the Hub or its cache. Raises UserError for an id that the release lacks."""
     from sae_lens import SAE
 
-    return SAE.from_pretrained(release, sae_id, device=device)
+    entry = registered(release)
+    if sae_id not in entry.saes_map:
+        raise UserError(f"SAE release {release} has no {sae_id!r}{nearest(sae_id, entry.saes_map)}; mend sae.sae_id")
+    if entry.conversion_func == "gemma_3":
+        return SAE.from_pretrained(release, sae_id, converter=partial(gemma_scope_2, revision=revision))
+    with hub.explained(entry.repo_id, revision):
+        return SAE.from_pretrained(release, sae_id)
+
+
+def registered(release: str) -> Any:
+    """What SAELens' registry says of a release: repository, model, and for each id its path and expected L0."""
+    from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
+
+    directory = get_pretrained_saes_directory()
+    if release not in directory:
+        raise UserError(f"SAE release {release!r} is not in SAELens' registry{nearest(release, directory)}; mend sae.release")
+    return directory[release]
+
+
+def gemma_scope_2(
+    repo_id: str,
+    folder_name: str,
+    device: str = "cpu",
+    force_download: bool = False,
+    cfg_overrides: dict[str, Any] | None = None,
+    revision: str | None = None,
+) -> tuple[dict[str, Any], dict[str, Tensor], None]:
+    """SAELens' loader for Gemma Scope 2, reading shapes from the fetched file: (config, weights, no sparsity).
+
+    SAELens' own asks the network for the shapes even when the file is in the cache. Raises UserError where the
+    folder's config names another site than its block's output.
+    """
+    path = hub.file(repo_id, f"{folder_name}/params.safetensors", revision)
+    said = json.loads(hub.file(repo_id, f"{folder_name}/config.json", revision).read_text(encoding="utf-8"))
+    layer = int(re.search(r"layer_(\d+)", folder_name)[1])
+    site = f"model.layers.{layer}.output"
+    if said.get("hf_hook_point_in") != site or said.get("architecture") != "jump_relu":
+        raise UserError(
+            f"SAE {repo_id}/{folder_name}: its config says {said.get('architecture')} at {said.get('hf_hook_point_in')}, "
+            f"a JumpReLU SAE at {site} is needed; fetch it again or mend sae.sae_id"
+        )
+    raw = load_file(path)
+    names = dict(W_enc="w_enc", W_dec="w_dec", b_enc="b_enc", b_dec="b_dec", threshold="threshold")
+    if missing := [name for name in names.values() if name not in raw]:
+        raise UserError(f"SAE {repo_id}/{folder_name}: params.safetensors lacks {missing[0]}; fetch it again")
+    d_in, d_sae = raw["w_enc"].shape
+    config = dict(
+        architecture="jumprelu",
+        d_in=d_in,
+        d_sae=d_sae,
+        dtype="float32",
+        device=device,
+        model_name=said["model_name"],
+        hook_name=f"blocks.{layer}.hook_resid_post",
+        hook_head_index=None,
+        hf_hook_name=site,
+        prepend_bos=True,
+        apply_b_dec_to_input=False,
+        normalize_activations="none",
+        reshape_activations="none",
+        sae_lens_training_version=None,
+    )
+    return config | (cfg_overrides or {}), {name: raw[theirs] for name, theirs in names.items()}, None
 
 
 def dictionary(sae: Any) -> Dictionary:

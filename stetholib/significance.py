@@ -88,6 +88,18 @@ def bootstrap_interval(gained: int, lost: int, n: int, level: float, draws: int,
     return float(low), float(high)
 
 
+def bootstrap_ratio(
+    over: np.ndarray, under: np.ndarray, seed: int, level: float = 0.05, draws: int = 2000
+) -> tuple[float, float, float]:
+    """sum(over) / sum(under) with a percentile interval, resampling problems: (ratio, low, high).
+
+    over, under: one entry a problem. With token counts below and summed differences of loss above, nats a token.
+    """
+    picks = np.random.default_rng(seed).integers(0, len(over), (draws, len(over)))
+    low, high = np.quantile(over[picks].sum(1) / under[picks].sum(1), [level / 2, 1 - level / 2])
+    return float(over.sum() / under.sum()), float(low), float(high)
+
+
 def minimum_detectable(discordance: float, n: int, level: float, power: float = 0.8) -> float:
     """Smallest paired difference that McNemar's test finds with this power at the observed discordance.
 

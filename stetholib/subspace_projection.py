@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import pandas as pd
 import torch
 from jaxtyping import Float
+from scipy import stats
 from torch import Tensor
 
 from stetholib.errors import UserError
@@ -240,20 +241,19 @@ def split_loss(
 
 
 def principal_cosines(one: Basis, other: Basis) -> Float[Tensor, " rank"]:
-    """Cosines of the principal angles between two subspaces, largest first."""
+    """Cosines of the principal angles between two subspaces, largest first.
+
+    Their mean square is the overlap: 1 for the same subspace, rank / d for a random pair.
+    """
     return torch.linalg.svdvals(one.double().T @ other.double()).clamp(0, 1)
-
-
-def overlap(one: Basis, other: Basis) -> float:
-    """Mean squared cosine of the principal angles: 1 for the same subspace, rank / d for a random pair."""
-    return float(principal_cosines(one, other).square().mean())
 
 
 def mechanism(vector: TaskVector, sites: Mapping[int, Directions], rank: int) -> pd.DataFrame:
     """Overlap of each side's best subspace with SAE, activation and gradient directions at the blocks a side touches.
 
     If updates are sums of outer products of gradients and activations, readers should lie along activations *at
-    their input* (the block before) and writers along gradients at their output. One row a layer, side and basis.
+    their input* (the block before) and writers along gradients at their output. One row a layer, side and basis;
+    `angle` is the smallest principal angle, in degrees.
     """
     rows = []
     for layer in vector.layers:
@@ -262,7 +262,38 @@ def mechanism(vector: TaskVector, sites: Mapping[int, Directions], rank: int) ->
             if place < 0:
                 continue
             for name, basis in sites[place].by_name.items():
-                rows.append(dict(layer=layer, side=side, basis=name, overlap=overlap(best[side][:, :rank], basis[:, :rank])))
+                cosines = principal_cosines(best[side][:, :rank], basis[:, :rank])
+                angle = float(cosines[0].acos().rad2deg())
+                rows.append(dict(layer=layer, side=side, basis=name, overlap=float(cosines.square().mean()), angle=angle))
     table = pd.DataFrame(rows)
     table["chance"] = rank / next(iter(sites.values())).by_name["sae_decoder"].shape[0]
     return table
+
+
+PREDICTED = {"reader": ("activation_pca", "gradient_pca"), "writer": ("gradient_pca", "activation_pca")}
+
+
+def mechanism_test(table: pd.DataFrame) -> pd.DataFrame:
+    """Does each side lie closer to where outer products put it? One row a side: Wilcoxon's signed ranks over layers.
+
+    Columns predicted and other (the two bases), their mean overlaps, in how many of the layers the predicted one is
+    larger, and the two-sided p.
+    """
+    rows = []
+    for side, pair in PREDICTED.items():
+        wide = table[table["side"] == side].pivot(index="layer", columns="basis", values="overlap")
+        one, other = (wide[name].to_numpy() for name in pair)
+        p = float(stats.wilcoxon(one, other).pvalue) if (one != other).any() else 1.0
+        rows.append(
+            dict(
+                side=side,
+                predicted=pair[0],
+                other=pair[1],
+                overlap_predicted=one.mean(),
+                overlap_other=other.mean(),
+                in_favour=int((one > other).sum()),
+                layers=len(one),
+                p=p,
+            )
+        )
+    return pd.DataFrame(rows)

@@ -125,6 +125,26 @@ def test_the_recorded_model_answers_generations_only(answers):
         mm.recorded_model(answers).loglikelihood([])
 
 
+def test_accuracy_under_a_lower_limit_is_what_asking_again_gives(tasks, answers, mini):
+    length = lambda text: len(mini.tokenizer(text, add_special_tokens=False).input_ids)  # noqa: E731
+    records = pd.DataFrame(mm.records("base", ROWS, answers, mm.score(tasks, answers)[0]))
+    needed = [mm.tokens_to_answer(text, length) for text in records["completion"]]
+    limits = (30, 45, 60)
+    table = mm.accuracy_by_limit(records, needed, limits).set_index("limit")["accuracy"]
+    assert table.is_monotonic_increasing and table[30] < table[60]
+    for limit in limits:
+        found = []
+        mm.answer_all(mini, mm.prompts_of(tasks), limit, 16, found.extend)
+        again, _ = mm.score(tasks, {answer.problem_id: answer for answer in found})
+        assert table[limit] == pytest.approx(again["exact_match"].mean())
+
+
+def test_an_answer_that_was_never_readable_took_no_number_of_tokens():
+    sentence = "Final Answer: The final answer is $4$. I hope it is correct."
+    assert mm.tokens_to_answer(f"2 + 2. {sentence} Problem", len) == len(f"2 + 2. {sentence}")
+    assert mm.tokens_to_answer("so it is 4", len) is None
+
+
 def test_the_table_worked_by_hand():
     rows = [("algebra", 1, "7", "eos", 10), ("algebra", 0, mm.INVALID, "length", 20), ("geometry", 0, "3", "eos", 30)]
     records = pd.DataFrame(rows, columns=["subject", "exact_match", "extracted", "stopped_by", "completion_tokens"]).assign(

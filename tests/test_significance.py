@@ -77,6 +77,17 @@ def test_the_bootstrap_is_that_of_resampled_pairs():
     assert np.allclose(sg.bootstrap_interval(30, 15, 200, 0.05, 4000, 0), slow, atol=0.006)
 
 
+def test_the_interval_of_a_ratio_is_that_of_scipys_bootstrap():
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(20, 60, 80).astype(float)
+    change = tokens * rng.normal(-0.2, 0.3, 80)
+    ratio, low, high = sg.bootstrap_ratio(change, tokens, seed=1, draws=8000)
+    statistic = lambda over, under: over.sum() / under.sum()  # noqa: E731
+    theirs = stats.bootstrap((change, tokens), statistic, paired=True, vectorized=False, method="percentile", rng=2)
+    assert ratio == pytest.approx(change.sum() / tokens.sum())
+    assert (low, high) == pytest.approx(tuple(theirs.confidence_interval), abs=0.01)
+
+
 @pytest.mark.parametrize(("psi", "n"), [(0.2, 540), (0.4, 250), (0.1, 1000)])
 def test_the_minimum_detectable_effect_is_found_in_four_worlds_of_five(psi, n):
     d = sg.minimum_detectable(psi, n, 0.05)

@@ -1,4 +1,5 @@
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -10,6 +11,10 @@ from stetholib.subspace_projection import Directions, Ranks
 from stetholib.task_vectors import TaskVector
 
 D, HIDDEN = 24, 40
+
+
+def overlap(one, other):
+    return float(sp.principal_cosines(one, other).square().mean())
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +144,7 @@ def test_gains_carry_directions_through_the_norm(vector):
     for basis in (reader, writer, encoder):
         assert torch.allclose(basis.T @ basis, torch.eye(2, dtype=torch.float64))
     ones = torch.ones(D, dtype=torch.float64)
-    assert sp.overlap(sp.through_gain(q, ones, "reader", covector=False), q) == pytest.approx(1)
+    assert overlap(sp.through_gain(q, ones, "reader", covector=False), q) == pytest.approx(1)
 
 
 def test_principal_angles_against_scipy():
@@ -147,12 +152,12 @@ def test_principal_angles_against_scipy():
 
     a, b = (torch.linalg.qr(torch.randn(D, 4, dtype=torch.float64))[0] for _ in range(2))
     assert np.allclose(sorted(np.cos(subspace_angles(a.numpy(), b.numpy()))), sorted(sp.principal_cosines(a, b)))
-    assert sp.overlap(a, a) == pytest.approx(1)
+    assert overlap(a, a) == pytest.approx(1)
 
 
 def test_random_subspaces_overlap_by_rank_over_width():
     generator = torch.Generator().manual_seed(0)
-    mean = np.mean([sp.overlap(sp.random_basis(D, 4, generator), sp.random_basis(D, 4, generator)) for _ in range(300)])
+    mean = np.mean([overlap(sp.random_basis(D, 4, generator), sp.random_basis(D, 4, generator)) for _ in range(300)])
     assert mean == pytest.approx(4 / D, abs=0.01)
 
 
@@ -171,9 +176,27 @@ def test_the_mechanism_finds_planted_gradients_and_activations():
         layer: Directions({"sae_decoder": sp.random_basis(D, 3, generator), "activation_pca": act, "gradient_pca": grad})
         for layer in range(2)
     }
-    mean = sp.mechanism(TaskVector(deltas), sites, 3).groupby(["side", "basis"])["overlap"].mean()
+    found = sp.mechanism(TaskVector(deltas), sites, 3)
+    mean = found.groupby(["side", "basis"])["overlap"].mean()
     assert mean["reader", "activation_pca"] == pytest.approx(1) and mean["writer", "gradient_pca"] == pytest.approx(1)
     assert mean["reader", "gradient_pca"] < 0.5 and mean["writer", "activation_pca"] < 0.5
+    angles = found.groupby(["side", "basis"])["angle"].mean()
+    assert angles["reader", "activation_pca"] < 0.1 and angles["writer", "activation_pca"] > 20
+
+
+def test_the_mechanism_test_follows_the_table_whichever_way_it_falls():
+    def table(reader, writer):
+        rows = [("reader", "activation_pca", reader), ("reader", "gradient_pca", 0.3)]
+        rows += [("writer", "gradient_pca", writer), ("writer", "activation_pca", 0.3)]
+        return pd.DataFrame(
+            [dict(layer=i, side=s, basis=b, overlap=o + 0.01 * i * (o != 0.3)) for s, b, o in rows for i in range(10)]
+        )
+
+    held = sp.mechanism_test(table(0.6, 0.1)).set_index("side")
+    assert held.loc["reader", "in_favour"] == 10 and held.loc["reader", "p"] == pytest.approx(2 / 2**10)
+    assert held.loc["writer", "in_favour"] == 0 and held.loc["writer", "p"] == pytest.approx(2 / 2**10)
+    same = sp.mechanism_test(table(0.3, 0.3))
+    assert same["p"].tolist() == [1, 1] and same["in_favour"].tolist() == [0, 0]
 
 
 def test_ranks_come_from_shares_of_the_width():

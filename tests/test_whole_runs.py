@@ -3,8 +3,10 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 
 import pandas as pd
 import pytest
@@ -87,6 +89,36 @@ def test_two_clones_give_the_same_bytes(first, tmp_path):
     one, other = made(first), made(second)
     assert one.keys() == other.keys()
     assert {name for name in one if one[name] != other[name]} == set()
+
+
+def test_several_worlds_go_on_after_a_kill_and_end_as_undisturbed_ones(first, tmp_path):
+    def start(folder):
+        environment = dict(os.environ, PYTHONPATH=str(folder), STETHOLIB_HOME=str(folder))
+        command = [sys.executable, "-m", "stetholib", "seeds", "--profile", "smoke", "--count", "2"]
+        return subprocess.Popen(command, cwd=folder, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+    folder = clone(tmp_path)
+    killed = start(folder)
+    for line in killed.stderr:
+        if line.startswith("world 1"):
+            time.sleep(4)
+            os.killpg(killed.pid, signal.SIGKILL)
+            break
+    killed.wait()
+    kept = {path: path.stat().st_mtime_ns for path in (folder / "runs" / "smoke" / "store").glob("[a-z]*/artefact.json")}
+    assert kept and not (folder / "figures" / "seeds").exists()
+    for where in (folder, first):
+        done = start(where)
+        said = done.stderr.read()
+        assert done.wait() == 0, said
+    assert all(path.stat().st_mtime_ns == made_at for path, made_at in kept.items())
+    one, other = ({path.name: path.read_bytes() for path in (where / "figures" / "seeds").iterdir()} for where in (folder, first))
+    assert one == other and set(one) == {"claims.csv", "worlds.csv", "stability.csv", "seeds.png", "seeds.svg"}
+    table = pd.read_csv(folder / "figures" / "seeds" / "claims.csv", keep_default_na=False)
+    default = pd.read_csv(first / "figures" / "smoke" / "06_claims.csv", keep_default_na=False)
+    zero = table[table["world"] == 0].drop(columns="world").reset_index(drop=True)
+    assert table.groupby(["claim", "contrast"])["world"].apply(list).map(lambda seen: seen == [0, 1]).all()
+    assert zero[list(default)].equals(default)
 
 
 def test_any_notebook_can_be_opened_first(tmp_path):

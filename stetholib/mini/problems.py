@@ -248,12 +248,18 @@ def sum_and_difference(draw, level):
 
 @family("number_theory")
 def remainder(draw, level):
-    """Remainder of a division."""
+    """Remainder of a division, the tens of the quotient first."""
     divisor, number = draw(3, 7 + 2 * level), draw(20, 60 + 40 * level)
-    below = number - number % divisor
+    steps, left = [], number
+    for part in (number // divisor // 10 * 10, number // divisor % 10):
+        if part:
+            steps.append(
+                f"${part} \\cdot {divisor} = {part * divisor}$ and ${left} - {part * divisor} = {left - part * divisor}$"
+            )
+            left -= part * divisor
     return Draft(
         f"What is the remainder when ${number}$ is divided by ${divisor}$?",
-        rf"${below // divisor} \cdot {divisor} = {below}$ and ${number} - {below} = \boxed{{{number % divisor}}}$.",
+        ". Then ".join(steps) + rf". So it is $\boxed{{{left}}}$.",
     )
 
 
@@ -276,8 +282,8 @@ def greatest_common_divisor(draw, level):
 @family("number_theory")
 def multiples_between(draw, level):
     """How many multiples of a number lie in a range."""
-    step, low = draw(3, 7 + level), draw(5, 20 + 12 * level)
-    high = low + draw(10, 20 + 20 * level)
+    step, low = draw(3, 5 + level), draw(5, 20 + 8 * level)
+    high = low + draw(10, 20 + 12 * level)
     upper, lower = high // step, low // step
     return Draft(
         f"How many multiples of ${step}$ are greater than ${low}$ and at most ${high}$?",
@@ -383,7 +389,7 @@ def squared_roots(draw, level):
 @family("precalculus")
 def dot_product(draw, level):
     """Dot product of two plane vectors."""
-    a, b, c, d = draw(2, 5 + level), draw(2, 5 + level), draw(2, 6 + level), draw(2, 7 + level)
+    a, b, c, d = draw(2, 6 + level), draw(2, 6 + level), draw(2, 7 + level), draw(2, 8 + level)
     return Draft(
         f"What is the dot product of $({a}, {b})$ and $({c}, {d})$?",
         rf"${a} \cdot {c} = {a * c}$ and ${b} \cdot {d} = {b * d}$. So ${a * c} + {b * d} = \boxed{{{a * c + b * d}}}$.",

@@ -78,6 +78,7 @@ class Sae:
 
     release: str = key()
     sae_id: str | None = key()
+    seed: int = key(0)
     d_sae: int = key(2)
     k: int = key(1)
     training_tokens: int = key(1)
@@ -92,7 +93,6 @@ class Features:
     specificity: str = key(choices=("cohen_d", "firing_log_ratio", "auroc"))
     minimum_firing: float = key(0.0, 1.0)
     matched_minimum: int = key(1)
-    batch_size: int = key(1)
 
 
 @dataclass(frozen=True)

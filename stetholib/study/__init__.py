@@ -16,6 +16,7 @@ import pandas as pd
 from stetholib import claims, significance
 from stetholib.study.minerva_math import AnswerSteps, Variant
 from stetholib.study.stages import library_versions
+from stetholib.subspace_projection import split_loss
 from stetholib.workspace import Artefact
 
 __all__ = ["Study", "Variant"]
@@ -68,6 +69,20 @@ class Study(AnswerSteps):
         table = claims.ledger(evidence)
         self.workspace.table("06_claims", table)
         return table
+
+    def headline(self) -> dict[str, float]:
+        """The run in one row: what the fine-tune brought, what was discarded, and what the selected sets are worth."""
+        split = split_loss(self.subspace_projection(), self.energies, self.ranks.default)
+        overall = self.significance().query("subject == 'all'").set_index("variant")["difference"]
+        verify = self.minerva_math().query("subject == 'all'").set_index("variant")["math_verify"]
+        sets, rho = self.layer_sets().set_index("selector"), self.relations().set_index(["effect", "predictor"])["rho"]
+        row = dict(base_accuracy=float(self.significance()["base_accuracy"].iloc[0]))
+        row |= {f"gain_{name}": overall[name] for name in ("full", "scalpel", "stethoscope", "stethoscope_matched")}
+        row |= dict(gain_full_math_verify=verify["full"] - verify["base"])
+        row |= dict(discarded=1 - split.retained, discarded_by_chance=1 - split.chance, misalignment_index=split.index)
+        for contrast, name in claims.CONTRAST_VARIANT.items():
+            row[f"percentile_{contrast}"] = sets.loc[name, "percentile"]
+        return row | {f"rho_{name}": value for name, value in rho["effect_alone"].items()}
 
     def manifest(self) -> dict[str, Any]:
         """What is stable about this run, written as `manifest.json` and returned."""

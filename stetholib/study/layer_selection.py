@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from stetholib import (
     models,
     planted,
     sae_features,
+    significance,
     task_vectors,
 )
 from stetholib.editing import Edit, edited
@@ -44,14 +45,42 @@ class SelectionSteps(ProjectionSteps):
         """Layers that each definition of specificity selects under each contrast, and its rank correlation with the default's scores."""
         rows = []
         for contrast in CONTRASTS:
-            default = self.scores(contrast).score
+            default = self.plain_scores(contrast)
             for kind in ("cohen_d", "firing_log_ratio", "auroc"):
-                rule = self._rule(kind)
-                labels = sae_features.one_hot(self.features().tensors["corpus_of"], len(CORPORA))
-                score = [float(rule.score(sums, labels, contrast == "matched")[0]) for sums in self.document_sums(contrast)]
+                score = self.plain_scores(contrast, kind)
                 chosen = layer_selection.select(score, self.selected_count)
                 rho = layer_selection.spearman(score, default)[0]
                 rows.append(dict(contrast=contrast, definition=kind, layers=" ".join(map(str, chosen)), rho_with_default=rho))
+        return pd.DataFrame(rows)
+
+    def plain_scores(self, contrast: str, kind: str | None = None) -> list[float]:
+        """Layer scores alone, without permutations and resamples, under any definition of specificity."""
+        rule = self._rule(kind)
+        labels = sae_features.one_hot(self.features().tensors["corpus_of"], len(CORPORA))
+        return [float(rule.score(sums, labels, contrast == "matched")[0]) for sums in self.document_sums(contrast)]
+
+    def sae_stability(self, draws: int) -> pd.DataFrame:
+        """Layer scores with SAEs of other seeds, in the same world: do they point at the same layers?
+
+        Columns sae_seed, contrast, rho (Spearman with the default's scores), layers, common (of the default's m layers
+        chosen again) and chance (what m random layers would share).
+        """
+        rows, m = [], self.selected_count
+        for seed in range(self.profile.sae.seed + 1, self.profile.sae.seed + 1 + draws):
+            other = type(self)(replace(self.profile, sae=replace(self.profile.sae, seed=seed)), self.device, self.workspace.root)
+            for contrast in CONTRASTS:
+                ours, theirs = self.plain_scores(contrast), other.plain_scores(contrast)
+                chosen = layer_selection.select(theirs, m)
+                rows.append(
+                    dict(
+                        contrast=contrast,
+                        sae_seed=seed,
+                        rho=layer_selection.spearman(ours, theirs)[0],
+                        layers=" ".join(map(str, chosen)),
+                        common=len(set(chosen) & set(layer_selection.select(ours, m))),
+                        chance=m * m / self.layers,
+                    )
+                )
         return pd.DataFrame(rows)
 
     def relations(self) -> pd.DataFrame:
@@ -85,23 +114,14 @@ class SelectionSteps(ProjectionSteps):
         ]
         if "greedy" not in chosen:
             return pd.DataFrame(columns=["selector", "share", "low", "high"])
-        base, counts = self._document_losses(())
-        gains = {name: base - self._document_losses(tuple(map(int, layers.split())))[0] for name, layers in chosen.items()}
-        rng = np.random.default_rng(self._seed("greedy share"))
-        picks = rng.integers(0, len(counts), (1000, len(counts)))
-        best = gains["greedy"]
+        every = {name: Edit(self.task_vector, tuple(map(int, layers.split()))) for name, layers in chosen.items()}
+        base, _ = self._document_losses(Edit(self.task_vector, ()))
+        gains = {name: base - self._document_losses(edit)[0] for name, edit in every.items()}
         rows = []
         for name, gain in gains.items():
-            draws = gain[picks].sum(1) / best[picks].sum(1)
-            low, high = np.quantile(draws, [0.025, 0.975])
-            rows.append(dict(selector=name, share=gain.sum() / best.sum(), low=low, high=high))
+            share, low, high = significance.bootstrap_ratio(gain, gains["greedy"], self._seed("greedy share"))
+            rows.append(dict(selector=name, share=share, low=low, high=high))
         return pd.DataFrame(rows).sort_values("share", ascending=False, ignore_index=True)
-
-    def _document_losses(self, layers: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-        """Summed loss and scored tokens of each validation problem with the raw vector in these layers."""
-        with edited(self.base.model, Edit(self.task_vector, layers)) as model:
-            losses, counts = models.document_losses(model, self._loss_pool)
-        return losses.numpy(), counts.numpy()
 
     @property
     def selected_count(self) -> int:

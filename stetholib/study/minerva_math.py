@@ -1,5 +1,6 @@
 """Wiring of step 05: variants, their answers and records. The test split is first read here."""
 
+from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
@@ -25,7 +26,9 @@ from stetholib.editing import Edit, edited
 from stetholib.models import LanguageModel
 from stetholib.study.layer_selection import SelectionSteps
 from stetholib.study.sae_features import CORPORA
-from stetholib.workspace import Artefact, append_json, digest_of, progress, read_json_lines, source_hash
+from stetholib.study.stages import wiring
+from stetholib.study.subspace_projection import ProjectionSteps
+from stetholib.workspace import Artefact, append_json, atomic, digest_of, progress, read_json_lines, source_hash
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,7 @@ class AnswerSteps(SelectionSteps):
                 asdict(p.projection),
                 asdict(p.features),
                 *self._sae_keys,
-                source_hash([subspace_projection]),
+                source_hash([subspace_projection, *wiring(ProjectionSteps)]),
             ]
         return digest_of(self.base_key, made, source_hash([editing, task_vectors]))
 
@@ -142,8 +145,6 @@ class AnswerSteps(SelectionSteps):
         path = self.workspace.records / f"{variant.name}.jsonl"
         text = (found.folder / "records.jsonl").read_text(encoding="utf-8")
         if not path.is_file() or path.read_text(encoding="utf-8") != text:
-            from stetholib.workspace import atomic
-
             atomic(path, lambda draft: draft.write_text(text, encoding="utf-8"))
         return found
 
@@ -180,6 +181,15 @@ class AnswerSteps(SelectionSteps):
         table = minerva_math.measure(self.all_records(), losses)
         self.workspace.table("05_minerva_math", table)
         return table
+
+    def token_limits(self, names: Sequence[str], points: int = 12) -> pd.DataFrame:
+        """Accuracy of some variants had the token limit been lower, from the answers on record."""
+        limit = self.profile.evaluation.max_new_tokens
+        limits = sorted({max(1, round(limit * step / points)) for step in range(1, points + 1)})
+        records = pd.concat([self.records(self.variants()[name]).tables["records"] for name in names], ignore_index=True)
+        length = lambda text: len(self.base.tokenizer(text, add_special_tokens=False).input_ids)  # noqa: E731
+        needed = [minerva_math.tokens_to_answer(text, length) for text in records["completion"]]
+        return minerva_math.accuracy_by_limit(records, needed, limits)
 
     def checks(self) -> dict[str, Any]:
         """What C8 and C9 rest on: a repetition compared bit by bit, and what an edited model costs to run."""

@@ -1,9 +1,7 @@
 """Wiring of step 02: SAEs, and one pass over all documents."""
 
-import os
 import random
 from collections.abc import Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict
 from functools import cached_property, partial
 from pathlib import Path
@@ -91,8 +89,8 @@ class FeatureSteps(TaskVectorSteps):
             sae_id = self.profile.sae.sae_id.format(layer=layer)
             saes.load_release(self.profile.sae.release, sae_id).save_model(folder)
         else:
-            with quiet_training():
-                saes.train(self._training_activations[layer], self.profile.sae, self._seed(f"sae {layer}"), folder, self.device)
+            seed = self._seed(f"sae {self.profile.sae.seed} {layer}")
+            saes.train(self._training_activations[layer], self.profile.sae, seed, folder, self.device)
         return Artefact()
 
     @cached_property
@@ -259,16 +257,3 @@ class FeatureSteps(TaskVectorSteps):
         best = heard.sort_values("mean", ascending=False).head(count).reset_index()
         best.insert(0, "token", [self.base.tokenizer.decode([i]) for i in best["id"]])
         return best.drop(columns="id").rename(columns={"mean": "mean_activation", "size": "occurrences"})
-
-
-@contextmanager
-def quiet_training() -> Any:
-    """SAELens' own bar is one too many here: the study reports SAEs one by one."""
-    import tqdm.auto
-
-    before = os.environ.get("TQDM_DISABLE")
-    os.environ["TQDM_DISABLE"] = "1"
-    try:
-        yield tqdm.auto
-    finally:
-        os.environ.pop("TQDM_DISABLE") if before is None else os.environ.update(TQDM_DISABLE=before)

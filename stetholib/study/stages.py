@@ -1,17 +1,18 @@
 """What every step's wiring stands on: a profile, a workspace, cached stages, the base model and the texts.
 
 A stage is a method `_make_<name>` that turns what came before into an `Artefact`; it is keyed by its parameters, its
-upstream artefacts, the code it runs and the libraries' versions. Any notebook can therefore be opened first.
+upstream artefacts, the code it runs (the wiring up to its step, and the modules it names) and the libraries'
+versions. Any notebook can therefore be opened first.
 """
 
-import inspect
 import os
-import textwrap
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import cache, cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from stetholib import (
 )
 from stetholib.models import Checkpoint, LanguageModel
 from stetholib.texts import SUBJECTS
-from stetholib.workspace import Artefact, Workspace, code_text, digest_of, source_hash
+from stetholib.workspace import Artefact, Workspace, digest_of, source_hash
 
 PARAMETERS = ("profile", "device", "overrides")
 LIBRARIES = ("torch", "transformers", "sae-lens", "lm-eval", "datasets", "peft", "scipy", "numpy")
@@ -94,10 +95,11 @@ class Stages:
     ) -> Artefact:
         """The artefact of `_make_<name>`, from this process, from the store, or made now."""
         method = getattr(type(self), f"_make_{name}")
-        code = code_text(textwrap.dedent(inspect.getsource(method)))
         params = asdict(params) if hasattr(params, "__dataclass_fields__") else params
         where = [library_versions(), self.device, self.profile.threads]
-        key = digest_of(name, params, list(upstream), code, source_hash(modules), where)
+        owner = next(kind for kind in type(self).__mro__ if method.__name__ in vars(kind))
+        code = source_hash([*modules, *wiring(owner)])
+        key = digest_of(name, params, list(upstream), code, where)
         if key not in self._memo:
             self._memo[key] = self.workspace.cached(name, key, make or partial(method, self))
         return self._memo[key]
@@ -160,6 +162,11 @@ class Stages:
     def _per_subject(self, rows: Sequence[texts.Row], count: int) -> list[texts.Row]:
         """The first `count` problems of each subject; the rows are shuffled, so that is a random subset."""
         return [row for subject in SUBJECTS for row in [r for r in rows if r["subject"] == subject][:count]]
+
+
+def wiring(kind: type) -> list[ModuleType]:
+    """The modules that a step's wiring stands on: its own and those of the steps before it."""
+    return [sys.modules[base.__module__] for base in kind.__mro__ if base is not object]
 
 
 def _first_bytes(folder: Path) -> str:

@@ -4,6 +4,7 @@ from dataclasses import asdict
 from functools import cached_property, partial
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import torch
 
@@ -12,6 +13,7 @@ from stetholib import (
     minerva_math,
     models,
     sae_features,
+    significance,
     subspace_projection,
     task_vectors,
 )
@@ -128,24 +130,37 @@ class ProjectionSteps(FeatureSteps):
         pairs = [(minerva_math.prompt(r["problem"]), minerva_math.target(r["solution"], p.finetune.target)) for r in rows]
         return models.batches(models.tokenize(self.base, pairs, p.data.max_tokens), p.selection.batch_tokens, self.device)
 
+    def _document_losses(self, edit: Edit) -> tuple[np.ndarray, np.ndarray]:
+        """Summed loss and scored tokens of each validation problem under an edit."""
+        with edited(self.base.model, edit) as model:
+            losses, counts = models.document_losses(model, self._loss_pool)
+        return losses.numpy(), counts.numpy()
+
     def energy_or_direction(self) -> pd.DataFrame:
         """Validation loss of the scalpel and its controls: did it lose energy, or direction?
 
-        Columns variant, energy (share of the whole vector's), loss_change (nats a token; negative is better).
+        Columns variant, energy (share of the whole vector's), loss_change (nats a token; negative is better) with a
+        paired interval (low, high), and the same against the variant's `rival`: for `scalpel` that is `raw_shrunk`,
+        of the same energy, for `scalpel_rescaled` it is `full`.
         """
         params = [asdict(self.profile.selection), asdict(self.profile.projection), self.profile.seed]
         upstream = [self.finetuned().key, self.features().key, *self._sae_keys]
-        modules = [subspace_projection, editing, models, task_vectors]
+        modules = [subspace_projection, editing, models, task_vectors, significance]
         return self._stage("energy_or_direction", params, upstream, modules).tables["table"]
 
     def _make_energy_or_direction(self, folder: Path) -> Artefact:
         every, whole = tuple(range(self.layers)), sum(self.energies.values())
         names = {"full": "raw", "scalpel": "projected", "scalpel_rescaled": "projected_rescaled", "raw_shrunk": "raw_shrunk"}
-        base = models.mean_loss(self.base.model, self._loss_pool)
+        rivals = {"scalpel": "raw_shrunk", "scalpel_rescaled": "full"}
+        vectors = {name: self.vector(source) for name, source in names.items()}
+        base, counts = self._document_losses(Edit(self.task_vector, ()))
+        losses = {name: self._document_losses(Edit(vector, every))[0] for name, vector in vectors.items()}
         rows = []
-        for name, source in names.items():
-            vector = self.vector(source)
-            with edited(self.base.model, Edit(vector, every)) as model:
-                change = models.mean_loss(model, self._loss_pool) - base
-            rows.append(dict(variant=name, energy=vector.energy() / whole, loss_change=change))
+        for name, vector in vectors.items():
+            against = {"": base} | ({"_against_rival": losses[rivals[name]]} if name in rivals else {})
+            row = dict(variant=name, energy=vector.energy() / whole, rival=rivals.get(name, ""))
+            for end, start in against.items():
+                found = significance.bootstrap_ratio(losses[name] - start, counts, self._seed("energy or direction"))
+                row |= {key + end: value for key, value in zip(("loss_change", "low", "high"), found, strict=True)}
+            rows.append(row)
         return Artefact(tables={"table": pd.DataFrame(rows)})

@@ -1,0 +1,111 @@
+"""The Hub: fetch by id and revision into the cache, work from the cache without a network, and say in one line what
+stands in the way.
+
+Everything goes through huggingface_hub, which resumes broken downloads and never leaves a half file under its name.
+Not covered: what the files mean (`models`, `saes`, `texts`).
+"""
+
+import errno
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from stetholib.errors import UserError
+
+GIB = 2**30
+PATTERNS = ("*.json", "*.safetensors", "tokenizer*", "*.jinja")
+
+
+class HubError(UserError):
+    """What stands between this machine and a repository of the Hub; the message is one line."""
+
+
+def snapshot(repo: str, revision: str | None = None) -> Path:
+    """The folder of a model's files (JSON, safetensors, tokenizer), fetched where they are not in the cache yet.
+
+    Raises HubError before anything is fetched where the disk is too small, and where the Hub refuses.
+    """
+    from huggingface_hub import snapshot_download
+
+    with explained(repo, revision):
+        try:
+            return Path(snapshot_download(repo, revision=revision, allow_patterns=list(PATTERNS), local_files_only=True))
+        except FileNotFoundError:
+            pass
+        check_space(repo, *to_fetch(repo, revision)[:1])
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=list(PATTERNS)))
+
+
+def to_fetch(repo: str, revision: str | None = None, patterns: Sequence[str] = PATTERNS) -> tuple[int, int]:
+    """(bytes still to be fetched, bytes in all) of a repository's files that match; asks the Hub for their sizes."""
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import DryRunError
+
+    try:
+        files = snapshot_download(repo, revision=revision, allow_patterns=list(patterns), dry_run=True)
+    except DryRunError:
+        HfApi().model_info(repo, revision=revision)  # says what the dry run keeps to itself
+        raise
+    return sum(f.file_size for f in files if f.will_download), sum(f.file_size for f in files)
+
+
+def file(repo: str, name: str, revision: str | None = None) -> Path:
+    """One file of a repository, from the cache or the Hub."""
+    from huggingface_hub import hf_hub_download
+
+    with explained(repo, revision):
+        try:
+            return Path(hf_hub_download(repo, name, revision=revision, local_files_only=True))
+        except FileNotFoundError:
+            return Path(hf_hub_download(repo, name, revision=revision))
+
+
+def check_space(repo: str, wanted: int) -> None:
+    """Refuse to begin a download that the cache's disk cannot hold."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    place = next(p for p in (Path(HF_HUB_CACHE), *Path(HF_HUB_CACHE).parents) if p.exists())
+    free = shutil.disk_usage(place).free
+    if wanted > free:
+        raise HubError(
+            f"{repo}: {wanted / GIB:.1f} GiB are to be fetched into {place} but {free / GIB:.1f} GiB are free; "
+            f"free {(wanted - free) / GIB:.1f} GiB, or set HF_HOME to a larger disk"
+        )
+
+
+@contextmanager
+def explained(repo: str, revision: str | None = None) -> Iterator[None]:
+    """Turn what the Hub and the disk say into one line with the page to visit or the space to free."""
+    from huggingface_hub import errors, get_token
+
+    try:
+        yield
+    except errors.GatedRepoError:
+        page = f"https://huggingface.co/{repo}"
+        if get_token() is None:
+            raise HubError(
+                f"{repo} is gated and there is no Hugging Face token; accept its licence at {page}, then run `hf auth login` "
+                "or set HF_TOKEN"
+            ) from None
+        raise HubError(f"{repo} is gated and this token's account has not accepted its licence; do so at {page}") from None
+    except errors.RevisionNotFoundError:
+        raise HubError(f"{repo} has no revision {revision!r}; see https://huggingface.co/{repo}/commits/main") from None
+    except errors.RepositoryNotFoundError:
+        raise HubError(f"{repo} is not on the Hub, or this token may not see it; see https://huggingface.co/{repo}") from None
+    except errors.RemoteEntryNotFoundError as error:
+        raise HubError(f"{repo} lacks a file: {_first_line(error)}") from None
+    except (errors.LocalEntryNotFoundError, errors.HTTPError, errors.DryRunError) as error:
+        raise HubError(
+            f"{repo} is not whole in the cache and the Hub cannot be reached ({_first_line(error)}); "
+            "connect to the network and run the same command again: what was fetched is kept"
+        ) from None
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise HubError(f"{repo}: the disk is full; free some space or set HF_HOME to a larger disk, then run again") from None
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines or [type(error).__name__])[0][:160]
