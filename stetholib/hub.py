@@ -14,38 +14,40 @@ from pathlib import Path
 from stetholib.errors import UserError
 
 GIB = 2**30
-PATTERNS = ("*.json", "*.safetensors", "tokenizer*", "*.jinja")
+MODEL_FILES = ("*.json", "*.safetensors", "tokenizer*", "*.jinja")
 
 
 class HubError(UserError):
     """What stands between this machine and a repository of the Hub; the message is one line."""
 
 
-def snapshot(repo: str, revision: str | None = None) -> Path:
-    """The folder of a model's files (JSON, safetensors, tokenizer), fetched where they are not in the cache yet.
+def snapshot(repo: str, revision: str | None = None, files: Sequence[str] = MODEL_FILES, kind: str = "model") -> Path:
+    """The folder of a repository's files that match the patterns, fetched where they are not in the cache yet.
 
-    Raises HubError before anything is fetched where the disk is too small, and where the Hub refuses.
+    kind: `model` or `dataset`. Raises HubError before anything is fetched where the disk is too small, and where the
+    Hub refuses.
     """
     from huggingface_hub import snapshot_download
 
-    with explained(repo, revision):
+    asked = dict(revision=revision, allow_patterns=list(files), repo_type=kind)
+    with explained(repo, revision, kind):
         try:
-            return Path(snapshot_download(repo, revision=revision, allow_patterns=list(PATTERNS), local_files_only=True))
+            return Path(snapshot_download(repo, local_files_only=True, **asked))
         except FileNotFoundError:
             pass
-        check_space(repo, *to_fetch(repo, revision)[:1])
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=list(PATTERNS)))
+        check_space(repo, *to_fetch(repo, revision, files, kind)[:1])
+        return Path(snapshot_download(repo, **asked))
 
 
-def to_fetch(repo: str, revision: str | None = None, patterns: Sequence[str] = PATTERNS) -> tuple[int, int]:
+def to_fetch(repo: str, revision: str | None = None, files: Sequence[str] = MODEL_FILES, kind: str = "model") -> tuple[int, int]:
     """(bytes still to be fetched, bytes in all) of a repository's files that match; asks the Hub for their sizes."""
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import DryRunError
 
     try:
-        files = snapshot_download(repo, revision=revision, allow_patterns=list(patterns), dry_run=True)
+        files = snapshot_download(repo, revision=revision, allow_patterns=list(files), repo_type=kind, dry_run=True)
     except DryRunError:
-        HfApi().model_info(repo, revision=revision)  # says what the dry run keeps to itself
+        HfApi().repo_info(repo, revision=revision, repo_type=kind)  # says what the dry run keeps to itself
         raise
     return sum(f.file_size for f in files if f.will_download), sum(f.file_size for f in files)
 
@@ -75,14 +77,14 @@ def check_space(repo: str, wanted: int) -> None:
 
 
 @contextmanager
-def explained(repo: str, revision: str | None = None) -> Iterator[None]:
+def explained(repo: str, revision: str | None = None, kind: str = "model") -> Iterator[None]:
     """Turn what the Hub and the disk say into one line with the page to visit or the space to free."""
+    page = f"https://huggingface.co/{'datasets/' if kind == 'dataset' else ''}{repo}"
     from huggingface_hub import errors, get_token
 
     try:
         yield
     except errors.GatedRepoError:
-        page = f"https://huggingface.co/{repo}"
         if get_token() is None:
             raise HubError(
                 f"{repo} is gated and there is no Hugging Face token; accept its licence at {page}, then run `hf auth login` "
@@ -90,9 +92,9 @@ def explained(repo: str, revision: str | None = None) -> Iterator[None]:
             ) from None
         raise HubError(f"{repo} is gated and this token's account has not accepted its licence; do so at {page}") from None
     except errors.RevisionNotFoundError:
-        raise HubError(f"{repo} has no revision {revision!r}; see https://huggingface.co/{repo}/commits/main") from None
+        raise HubError(f"{repo} has no revision {revision!r}; see {page}/commits/main") from None
     except errors.RepositoryNotFoundError:
-        raise HubError(f"{repo} is not on the Hub, or this token may not see it; see https://huggingface.co/{repo}") from None
+        raise HubError(f"{repo} is not on the Hub, or this token may not see it; see {page}") from None
     except errors.RemoteEntryNotFoundError as error:
         raise HubError(f"{repo} lacks a file: {_first_line(error)}") from None
     except (errors.LocalEntryNotFoundError, errors.HTTPError, errors.DryRunError) as error:

@@ -6,7 +6,7 @@ Sets of blocks are judged by one cheap, quiet measure, the loss of gold solution
 injection; no test problem is read here.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from math import comb
@@ -23,6 +23,7 @@ from stetholib.errors import UserError
 from stetholib.sae_features import DocumentSums, firing, moments, one_hot, specificity
 
 LayerSet = tuple[int, ...]
+CHUNK = 2**24  # entries (draw, corpus, feature) that are scored at once
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,10 @@ class ScoreRule:
         self, sums: DocumentSums, multiplicity: Float[Tensor, "draw corpus doc"], pool_subjects: bool
     ) -> Float[Tensor, " draw"]:
         """S: the mean of the largest specificities over the top share (at least `minimum`) of the features that fire."""
+        draws, corpora, _ = multiplicity.shape
+        at_once = max(1, CHUNK // (corpora * sums.total.shape[1]))
+        if draws > at_once:
+            return torch.cat([self.score(sums, part, pool_subjects) for part in multiplicity.split(at_once)])
         m = moments(sums, multiplicity, pool_subjects)
         eligible = firing(m, self.minimum_firing)
         ranked = torch.where(eligible, specificity(self.kind, sums, m), -torch.inf).sort(1, descending=True).values
@@ -86,7 +91,7 @@ class Scores:
 
 
 def score_layers(
-    sums: Sequence[DocumentSums],
+    sums: Iterable[DocumentSums],
     corpus_of: Int[Tensor, " doc"],
     rule: ScoreRule,
     pool_subjects: bool,
@@ -95,7 +100,7 @@ def score_layers(
     resamples: int,
     seed: int,
 ) -> Scores:
-    """Score every layer and calibrate the scores; `count` is m, the number of layers to select.
+    """Score every layer, one at a time, and calibrate the scores; `count` is m, the number of layers to select.
 
     The matched contrast's token weights are those of the true labels in every permutation: a document carries its
     weighted sums with it. The null is then balanced in words only on average, which is stated, not hidden.
@@ -104,9 +109,9 @@ def score_layers(
     observed = one_hot(corpus_of, corpora)
     shuffled = one_hot(shuffled_labels(corpus_of, permutations, seed), corpora)
     redrawn = resampled(corpus_of, corpora, resamples, seed + 1)
-    score = np.array([float(rule.score(s, observed, pool_subjects)[0]) for s in sums])
-    null = np.stack([rule.score(s, shuffled, pool_subjects).numpy() for s in sums])
-    again = np.stack([rule.score(s, redrawn, pool_subjects).numpy() for s in sums])
+    found = [[rule.score(s, labels, pool_subjects).numpy() for labels in (observed, shuffled, redrawn)] for s in sums]
+    score, null, again = (np.stack(parts) for parts in zip(*found, strict=True))
+    score = score[:, 0].astype(float)
     tops = [set(select(column, count)) for column in again.T]
     return Scores(
         score=score,

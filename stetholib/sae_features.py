@@ -22,6 +22,8 @@ CONTRASTS = ("corpus", "matched")
 GENERAL = "general"
 VARIANCE_FLOOR = 1e-6
 BINS = 48
+CLEARLY = 0.8  # neighbouring blocks are alike; a shifted SAE explains its true one far better than this
+L0_RANGE = 3.0  # an SAE on its own site keeps its L0 within this factor on other text
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,43 @@ def self_test(dictionary: Dictionary, x: Float[Tensor, "token d_model"]) -> Self
     total = (x - x.mean(0)).double().square().sum()
     fires = acts > 0
     return SelfTest(float(residual / total), float(fires.double().sum(1).mean()), float(fires.any(0).double().mean()))
+
+
+def check_site(layer: int, found: SelfTest, neighbours: Mapping[int, float], expected_l0: float | None) -> None:
+    """Refuse an SAE that cannot be this block's: one that explains a neighbour clearly better, or whose L0 is far from its own.
+
+    neighbours: FVU of the same SAE on the blocks before and after; expected_l0: what its registry says, if anything.
+    """
+    better = {at: fvu for at, fvu in neighbours.items() if fvu < CLEARLY * found.fvu}
+    if better:
+        at = min(better, key=better.__getitem__)
+        raise UserError(
+            f"SAE of layer {layer}: it explains layer {at} better than its own (unexplained {better[at]:.2f} against "
+            f"{found.fvu:.2f}); the set is shifted or of another model, mend sae.release or sae.sae_id"
+        )
+    if expected_l0 and not expected_l0 / L0_RANGE <= found.l0 <= expected_l0 * L0_RANGE:
+        raise UserError(
+            f"SAE of layer {layer}: {found.l0:.1f} features fire a token, its registry says {expected_l0:g}; "
+            "another release, site or model, mend sae.release or sae.sae_id"
+        )
+
+
+class Covariance:
+    """Accumulates the covariance of activations [d_model, d_model], in float64, as batches pass by."""
+
+    def __init__(self, width: int) -> None:
+        """width: d_model."""
+        self.count, self.first = 0, torch.zeros(width, dtype=torch.float64)
+        self.second = torch.zeros(width, width, dtype=torch.float64)
+
+    def add(self, x: Float[Tensor, "token d_model"]) -> None:
+        """Add a batch."""
+        wide = x.double().cpu()
+        self.count, self.first, self.second = self.count + len(x), self.first + wide.sum(0), self.second + wide.T @ wide
+
+    def value(self) -> Float[Tensor, "d_model d_model"]:
+        """E[x x'] - E[x] E[x]'."""
+        return self.second / self.count - torch.outer(self.first, self.first) / self.count**2
 
 
 def matched_weights(

@@ -70,6 +70,23 @@ def load(folder: Path, device: str = "cpu") -> Any:
     return SAE.load_from_disk(folder, device=device, dtype="float32")
 
 
+def fetch(release: str, sae_id: str | None, layer: int, revision: str | None = None) -> Any:
+    """The SAE of one block: of a SAELens release, or of a folder that holds one folder a block, by `sae_id`."""
+    if not sae_id or "{layer}" not in sae_id:
+        raise UserError(f"sae.sae_id is {sae_id!r}; it must hold {{layer}}, as in layer_{{layer}}_width_16k_l0_small")
+    name = sae_id.format(layer=layer)
+    if not Path(release).is_dir():
+        return load_release(release, name, revision)
+    if not (Path(release) / name / "cfg.json").is_file():
+        raise UserError(f"SAE folder {release}: there is no {name}/cfg.json; save each SAE there with SAELens' save_model")
+    return load(Path(release) / name)
+
+
+def expected_l0(release: str, sae_id: str, layer: int) -> float | None:
+    """The L0 that SAELens' registry gives for a block's SAE; None for a folder of one's own."""
+    return None if Path(release).is_dir() else registered(release).expected_l0[sae_id.format(layer=layer)]
+
+
 def load_release(release: str, sae_id: str, revision: str | None = None) -> Any:
     """A SAELens SAE by release and id, from the Hub or its cache. Raises UserError for an id that the release lacks."""
     from sae_lens import SAE

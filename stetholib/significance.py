@@ -141,7 +141,9 @@ def compare(base: pd.DataFrame, edited: pd.DataFrame, margins: Margins) -> pd.Da
 
     base, edited: records with subject, problem_id, exact_match and extracted, of the same problems.
     """
-    pairs = base.merge(edited, on=["subject", "problem_id"], suffixes=("_0", "_1"), validate="one_to_one")
+    # a data set may hold a problem twice; its occurrences are pairs of their own
+    base, edited = (t.assign(occurrence=t.groupby(["subject", "problem_id"]).cumcount()) for t in (base, edited))
+    pairs = base.merge(edited, on=["subject", "problem_id", "occurrence"], suffixes=("_0", "_1"), validate="one_to_one")
     if len(pairs) != len(base) or len(pairs) != len(edited):
         raise UserError(
             f"significance: the base answered {len(base)} problems, the variant {len(edited)}, and they share {len(pairs)}"

@@ -4,9 +4,11 @@ train is what a fine-tune may see; validation is for everything that is chosen o
 05. On the Hub, validation is a part of the training split picked by hash, and kept out of the fine-tune.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from hashlib import sha256
+from pathlib import Path
 
+from stetholib import hub
 from stetholib.errors import UserError
 from stetholib.minerva_math import boxed_answer
 from stetholib.mini import problems as mini_problems
@@ -30,11 +32,9 @@ def general(spec: Data, split: str, count: int, seed: int) -> list[str]:
     """General documents; `train`, `validation` and `test` never share one."""
     if spec.general == "generated":
         return mini_stories.generate(count, seed, split)
-    from datasets import load_dataset
-
-    rows = load_dataset(spec.general, spec.general_config, revision=spec.general_revision, split="validation")
     order = {"train": 0, "validation": 1, "test": 2}[split]
-    texts = [text for text in rows["text"] if len(text.split()) >= 40 and _bucket(text) % 3 == order]
+    rows = _parquet(spec.general, spec.general_config, spec.general_revision, "validation")
+    texts = [text for text in (row["text"] for row in rows) if len(text.split()) >= 40 and _bucket(text) % 3 == order]
     if len(texts) < count:
         raise UserError(
             f"data: {spec.general} has {len(texts)} general documents for {split}, {count} are wanted; lower data.general_documents"
@@ -44,16 +44,27 @@ def general(spec: Data, split: str, count: int, seed: int) -> list[str]:
 
 def _hub_problems(spec: Data, split: str, wanted: Mapping[str, int]) -> list[Row]:
     """MATH's own test split, or a part of its training split; at most `wanted` of each subject, picked by hash."""
-    from datasets import load_dataset
-
     found: list[Row] = []
     for subject in SUBJECTS:
-        rows = load_dataset(spec.maths, subject, revision=spec.maths_revision, split="test" if split == "test" else "train")
-        ranked = sorted(({**row, "subject": subject} for row in rows), key=lambda row: _bucket(row["problem"]))
-        if split == "train":
+        rows = _parquet(spec.maths, subject, spec.maths_revision, "test" if split == "test" else "train")
+        usable = [{**row, "subject": subject} for row in rows if split == "test" or _has_answer(row)]
+        ranked = sorted(usable, key=lambda row: _bucket(row["problem"]))
+        if split == "train":  # what validation takes is never trained on
             ranked = ranked[spec.validation_problems :]
-        found += [row for row in ranked if _has_answer(row)][: wanted[subject]]
+        found += ranked[: wanted[subject]]
     return sorted(found, key=lambda row: _bucket(row["problem"]))
+
+
+def _parquet(repo: str, config: str | None, revision: str | None, split: str) -> Iterable[Row]:
+    """The rows of one split of one config of a Hub data set kept as parquet, or of a folder laid out the same."""
+    from datasets import load_dataset
+
+    pattern = f"{config or 'data'}/{split}-*.parquet"
+    folder = Path(repo) if Path(repo).is_dir() else hub.snapshot(repo, revision, [pattern], kind="dataset")
+    files = sorted(str(path) for path in folder.glob(pattern))
+    if not files:
+        raise UserError(f"data: {repo} has no {pattern}; mend data.maths or data.general")
+    return load_dataset("parquet", data_files=files, split="train")
 
 
 def _has_answer(row: Row) -> bool:

@@ -26,11 +26,12 @@ class Repository:
 
     files: Mapping[str, bytes]
     gated: bool = False
+    revision: str | None = None
 
     @property
     def commit(self) -> str:
-        """A commit hash of the content."""
-        return sha1(b"".join(name.encode() + sha256(body).digest() for name, body in sorted(self.files.items()))).hexdigest()
+        """The commit that is pinned elsewhere, or a hash of the content."""
+        return self.revision or sha1(b"".join(name.encode() + sha256(body).digest() for name, body in sorted(self.files.items()))).hexdigest()
 
 
 @dataclass
@@ -84,7 +85,7 @@ class _Handler(BaseHTTPRequestHandler):
         try:
             sent = json.loads(raw)
         except ValueError:
-            sent = {k: v for k, v in parse_qs(raw.decode()).items()}
+            sent = parse_qs(raw.decode())
         self._answer(body=True, sent=sent)
 
     def _answer(self, body: bool, sent: Mapping | None = None) -> None:
@@ -138,7 +139,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.hub.served.append((name, file, stop - start))
 
     def _api(self, match: re.Match, sent: Mapping) -> None:
-        kind, name, what, revision, below = match.groups()
+        _, name, what, revision, below = match.groups()
         known = self._repository(name, revision, open_to_all=True)
         if known is None:
             return

@@ -74,10 +74,11 @@ class FineTune:
 
 @dataclass(frozen=True)
 class Sae:
-    """Which SAEs: trained on the spot (`release: train`) or a SAELens release with an id for each layer."""
+    """Which SAEs: trained on the spot (`release: train`), a SAELens release, or a folder; `sae_id` holds `{layer}`."""
 
     release: str = key()
     sae_id: str | None = key()
+    revision: str | None = key()
     seed: int = key(0)
     d_sae: int = key(2)
     k: int = key(1)
@@ -93,6 +94,7 @@ class Features:
     specificity: str = key(choices=("cohen_d", "firing_log_ratio", "auroc"))
     minimum_firing: float = key(0.0, 1.0)
     matched_minimum: int = key(1)
+    memory_gib: float = key(0.001)
 
 
 @dataclass(frozen=True)

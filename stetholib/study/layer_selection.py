@@ -56,7 +56,7 @@ class SelectionSteps(ProjectionSteps):
     def plain_scores(self, contrast: str, kind: str | None = None) -> list[float]:
         """Layer scores alone, without permutations and resamples, under any definition of specificity."""
         rule = self._rule(kind)
-        labels = sae_features.one_hot(self.features().tensors["corpus_of"], len(CORPORA))
+        labels = sae_features.one_hot(self.corpus_of, len(CORPORA))
         return [float(rule.score(sums, labels, contrast == "matched")[0]) for sums in self.document_sums(contrast)]
 
     def sae_stability(self, draws: int) -> pd.DataFrame:
@@ -132,7 +132,7 @@ class SelectionSteps(ProjectionSteps):
         """Layer scores under one contrast, with permutations and resamples."""
         p = self.profile.selection
         rule = self._rule(kind)
-        upstream = [self.features().key, contrast]
+        upstream = [*self._feature_keys, contrast]
         params = [asdict(rule), p.permutations, p.resamples, self.selected_count, self.profile.seed]
         make = partial(self._make_scores, contrast, rule)
         found = self._stage("scores", params, upstream, [layer_selection, sae_features], make)
@@ -140,10 +140,9 @@ class SelectionSteps(ProjectionSteps):
 
     def _make_scores(self, contrast: str, rule: ScoreRule, folder: Path) -> Artefact:
         p = self.profile.selection
-        corpus_of = self.features().tensors["corpus_of"]
         result = layer_selection.score_layers(
             self.document_sums(contrast),
-            corpus_of,
+            self.corpus_of,
             rule,
             contrast == "matched",
             self.selected_count,
@@ -249,7 +248,7 @@ class SelectionSteps(ProjectionSteps):
     def layer_selection(self) -> pd.DataFrame:
         """Step 04's table of layers, written and returned."""
         scores = {contrast: self.scores(contrast) for contrast in CONTRASTS}
-        tests = self.features().tables["self_tests"]
+        tests = self.self_tests()
         randoms = {contrast: tests[f"score_random_{contrast}"].tolist() for contrast in CONTRASTS}
         table = layer_selection.measure(scores, randoms, self.selected_count, self.layer_sets())
         self.workspace.table("04_layer_selection", table)

@@ -17,7 +17,6 @@ from stetholib import (
     minerva_math,
     models,
     profiles,
-    sae_features,
     subspace_projection,
     task_vectors,
     texts,
@@ -25,7 +24,6 @@ from stetholib import (
 from stetholib.editing import Edit, edited
 from stetholib.models import LanguageModel
 from stetholib.study.layer_selection import SelectionSteps
-from stetholib.study.sae_features import CORPORA
 from stetholib.study.stages import wiring
 from stetholib.study.subspace_projection import ProjectionSteps
 from stetholib.workspace import Artefact, append_json, atomic, digest_of, progress, read_json_lines, source_hash
@@ -77,7 +75,7 @@ class AnswerSteps(SelectionSteps):
         if variant.vector not in ("raw", "finetuned"):
             p = self.profile
             made += [
-                self.features().key,
+                *self._feature_keys,
                 asdict(p.projection),
                 asdict(p.features),
                 *self._sae_keys,
@@ -196,7 +194,7 @@ class AnswerSteps(SelectionSteps):
         stethoscope = self.variants()["stethoscope"]
         params = [self.profile.evaluation.noise_problems, asdict(self.profile.evaluation), self.profile.seed]
         modules = [minerva_math, models, editing]
-        return self._stage("checks", params, [self._variant_key(stethoscope), self.features().key], modules).values
+        return self._stage("checks", params, [self._variant_key(stethoscope), *self._feature_keys], modules).values
 
     def _make_checks(self, folder: Path) -> Artefact:
         """Answers twice, scores twice, weights before and after; parameters and FLOPs of base and edited model."""
@@ -209,8 +207,7 @@ class AnswerSteps(SelectionSteps):
                 minerva_math.answer_all(model, some, p.max_new_tokens, p.batch_size, found.extend)
                 costs.append(running_cost(model))
             runs.append(found)
-        rule, labels = self._rule(), sae_features.one_hot(self.features().tensors["corpus_of"], len(CORPORA))
-        again = [float(rule.score(sums, labels, False)[0]) for sums in self.document_sums("corpus")]
+        again = self.plain_scores("corpus")
         return Artefact(
             values=dict(
                 answered_twice=len(some),

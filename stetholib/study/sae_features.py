@@ -1,8 +1,8 @@
 """Wiring of step 02: SAEs, and one pass over all documents."""
 
 import random
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, fields
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -58,20 +58,20 @@ class FeatureSteps(TaskVectorSteps):
             kept.append(pair)
             total += len(pair[0]) - 1
         found: dict[int, list[torch.Tensor]] = {layer: [] for layer in range(self.layers)}
-        for _, _, streams in self._streams(kept, "02 activations for SAEs"):
+        for _, _, streams in self._streams(kept, "02 activations for SAEs", range(self.layers)):
             for layer, x in streams.items():
                 found[layer].append(x.cpu())
         return {layer: torch.cat(parts) for layer, parts in found.items()}
 
-    def _streams(self, pairs: Sequence[tuple[list[int], int]], label: str) -> Any:
-        """Run texts through theta_0: (batch, document of each content token, residual stream by layer)."""
+    def _streams(self, pairs: Sequence[tuple[list[int], int]], label: str, layers: Iterable[int]) -> Any:
+        """Run texts through theta_0: (batch, document of each content token, residual stream of each of the layers)."""
         pool = models.batches(pairs, self.profile.selection.batch_tokens, self.device)
         with torch.no_grad(), models.residual_stream(self.base.model) as taken:
             for batch in progress(pool, label):
                 self.base.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
                 keep = batch.scored.bool()
                 document = torch.tensor(batch.documents, device=keep.device).unsqueeze(1).expand_as(keep)[keep]
-                yield batch, document, {layer: x[keep].float() for layer, x in taken.items()}
+                yield batch, document, {layer: taken[layer][keep].float() for layer in layers}
 
     def sae(self, layer: int) -> Artefact:
         """One block's SAE in SAELens' own format: `folder` is what `saes.load` reads."""
@@ -85,20 +85,15 @@ class FeatureSteps(TaskVectorSteps):
     def _make_sae(self, layer: int, folder: Path) -> Artefact:
         from stetholib import saes
 
-        if self.profile.sae.release != "train":
-            sae_id = self.profile.sae.sae_id.format(layer=layer)
-            saes.load_release(self.profile.sae.release, sae_id).save_model(folder)
+        spec = self.profile.sae
+        if spec.release == "train":
+            seed = self._seed(f"sae {spec.seed} {layer}")
+            saes.train(self._training_activations[layer], spec, seed, folder, self.device)
         else:
-            seed = self._seed(f"sae {self.profile.sae.seed} {layer}")
-            saes.train(self._training_activations[layer], self.profile.sae, seed, folder, self.device)
+            saes.fetch(spec.release, spec.sae_id, layer, spec.revision).save_model(folder)
         return Artefact()
 
-    @cached_property
-    def dictionaries(self) -> dict[int, Dictionary]:
-        """Every block's SAE as plain tensors."""
-        return {layer: self._dictionary(layer) for layer in progress(range(self.layers), "02 SAEs")}
-
-    def _dictionary(self, layer: int) -> Dictionary:
+    def dictionary(self, layer: int) -> Dictionary:
         """Plain tensors of one SAE, kept as a stage so that SAELens is imported only where one is made."""
         from stetholib import saes
 
@@ -116,61 +111,95 @@ class FeatureSteps(TaskVectorSteps):
     def _sae_keys(self) -> list[str]:
         return [self.sae(layer).key for layer in range(self.layers)]
 
-    def features(self) -> Artefact:
-        """One pass over all documents: per-document feature sums of every block and contrast, self-tests, moments."""
-        p = self.profile
-        params = [asdict(p.features), asdict(p.data), asdict(p.selection), p.seed]
-        return self._stage(
-            "features", params, [self.base_key, *self._sae_keys], [sae_features, layer_selection, models, *self._text_code]
-        )
+    @cached_property
+    def _groups(self) -> list[range]:
+        """Blocks whose sums fit into memory together: of the SAE and its random double, under both contrasts."""
+        features, documents = self.dictionary(0).d_sae, len(self.documents)
+        each = 4 * features * (3 * documents + len(CORPORA) * sae_features.BINS) * 2 * len(CONTRASTS)
+        size = max(1, int(self.profile.features.memory_gib * 2**30 / each))
+        return [range(start, min(start + size, self.layers)) for start in range(0, self.layers, size)]
 
-    def _make_features(self, folder: Path) -> Artefact:
-        p, docs = self.profile, self.documents
-        corpus_of = torch.tensor(docs["corpus"].to_numpy())
-        pairs = [
-            (ids, 1)
-            for ids, _ in models.tokenize(self.base, list(zip(docs["context"], docs["text"], strict=True)), p.data.max_tokens)
-        ]
-        content = [torch.tensor(ids[1:]) for ids, _ in pairs]
-        matched = sae_features.matched_weights(content, [c < len(SUBJECTS) for c in docs["corpus"]], p.features.matched_minimum)
-        sample = self._sample(pairs)
-        tests, sums = {}, {}
-        randoms = {}
-        for layer, dictionary in self.dictionaries.items():
-            x = sample[layer]
-            tests[layer] = sae_features.self_test(dictionary, x)
-            randoms[layer] = sae_features.random_dictionary(
-                x, dictionary.d_sae, tests[layer].l0, self._seed(f"random dictionary {layer}")
-            )
-            for name, one in (("sae", dictionary), ("random", randoms[layer])):
-                sums[name, layer] = FeatureSums(one.d_sae, corpus_of, float(one.encode(x).max()))
-        second = {layer: torch.zeros(x.shape[1], x.shape[1], dtype=torch.float64) for layer, x in sample.items()}
-        first = {layer: torch.zeros(x.shape[1], dtype=torch.float64) for layer, x in sample.items()}
-        for batch, document, streams in self._streams(pairs, "02 feature statistics"):
+    def features(self, layer: int) -> Artefact:
+        """Per-document feature sums, self-tests and moments of the group of blocks that this one belongs to."""
+        p = self.profile
+        group = next(group for group in self._groups if layer in group)
+        params = [asdict(p.features), asdict(p.data), asdict(p.selection), p.seed, [group.start, group.stop]]
+        upstream = [self.base_key, *(self.sae(at).key for at in group)]
+        modules = [sae_features, layer_selection, models, *self._text_code]
+        return self._stage("features", params, upstream, modules, partial(self._make_features, group))
+
+    @property
+    def _feature_keys(self) -> list[str]:
+        return [self.features(group.start).key for group in self._groups]
+
+    @property
+    def corpus_of(self) -> torch.Tensor:
+        """Index of each document's corpus."""
+        return torch.tensor(self.documents["corpus"].to_numpy())
+
+    @cached_property
+    def _document_tokens(self) -> list[tuple[list[int], int]]:
+        docs = self.documents
+        texts_of = list(zip(docs["context"], docs["text"], strict=True))
+        return [(ids, 1) for ids, _ in models.tokenize(self.base, texts_of, self.profile.data.max_tokens)]
+
+    def _make_features(self, group: range, folder: Path) -> Artefact:
+        """One pass over all documents for a group of blocks."""
+        pairs, corpus_of = self._document_tokens, self.corpus_of
+        content, is_maths = [torch.tensor(ids[1:]) for ids, _ in pairs], (corpus_of < len(SUBJECTS)).tolist()
+        matched = sae_features.matched_weights(content, is_maths, self.profile.features.matched_minimum)
+        tests, instruments, sums = self._tested(group, pairs)
+        width = next(iter(instruments.values())).W_dec.shape[1]
+        moment = {layer: sae_features.Covariance(width) for layer in group}
+        for batch, document, streams in self._streams(pairs, "02 feature statistics", group):
             weights = self._token_weights(batch, matched)
             maths = (corpus_of[document.cpu()] < len(SUBJECTS)).to(document.device)
             for layer, x in streams.items():
-                for name, one in (("sae", self.dictionaries[layer]), ("random", randoms[layer])):
-                    sums[name, layer].add(one.encode(x), document, weights)
-                heard = x[maths].double().cpu()
-                second[layer] += heard.T @ heard
-                first[layer] += heard.sum(0)
-        count = float(sum(len(ids) for ids, c in zip(content, docs["corpus"], strict=True) if c < len(SUBJECTS)))
-        return self._features_artefact(
-            corpus_of,
-            sums,
-            tests,
-            randoms,
-            sample,
-            {layer: second[layer] / count - torch.outer(first[layer], first[layer]) / count**2 for layer in second},
-        )
+                for name in ("sae", "random"):
+                    sums[name, layer].add(instruments[name, layer].encode(x), document, weights)
+                moment[layer].add(x[maths])
+        labels = sae_features.one_hot(corpus_of, len(CORPORA))
+        tensors, rows = {}, []
+        for layer in group:  # of the random dictionaries only their self-tests and layer scores are kept
+            tensors[f"activation_covariance.{layer}"] = moment[layer].value()
+            for contrast in CONTRASTS:
+                for name, part in vars(sums["sae", layer].sums[contrast]).items():
+                    tensors[f"{contrast}.{layer}.{name}"] = part
+                baseline = self._rule().score(sums["random", layer].sums[contrast], labels, contrast == "matched")
+                tests[layer][f"score_random_{contrast}"] = float(baseline[0])
+            rows.append(tests[layer])
+        return Artefact(tensors=tensors, tables={"self_tests": pd.DataFrame(rows)})
+
+    def _tested(self, group: range, pairs: Sequence[tuple[list[int], int]]) -> tuple[dict, dict, dict]:
+        """Self-tests of a group's SAEs, the SAEs with their random doubles, and empty sums for both.
+
+        An SAE that was not trained here is refused where it cannot be this block's.
+        """
+        from stetholib import saes
+
+        spec, tests, instruments, sums = self.profile.sae, {}, {}, {}
+        sample = self._sample(pairs, range(max(0, group.start - 1), min(self.layers, group.stop + 1)))
+        for layer in group:
+            one, x = self.dictionary(layer), sample[layer]
+            found = sae_features.self_test(one, x)
+            near = {at: sae_features.self_test(one, sample[at]).fvu for at in (layer - 1, layer + 1) if at in sample}
+            if spec.release != "train":
+                sae_features.check_site(layer, found, near, saes.expected_l0(spec.release, spec.sae_id, layer))
+            double = sae_features.random_dictionary(x, one.d_sae, found.l0, self._seed(f"random dictionary {layer}"))
+            tests[layer] = dict(layer=layer, d_sae=one.d_sae) | asdict(found)
+            tests[layer] |= {f"{name}_random": value for name, value in asdict(sae_features.self_test(double, x)).items()}
+            tests[layer]["fvu_neighbour"] = min(near.values(), default=float("nan"))
+            for name, instrument in (("sae", one), ("random", double)):
+                instruments[name, layer] = instrument
+                sums[name, layer] = FeatureSums(one.d_sae, self.corpus_of, float(instrument.encode(x).max()))
+        return tests, instruments, sums
 
     def _token_weights(self, batch: models.Batch, matched: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
         """Weights of a batch's content tokens under each contrast."""
         joined = torch.cat([matched[document] for document in batch.documents])
         return {"corpus": torch.ones_like(joined), "matched": joined}
 
-    def _sample(self, pairs: Sequence[tuple[list[int], int]]) -> dict[int, torch.Tensor]:
+    def _sample(self, pairs: Sequence[tuple[list[int], int]], layers: range) -> dict[int, torch.Tensor]:
         """Activations of a random part of the documents, for self-tests and the random dictionaries."""
         order = list(range(len(pairs)))
         random.Random(self._seed("self-test")).shuffle(order)
@@ -180,31 +209,15 @@ class FeatureSteps(TaskVectorSteps):
                 break
             kept.append(pairs[index])
             total += len(pairs[index][0]) - 1
-        found: dict[int, list[torch.Tensor]] = {layer: [] for layer in range(self.layers)}
-        for _, _, streams in self._streams(kept, "02 self-test"):
+        found: dict[int, list[torch.Tensor]] = {layer: [] for layer in layers}
+        for _, _, streams in self._streams(kept, "02 self-test", layers):
             for layer, x in streams.items():
                 found[layer].append(x)
         return {layer: torch.cat(parts) for layer, parts in found.items()}
 
-    def _features_artefact(
-        self, corpus_of: torch.Tensor, sums: Mapping, tests: Mapping, randoms: Mapping, sample: Mapping, covariance: Mapping
-    ) -> Artefact:
-        """Everything step 02 keeps; of the random dictionaries only their self-tests and layer scores."""
-        tensors = {"corpus_of": corpus_of}
-        labels = sae_features.one_hot(corpus_of, len(CORPORA))
-        rows = []
-        for layer in tests:
-            tensors[f"activation_covariance.{layer}"] = covariance[layer]
-            zero = sae_features.self_test(randoms[layer], sample[layer])
-            row = dict(layer=layer, d_sae=self.dictionaries[layer].d_sae) | asdict(tests[layer])
-            row |= {f"{name}_random": value for name, value in asdict(zero).items()}
-            for contrast in CONTRASTS:
-                for name, part in vars(sums["sae", layer].sums[contrast]).items():
-                    tensors[f"{contrast}.{layer}.{name}"] = part
-                baseline = self._rule().score(sums["random", layer].sums[contrast], labels, contrast == "matched")
-                row[f"score_random_{contrast}"] = float(baseline[0])
-            rows.append(row)
-        return Artefact(tensors=tensors, tables={"self_tests": pd.DataFrame(rows)})
+    def self_tests(self) -> pd.DataFrame:
+        """One row a block: what its SAE and its random double explain, how sparsely, and the doubles' layer scores."""
+        return pd.concat([self.features(group.start).tables["self_tests"] for group in self._groups], ignore_index=True)
 
     def _rule(self, kind: str | None = None) -> ScoreRule:
         p = self.profile
@@ -212,15 +225,16 @@ class FeatureSteps(TaskVectorSteps):
             kind or p.features.specificity, p.selection.score_share, p.selection.score_minimum, p.features.minimum_firing
         )
 
-    def document_sums(self, contrast: str) -> list[DocumentSums]:
-        """Per-document sums of every layer under one contrast."""
-        tensors = self.features().tensors
-        names = DocumentSums.__dataclass_fields__
-        return [DocumentSums(**{n: tensors[f"{contrast}.{layer}.{n}"] for n in names}) for layer in range(self.layers)]
+    def document_sums(self, contrast: str) -> Iterator[DocumentSums]:
+        """Per-document sums under one contrast, block by block; each is read when its turn comes."""
+        names = [field.name for field in fields(DocumentSums)]
+        for layer in range(self.layers):
+            tensors = self.features(layer).tensors
+            yield DocumentSums(**{name: tensors[f"{contrast}.{layer}.{name}"] for name in names})
 
     def specificities(self, contrast: str, kind: str | None = None) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """(specificity, whether it fires) of every feature, layer by layer."""
-        rule, labels = self._rule(kind), sae_features.one_hot(self.features().tensors["corpus_of"], len(CORPORA))
+        rule, labels = self._rule(kind), sae_features.one_hot(self.corpus_of, len(CORPORA))
         found = []
         for sums in self.document_sums(contrast):
             m = sae_features.moments(sums, labels, contrast == "matched")
@@ -229,28 +243,23 @@ class FeatureSteps(TaskVectorSteps):
 
     def sae_features(self) -> pd.DataFrame:
         """Step 02's table, written and returned."""
-        tests = self.features().tables["self_tests"].set_index("layer")
+        tests = self.self_tests().set_index("layer")
         rows = []
         for contrast in CONTRASTS:
             for layer, (values, fires) in enumerate(self.specificities(contrast)):
                 top = int(sae_features.most_specific(values, fires, 1)[0])
                 rows.append(dict(layer=layer, contrast=contrast, top_feature=top, top_specificity=float(values[top])))
-        table = pd.DataFrame(rows).join(tests[["d_sae", "l0", "fvu", "fvu_random", "alive", "l0_random"]], on="layer")
+        table = pd.DataFrame(rows).join(
+            tests[["d_sae", "l0", "fvu", "fvu_random", "alive", "l0_random", "fvu_neighbour"]], on="layer"
+        )
         self.workspace.table("02_sae_features", table)
         return table
 
     def top_tokens(self, layer: int, feature: int, count: int = 12) -> pd.DataFrame:
         """The surface forms on which a feature is most active, with mean activation and occurrences."""
-        docs = self.documents
-        pairs = [
-            (ids, 1)
-            for ids, _ in models.tokenize(
-                self.base, list(zip(docs["context"], docs["text"], strict=True)), self.profile.data.max_tokens
-            )
-        ]
-        d, parts = self.dictionaries[layer], []
+        d, parts = self.dictionary(layer), []
         one = Dictionary(d.W_enc[:, [feature]], d.b_enc[[feature]], d.W_dec[[feature]], d.b_dec, d.threshold[[feature]])
-        for batch, _, streams in self._streams(pairs, "02 top tokens"):
+        for batch, _, streams in self._streams(self._document_tokens, "02 top tokens", [layer]):
             ids = batch.input_ids[batch.scored.bool()].cpu()
             parts.append(pd.DataFrame({"id": ids, "activation": one.encode(streams[layer])[:, 0].cpu()}))
         heard = pd.concat(parts).groupby("id")["activation"].agg(["mean", "size"]).query("size >= 20")

@@ -19,6 +19,7 @@ import torch
 
 from stetholib import (
     figures,
+    hub,
     models,
     profiles,
     texts,
@@ -122,9 +123,7 @@ class Stages:
             return self._stage("toy", name).folder
         if Path(name).is_dir():
             return Path(name)
-        from huggingface_hub import snapshot_download
-
-        return Path(snapshot_download(name, revision=revision, allow_patterns=["*.json", "*.safetensors", "tokenizer*"]))
+        return hub.snapshot(name, revision)
 
     def _make_toy(self, folder: Path) -> Artefact:
         """An untrained model of the real architecture, for the tests."""

@@ -30,7 +30,7 @@ class ProjectionSteps(FeatureSteps):
     @cached_property
     def width(self) -> int:
         """d_model."""
-        return next(iter(self.dictionaries.values())).W_dec.shape[1]
+        return models.norm_gains(self.base.model)[0, "q"].shape[0]
 
     @cached_property
     def ranks(self) -> Ranks:
@@ -69,10 +69,10 @@ class ProjectionSteps(FeatureSteps):
         """The directions at each block's output: of the most specific features (contrast `corpus`), activations, gradients."""
         count = max(self.ranks.grid)
         found = {}
-        covariance, gradient = self.features().tensors, self.gradients().tensors
+        gradient = self.gradients().tensors
         for layer, (values, fires) in enumerate(self.specificities("corpus")):
             top = sae_features.most_specific(values, fires, count)
-            dictionary = self.dictionaries[layer]
+            dictionary, covariance = self.dictionary(layer), self.features(layer).tensors
             found[layer] = Directions(
                 {
                     "sae_decoder": subspace_projection.orthonormal(dictionary.W_dec[top]),
@@ -87,7 +87,7 @@ class ProjectionSteps(FeatureSteps):
         """Step 03's table, written and returned."""
         p = self.profile
         params = [asdict(p.projection), asdict(p.features), p.seed]
-        upstream = [self.finetuned().key, self.features().key, self.gradients().key, *self._sae_keys]
+        upstream = [self.finetuned().key, *self._feature_keys, self.gradients().key, *self._sae_keys]
         table = self._stage("projection", params, upstream, [subspace_projection, sae_features, task_vectors]).tables["table"]
         self.workspace.table("03_subspace_projection", table)
         return table
@@ -144,7 +144,7 @@ class ProjectionSteps(FeatureSteps):
         of the same energy, for `scalpel_rescaled` it is `full`.
         """
         params = [asdict(self.profile.selection), asdict(self.profile.projection), self.profile.seed]
-        upstream = [self.finetuned().key, self.features().key, *self._sae_keys]
+        upstream = [self.finetuned().key, *self._feature_keys, *self._sae_keys]
         modules = [subspace_projection, editing, models, task_vectors, significance]
         return self._stage("energy_or_direction", params, upstream, modules).tables["table"]
 

@@ -1,0 +1,199 @@
+"""Fabricated repositories in the real formats: random weights of the true shapes, or of a fraction of them.
+
+They prove that the names, formats, sizes and refusals of a real rung are handled, and tell its time and memory,
+before anything is fetched. Their numbers mean nothing. Shapes are those of the released models' configurations.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from safetensors.torch import save_file
+
+from stetholib import models, sae_features, saes
+from stetholib.errors import UserError
+from stetholib.minerva_math import prompt, target
+from stetholib.mini import problems, stories
+from stetholib.profiles import Data, Profile
+from stetholib.texts import SUBJECTS
+
+SPECIAL = ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"]
+CHAT = (
+    "{{ bos_token }}{% for m in messages %}{{ '<start_of_turn>' + m['role'] + '\n' + m['content'] + '<end_of_turn>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
+)
+TEXT = dict(head_dim=256, sliding_window=512, tie_word_embeddings=True, max_position_embeddings=32768)
+SHAPES: dict[str, dict[str, int]] = {
+    "google/gemma-3-270m-it": dict(
+        num_hidden_layers=18, hidden_size=640, intermediate_size=2048, num_attention_heads=4, num_key_value_heads=1
+    ),
+    "google/gemma-3-1b-it": dict(
+        num_hidden_layers=26, hidden_size=1152, intermediate_size=6912, num_attention_heads=4, num_key_value_heads=1
+    ),
+    "google/gemma-3-4b-it": dict(
+        num_hidden_layers=34, hidden_size=2560, intermediate_size=10240, num_attention_heads=8, num_key_value_heads=4
+    ),
+}
+VOCABULARY = {"google/gemma-3-4b-it": 262208}
+WITH_VISION = ("google/gemma-3-4b-it",)
+SAMPLE_TOKENS = 4096
+
+
+def everything(profile: Profile, folder: Path, scale: float, seed: int = 0) -> dict[str, Path]:
+    """Repositories for all that a profile fetches, as folders by repository id.
+
+    scale: 1 for the true shapes, less for a fraction of width, depth, vocabulary and dictionary.
+    """
+    base, found = profile.model.base, {}
+    if base not in SHAPES:
+        raise UserError(f"rehearsal: the shapes of {base} are not known; known are {', '.join(SHAPES)}")
+    found[base] = folder / base
+    model(base, found[base], scale, profile.model.dtype, seed)
+    entry = saes.registered(profile.sae.release)
+    found[entry.repo_id] = folder / entry.repo_id
+    gemma_scope(profile, found[base], found[entry.repo_id], max(64, round(16384 * scale)), seed)
+    found[profile.data.maths], found[profile.data.general] = folder / profile.data.maths, folder / profile.data.general
+    maths(profile.data, found[profile.data.maths], seed)
+    general(profile.data, found[profile.data.general], seed)
+    return found
+
+
+def text_config(repo: str, scale: float) -> Any:
+    """The text half's configuration; a fraction keeps heads, grouping and layer types and shrinks the rest."""
+    from transformers import Gemma3TextConfig
+
+    shape, vocabulary = dict(SHAPES[repo]), VOCABULARY.get(repo, 262144)
+    if scale < 1:
+        shape["num_hidden_layers"] = max(6, round(shape["num_hidden_layers"] * scale))
+        for key in ("hidden_size", "intermediate_size"):
+            shape[key] = max(32, 16 * round(shape[key] * scale / 16))
+        vocabulary = max(1024, round(vocabulary * scale))
+    text = TEXT | (dict(head_dim=16) if scale < 1 else {})
+    return Gemma3TextConfig(
+        vocab_size=vocabulary,
+        query_pre_attn_scalar=text["head_dim"],
+        pad_token_id=0,
+        eos_token_id=1,
+        bos_token_id=2,
+        initializer_range=0.02 if scale == 1 else 0.25,
+        **shape,
+        **text,
+    )
+
+
+def model(repo: str, folder: Path, scale: float, dtype: str, seed: int) -> None:
+    """An untrained model with the repository's architecture, in sharded safetensors, with a tokenizer."""
+    from transformers import AutoModelForCausalLM, Gemma3Config, SiglipVisionConfig
+
+    text = text_config(repo, scale)
+    config = text
+    if repo in WITH_VISION:
+        vision = dict(hidden_size=1152, intermediate_size=4304, num_hidden_layers=27, num_attention_heads=16, image_size=896)
+        if scale < 1:
+            vision = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=56)
+        config = Gemma3Config(
+            text_config=text.to_dict(),
+            vision_config=SiglipVisionConfig(patch_size=14, **vision).to_dict(),
+            mm_tokens_per_image=256 if scale == 1 else 4,
+        )
+    torch.manual_seed(seed)
+    made = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+    made.generation_config.eos_token_id = [1, 5]
+    made.save_pretrained(folder, max_shard_size="4GB" if scale == 1 else "200KB")
+    tokenizer(folder)
+
+
+def tokenizer(folder: Path, size: int = 1000) -> None:
+    """A byte-level BPE with Gemma's special tokens and the shape of its chat template."""
+    from tokenizers import Tokenizer, decoders, pre_tokenizers, processors, trainers
+    from tokenizers.models import BPE
+    from transformers import PreTrainedTokenizerFast
+
+    made = Tokenizer(BPE())
+    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    made.train_from_iterator(
+        _documents(400),
+        trainers.BpeTrainer(vocab_size=size, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False),
+    )
+    made.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 2)])
+    PreTrainedTokenizerFast(
+        tokenizer_object=made,
+        pad_token="<pad>",
+        eos_token="<eos>",
+        bos_token="<bos>",
+        unk_token="<unk>",
+        extra_special_tokens=SPECIAL[4:],
+        chat_template=CHAT,
+        padding_side="left",
+    ).save_pretrained(folder)
+
+
+def gemma_scope(profile: Profile, base: Path, folder: Path, d_sae: int, seed: int) -> None:
+    """Dictionaries of random directions fitted to each block's activations, in Gemma Scope 2's folders and names.
+
+    Each has the L0 that SAELens' registry states, and explains its own block best, as a trained one would.
+    """
+    entry, loaded = saes.registered(profile.sae.release), models.load(base, profile.model.dtype)
+    texts = [("", text) for text in _documents(400)]
+    pairs, total = [], 0
+    for ids, _ in models.tokenize(loaded, texts, profile.data.max_tokens):
+        pairs.append((ids, 1))
+        total += len(ids)
+        if total > SAMPLE_TOKENS:
+            break
+    for layer in range(len(models.decoder_blocks(loaded.model))):
+        name = profile.sae.sae_id.format(layer=layer)
+        x = _activations(loaded, pairs, layer)
+        one = sae_features.random_dictionary(x, d_sae, entry.expected_l0[name], seed + layer)
+        place = folder / entry.saes_map[name]
+        place.mkdir(parents=True, exist_ok=True)
+        tensors = dict(w_enc=one.W_enc, w_dec=one.W_dec, b_enc=one.b_enc, b_dec=one.b_dec, threshold=one.threshold)
+        save_file({key: value.contiguous() for key, value in tensors.items()}, place / "params.safetensors")
+        said = dict(architecture="jump_relu", model_name=entry.model, hf_hook_point_in=f"model.layers.{layer}.output")
+        (place / "config.json").write_text(json.dumps(said))
+
+
+def _activations(loaded: models.LanguageModel, pairs: list[tuple[list[int], int]], layer: int) -> torch.Tensor:
+    """One block's output on content tokens, in float32."""
+    found = []
+    with torch.no_grad(), models.residual_stream(loaded.model) as taken:
+        for batch in models.batches(pairs, 2048, "cpu"):
+            loaded.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+            found.append(taken[layer][batch.scored.bool()].float())
+    return torch.cat(found)
+
+
+def maths(data: Data, folder: Path, seed: int) -> None:
+    """MATH's seven configs with train and test splits in parquet, the rows generated."""
+    splits = {"test": data.test_problems, "train": dict.fromkeys(SUBJECTS, data.train_problems + data.validation_problems)}
+    columns = ["problem", "level", "type", "solution"]
+    for split, wanted in splits.items():
+        rows = pd.DataFrame(problems.generate(split, {name: min(count, 600) for name, count in wanted.items()}, seed))
+        for subject in SUBJECTS:
+            part = rows.loc[rows["subject"] == subject, columns]
+            _parquet(part, folder / subject / f"{split}-00000-of-00001.parquet")
+
+
+def general(data: Data, folder: Path, seed: int) -> None:
+    """WikiText's config in parquet: paragraphs between headings and empty lines, as there."""
+    texts = stories.generate(6 * data.general_documents + 60, seed, "validation")
+    lines = [line for text in texts for line in ("", f" = {text.split()[0]} = \n", f" {text} \n")]
+    _parquet(pd.DataFrame({"text": lines}), folder / str(data.general_config) / "validation-00000-of-00001.parquet")
+
+
+def _parquet(table: pd.DataFrame, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table.to_parquet(path, index=False)
+
+
+def _documents(count: int) -> Iterator[str]:
+    """Problems with solutions and stories, in turn."""
+    rows: Iterator[Mapping[str, str]] = problems.stream("train", 0)
+    for row, story in islice(zip(rows, stories.stream(0), strict=False), count // 2):
+        yield prompt(row["problem"]) + target(row["solution"])
+        yield story
