@@ -1,6 +1,7 @@
 PROFILE ?= mini
 DEVICE ?= cpu
 SEEDS ?= 5
+SCALE ?= 1
 ENV ?= auto
 PYTHON ?= python3
 VENV := .venv/bin/python
@@ -15,7 +16,7 @@ RUN := $(shell $(PYTHON) -m stetholib.environment 2>/dev/null && echo $(PYTHON) 
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help env reproduce seeds test test-all mini-base lab lint readme clean
+.PHONY: help env reproduce doctor rehearse seeds test test-all mini-base lab lint readme clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 24
@@ -33,6 +34,12 @@ endif
 
 reproduce: env  ## the six notebooks, every table and figure: make reproduce [PROFILE=mini] [DEVICE=cpu]
 	@$(RUN) -m stetholib reproduce --profile $(PROFILE) --device $(DEVICE)
+
+doctor: env  ## what this machine lacks for a profile: make doctor PROFILE=paper [DEVICE=cuda]
+	@$(RUN) -m stetholib doctor --profile $(PROFILE) --device $(DEVICE)
+
+rehearse: env  ## a profile's notebooks on fabricated weights, for time and memory: make rehearse PROFILE=paper [SCALE=1]
+	@$(RUN) -m stetholib rehearse --profile $(PROFILE) --device $(DEVICE) --scale $(SCALE)
 
 seeds: env  ## the experiment in several worlds, how often each claim holds: make seeds [SEEDS=5]
 	@$(RUN) -m stetholib seeds --device $(DEVICE) --count $(SEEDS)

@@ -9,14 +9,23 @@ from stetholib.errors import UserError
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; a user's mistake is one line on standard error and exit status 2."""
     parser = argparse.ArgumentParser(prog="stetholib", description="Run the six notebooks, or several worlds.")
-    parser.add_argument("command", choices=["reproduce", "seeds"])
+    parser.add_argument("command", choices=["reproduce", "seeds", "doctor", "rehearse"])
     parser.add_argument("--profile", default="mini")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--count", type=int, default=5, help="how many worlds")
     parser.add_argument("--into", default="seeds", help="folder below figures/ for what several worlds say")
+    parser.add_argument("--scale", type=float, default=1.0, help="of the true shapes, in a rehearsal")
     options = parser.parse_args(arguments)
     try:
-        if options.command == "seeds":
+        if options.command == "doctor":
+            from stetholib import doctor, profiles
+
+            return 0 if doctor.report(profiles.load(options.profile), options.device, print) else 1
+        if options.command == "rehearse":
+            from stetholib.rehearse import rehearse
+
+            rehearse(options.profile, options.device, options.scale)
+        elif options.command == "seeds":
             from stetholib import worlds
 
             worlds.run(options.profile, options.device, options.count, options.into)

@@ -6,14 +6,18 @@ Not covered: what the files mean (`models`, `saes`, `texts`).
 """
 
 import errno
+import json
+import re
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from stetholib.errors import UserError
 
 GIB = 2**30
+SHARD = re.compile(r"-\d{5}-of-(\d{5})\.")
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 MODEL_FILES = ("*.json", "*.safetensors", "tokenizer*", "*.jinja")
 
 
@@ -31,12 +35,42 @@ def snapshot(repo: str, revision: str | None = None, files: Sequence[str] = MODE
 
     asked = dict(revision=revision, allow_patterns=list(files), repo_type=kind)
     with explained(repo, revision, kind):
-        try:
-            return Path(snapshot_download(repo, local_files_only=True, **asked))
-        except FileNotFoundError:
-            pass
+        with suppress(FileNotFoundError):
+            folder = Path(snapshot_download(repo, local_files_only=True, **asked))
+            if not missing_files(folder):
+                return folder
         check_space(repo, *to_fetch(repo, revision, files, kind)[:1])
         return Path(snapshot_download(repo, **asked))
+
+
+def cached_folder(repo: str, revision: str | None, kind: str) -> Path | None:
+    """The folder that the cache holds of a repository, whole or not; None without one."""
+    from huggingface_hub import snapshot_download
+
+    with suppress(FileNotFoundError):
+        return Path(snapshot_download(repo, revision=revision, repo_type=kind, local_files_only=True))
+    return None
+
+
+def missing_files(folder: Path) -> list[str]:
+    """Weight or table files that a folder should hold and does not, by its index and by names like `-00001-of-00003`.
+
+    The cache alone cannot tell: a folder may be there because one small file of it was fetched.
+    """
+    present = {path.name for path in (*folder.glob("*.safetensors"), *folder.rglob("*.parquet"))}
+    wanted = set()
+    for index in folder.glob("*.safetensors.index.json"):
+        wanted |= set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    for name in present:
+        if shard := SHARD.search(name):
+            count = int(shard[1])
+            wanted |= {SHARD.sub(f"-{part:05d}-of-{count:05d}.", name) for part in _numbered(name, count)}
+    return sorted(wanted - present) or ([] if present else ["*.safetensors or *.parquet"])
+
+
+def _numbered(name: str, count: int) -> range:
+    """Shards of weights are counted from one, those of tables from nought."""
+    return range(1, count + 1) if name.endswith(".safetensors") else range(count)
 
 
 def to_fetch(repo: str, revision: str | None = None, files: Sequence[str] = MODEL_FILES, kind: str = "model") -> tuple[int, int]:
@@ -61,6 +95,20 @@ def file(repo: str, name: str, revision: str | None = None) -> Path:
             return Path(hf_hub_download(repo, name, revision=revision, local_files_only=True))
         except FileNotFoundError:
             return Path(hf_hub_download(repo, name, revision=revision))
+
+
+def check_network(repo: str) -> None:
+    """Refuse at once where the Hub does not answer; its client would try again for half a minute."""
+    from huggingface_hub import get_session
+    from huggingface_hub.constants import ENDPOINT
+    from huggingface_hub.errors import HTTPError
+
+    try:
+        get_session().get(ENDPOINT, timeout=10)
+    except HTTPError as error:
+        raise HubError(
+            f"{repo} is not in the cache and the Hub cannot be reached at {ENDPOINT} ({_first_line(error)}); connect to the network"
+        ) from None
 
 
 def check_space(repo: str, wanted: int) -> None:
@@ -103,7 +151,7 @@ def explained(repo: str, revision: str | None = None, kind: str = "model") -> It
             "connect to the network and run the same command again: what was fetched is kept"
         ) from None
     except OSError as error:
-        if error.errno != errno.ENOSPC:
+        if error.errno not in DISK_FULL:
             raise
         raise HubError(f"{repo}: the disk is full; free some space or set HF_HOME to a larger disk, then run again") from None
 

@@ -18,6 +18,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from stetholib.errors import UserError
+from stetholib.hub import missing_files
 
 Key = tuple[int, str]
 READERS = ("q", "k", "v", "gate", "up")
@@ -67,8 +68,8 @@ def load(folder: Path, dtype: str = "float32", device: str = "cpu") -> LanguageM
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    if not any(Path(folder).glob("*.safetensors")):
-        raise ModelError(f"model {folder}: no .safetensors file; weights are read from safetensors only")
+    if absent := missing_files(Path(folder)):
+        raise ModelError(f"model {folder}: {absent[0]} is missing; weights are read from safetensors only")
     model = AutoModelForCausalLM.from_pretrained(
         folder, dtype=getattr(torch, dtype), attn_implementation="eager", local_files_only=True, use_safetensors=True
     )
@@ -227,12 +228,17 @@ class Checkpoint(Mapping[str, Tensor]):
             with safe_open(path, framework="pt") as handle:
                 for name in handle.keys():  # noqa: SIM118 - not a dict
                     self._file[name] = path
-        if not self._file:
-            raise ModelError(f"checkpoint {folder}: no .safetensors file; weights are read from safetensors only")
+        if absent := missing_files(self.folder):
+            raise ModelError(f"checkpoint {folder}: {absent[0]} is missing; weights are read from safetensors only")
 
     def __getitem__(self, name: str) -> Tensor:
         with safe_open(self._file[name], framework="pt") as handle:
             return handle.get_tensor(name)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """A tensor's shape, without reading it."""
+        with safe_open(self._file[name], framework="pt") as handle:
+            return tuple(handle.get_slice(name).get_shape())
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._file)

@@ -8,18 +8,19 @@ of its prose finds everything in the store.
 import json
 import os
 import platform
+import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
-from stetholib import profiles
+from stetholib import doctor, profiles
 from stetholib.errors import UserError
 from stetholib.workspace import Workspace, atomic, code_text, digest_of, file_hash
 
@@ -57,6 +58,7 @@ def _run_all(
     profile: profiles.Profile, parameters: dict[str, str], workspace: Workspace, notebooks: dict[str, Path], out: Any
 ) -> None:
     times: dict[str, float] = {}
+    peaks: dict[str, dict[str, float]] = {}
     code = _code_key(profile, parameters["device"])
     for step, path in notebooks.items():
         mark = workspace.executed / f"{step}.json"
@@ -64,15 +66,18 @@ def _run_all(
         if _is_done(mark, key, workspace):
             print(f"{step}: unchanged", file=out, flush=True)
             continue
+        if not times:
+            doctor.refuse(profile, parameters["device"])
         print(f"{step}: running ...", file=out, flush=True)
         started = time.monotonic()
-        _execute(path, workspace, parameters, out)
+        with _peaks(parameters["device"]) as peaks[step]:
+            _execute(path, workspace, parameters, out)
         times[step] = round(time.monotonic() - started, 1)
         made = {p.name: file_hash(p) for p in _outputs(step, workspace)}
         atomic(mark, lambda draft, content=dict(key=key, files=made): draft.write_text(json.dumps(content, indent=1)))
         print(f"{step}: {times[step]:.0f} s, {len(made)} files", file=out, flush=True)
     if times:
-        _record(workspace, times, parameters["device"])
+        _record(workspace, times, peaks, parameters["device"])
         print(
             f"all of it: {sum(times.values()):.0f} s; tables and figures are in {workspace.figures.relative_to(workspace.root)}/",
             file=out,
@@ -98,6 +103,38 @@ def _execute(path: Path, workspace: Workspace, parameters: dict[str, str], out: 
         except papermill.PapermillExecutionError as error:
             where = f"{path.stem}, cell {error.exec_count}"
             raise UserError(f"{where}: {error.ename}: {' '.join(str(error.evalue).split())}") from None
+
+
+@contextmanager
+def _peaks(device: str) -> Iterator[dict[str, float]]:
+    """Watch the memory of a step's processes, and of the GPU: the dict holds the peaks in GiB when it is over."""
+    import psutil
+
+    found, done = {"ram": 0.0, "gpu": 0.0}, threading.Event()
+
+    def resident() -> int:
+        total = 0
+        for child in psutil.Process().children(recursive=True):
+            with suppress(psutil.Error):
+                total += child.memory_info().rss
+        return total
+
+    def watch() -> None:
+        while not done.wait(0.3):
+            found["ram"] = max(found["ram"], resident() / 2**30)
+            if device == "cuda":
+                asked = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+                with suppress(OSError, ValueError, subprocess.SubprocessError):
+                    used = subprocess.run(asked, capture_output=True, text=True, timeout=5, check=True).stdout.split()
+                    found["gpu"] = max(found["gpu"], *(int(mib) / 1024 for mib in used))
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield found
+    finally:
+        done.set()
+        thread.join()
 
 
 @contextmanager
@@ -181,10 +218,13 @@ def check_notebook(path: Path) -> None:
         raise UserError(f"notebooks/{path.name}: the parameters cell must set {', '.join(PARAMETERS)}; mend {wrong[0]!r}")
 
 
-def _record(workspace: Workspace, times: dict[str, float], device: str) -> None:
-    """What is not stable about a run: times and machine."""
+def _record(workspace: Workspace, times: dict[str, float], peaks: dict[str, dict[str, float]], device: str) -> None:
+    """What is not stable about a run: times, peaks of memory and machine."""
     path = workspace.runs / "run.json"
-    known = json.loads(path.read_text()) if path.is_file() else {"seconds": {}}
+    known = json.loads(path.read_text()) if path.is_file() else {}
+    content = dict(seconds=known.get("seconds", {}) | times)
+    for key, name in (("ram", "peak_gib"), ("gpu", "peak_gpu_gib")):
+        content[name] = known.get(name, {}) | {step: round(peak[key], 2) for step, peak in peaks.items()}
     machine = dict(system=platform.platform(), python=platform.python_version(), cores=os.cpu_count(), device=device)
-    content = dict(seconds=known["seconds"] | times, machine=machine, finished=time.strftime("%Y-%m-%dT%H:%M:%S%z"))
+    content |= dict(machine=machine, finished=time.strftime("%Y-%m-%dT%H:%M:%S%z"))
     atomic(path, lambda draft: draft.write_text(json.dumps(content, indent=1)))

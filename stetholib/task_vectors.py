@@ -8,9 +8,11 @@ for, so a vector of two checkpoints on disk never has to fit in memory. Energy i
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float
+from scipy.sparse.linalg import svds
 from torch import Tensor
 
 from stetholib.models import MATRICES, SIDE, Key, ModelError, weight_names
@@ -35,6 +37,12 @@ class Lazy(Mapping[Key, Tensor]):
 
     def __len__(self) -> int:
         return len(self._keys)
+
+
+def weights(checkpoint: Mapping[str, Tensor]) -> Weights:
+    """The seven matrices of each block of a checkpoint, by canonical name, each read when it is asked for."""
+    names = weight_names(checkpoint)
+    return Lazy(names, lambda where: checkpoint[names[where]])
 
 
 @dataclass(frozen=True)
@@ -131,9 +139,21 @@ class TaskVector:
 
 
 def stable_rank(matrix: Float[Tensor, "d_out d_in"]) -> float:
-    """Energy over the squared spectral norm: how many directions the energy is spread over; 0 for a zero matrix."""
-    top = float(torch.linalg.matrix_norm(matrix.double(), 2)) ** 2
-    return float(matrix.double().square().sum()) / top if top else 0.0
+    """Energy over the squared spectral norm: how many directions the energy is spread over; 0 for a zero matrix.
+
+    The norm is found by Lanczos iterations, since a whole decomposition of a real model's matrices takes hours.
+    """
+    wide = matrix.double().cpu()
+    energy = float(wide.square().sum())
+    if not energy:
+        return 0.0
+    small = min(wide.shape)
+    top = (
+        float(torch.linalg.matrix_norm(wide, 2))
+        if small < 16
+        else float(svds(wide.numpy(), k=1, v0=np.ones(small), return_singular_vectors=False)[0])
+    )
+    return energy / top**2
 
 
 def measure(base: Weights, vector: TaskVector) -> pd.DataFrame:
@@ -171,5 +191,11 @@ def energy_elsewhere(base: Mapping[str, Tensor], finetuned: Mapping[str, Tensor]
         raise ModelError(f"task vector: {odd[0]} is in only one of the two checkpoints")
     for name in sorted((set(base) & set(finetuned)) - edited - tied):
         kind = "embeddings" if "embed" in name else "norms" if "norm" in name else "other"
-        energies[kind] += float((finetuned[name].double() - base[name].double()).square().sum())
+        for before, after in zip(_pieces(base[name]), _pieces(finetuned[name]), strict=True):
+            energies[kind] += float((after.double() - before.double()).square().sum())
     return energies
+
+
+def _pieces(tensor: Tensor) -> Iterator[Tensor]:
+    """A tensor in parts small enough that float64 copies of them cost little memory."""
+    return iter(tensor.flatten().split(2**22))

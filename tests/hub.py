@@ -31,7 +31,10 @@ class Repository:
     @property
     def commit(self) -> str:
         """The commit that is pinned elsewhere, or a hash of the content."""
-        return self.revision or sha1(b"".join(name.encode() + sha256(body).digest() for name, body in sorted(self.files.items()))).hexdigest()
+        return (
+            self.revision
+            or sha1(b"".join(name.encode() + sha256(body).digest() for name, body in sorted(self.files.items()))).hexdigest()
+        )
 
 
 @dataclass
@@ -135,7 +138,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             self.connection.close()
             return
-        self.wfile.write(content[start:stop])
+        with suppress(ConnectionError):
+            self.wfile.write(content[start:stop])
         self.hub.served.append((name, file, stop - start))
 
     def _api(self, match: re.Match, sent: Mapping) -> None:

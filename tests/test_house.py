@@ -162,6 +162,13 @@ def test_the_committed_miniature_has_room_to_rise_and_a_real_gain():
     assert significance.loc[("full", "all"), "mcnemar_p"] < 0.01 and significance.loc[("full", "all"), "difference"] > 0
 
 
+def test_world_zero_of_the_committed_worlds_is_the_committed_run():
+    worlds = pd.read_csv(ROOT / "figures" / "seeds" / "claims.csv", keep_default_na=False)
+    zero = worlds[worlds["world"] == 0].drop(columns="world").reset_index(drop=True)
+    ledger = pd.read_csv(ROOT / "figures" / "mini" / "06_claims.csv", keep_default_na=False)
+    assert zero[list(ledger)].equals(ledger) and sorted(worlds["world"].unique()) == [0, 1, 2, 3, 4]
+
+
 def test_the_readmes_ledger_is_the_committed_one():
     text = (ROOT / "README.md").read_text()
     assert readme.with_ledger(text, ROOT) == text, "run: make readme"

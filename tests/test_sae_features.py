@@ -17,7 +17,17 @@ def trained(tmp_path_factory):
     codes = torch.rand(8192, 24, generator=generator) * (torch.rand(8192, 24, generator=generator) < 0.1)
     x = codes @ atoms + 0.3
     folder = tmp_path_factory.mktemp("sae")
-    spec = Sae(release="train", sae_id=None, revision=None, seed=0, d_sae=48, k=4, training_tokens=60_000, batch_size=256, learning_rate=3e-3)
+    spec = Sae(
+        release="train",
+        sae_id=None,
+        revision=None,
+        seed=0,
+        d_sae=48,
+        k=4,
+        training_tokens=60_000,
+        batch_size=256,
+        learning_rate=3e-3,
+    )
     saes.train(x, spec, 0, folder)
     return saes.load(folder), x
 
@@ -41,7 +51,17 @@ def test_a_trained_sae_beats_a_random_dictionary_of_its_l0(trained):
 
 def test_training_an_sae_twice_gives_the_same_bytes(tmp_path, trained):
     _, x = trained
-    spec = Sae(release="train", sae_id=None, revision=None, seed=0, d_sae=32, k=4, training_tokens=4096, batch_size=256, learning_rate=3e-3)
+    spec = Sae(
+        release="train",
+        sae_id=None,
+        revision=None,
+        seed=0,
+        d_sae=32,
+        k=4,
+        training_tokens=4096,
+        batch_size=256,
+        learning_rate=3e-3,
+    )
     for name in ("a", "b"):
         saes.train(x, spec, 7, tmp_path / name)
     files = [(tmp_path / name / "sae_weights.safetensors").read_bytes() for name in ("a", "b")]
@@ -72,6 +92,45 @@ def test_the_anchors_of_fvu():
     assert test.fvu == pytest.approx(0, abs=1e-10) and test.l0 == pytest.approx(8)
     with pytest.raises(UserError, match="NaN or Inf"):
         sae_features.self_test(perfect, x / 0)
+
+
+def test_an_sae_of_another_block_or_release_is_refused(trained):
+    sae, x = trained
+    ours = saes.dictionary(sae)
+    generator = torch.Generator().manual_seed(1)
+    turn = torch.linalg.qr(torch.randn(16, 16, generator=generator))[0]
+    here, elsewhere = sae_features.self_test(ours, x), sae_features.self_test(ours, x @ turn)
+    sae_features.check_site(3, here, {2: elsewhere.fvu, 4: elsewhere.fvu}, here.l0)
+    with pytest.raises(UserError, match="layer 3: it explains layer 4 better than its own"):
+        sae_features.check_site(3, elsewhere, {4: here.fvu}, None)
+    with pytest.raises(UserError, match="its registry says 60"):
+        sae_features.check_site(3, here, {}, 60.0)
+
+
+def test_a_release_or_id_that_is_not_registered_names_the_nearest():
+    with pytest.raises(UserError, match="did you mean 'gemma-scope-2-4b-it-res-all'"):
+        saes.fetch("gemma-scope-2-4b-it-res-al", "layer_{layer}_width_16k_l0_small", 0)
+    with pytest.raises(UserError, match="did you mean 'layer_3_width_16k_l0_small'"):
+        saes.fetch("gemma-scope-2-4b-it-res-all", "layer_{layer}_width_16k_l0_smal", 3)
+    with pytest.raises(UserError, match="must hold {layer}"):
+        saes.fetch("gemma-scope-2-4b-it-res-all", "layer_3_width_16k_l0_small", 3)
+
+
+def test_saes_of_a_folder_are_found_by_layer(tmp_path, trained):
+    sae, x = trained
+    sae.save_model(tmp_path / "block_2")
+    found = saes.fetch(str(tmp_path), "block_{layer}", 2)
+    assert torch.equal(found.encode(x), sae.encode(x)) and saes.expected_l0(str(tmp_path), "block_{layer}", 2) is None
+    with pytest.raises(UserError, match="there is no block_3/cfg.json"):
+        saes.fetch(str(tmp_path), "block_{layer}", 3)
+
+
+def test_the_covariance_of_batches_is_numpys():
+    x = torch.randn(50, 4, generator=torch.Generator().manual_seed(0))
+    found = sae_features.Covariance(4)
+    for part in x.split(17):
+        found.add(part)
+    assert found.value().numpy() == pytest.approx(np.cov(x.numpy().T, bias=True), abs=1e-6)
 
 
 def test_jumprelu_is_silent_at_and_below_its_threshold():

@@ -166,3 +166,9 @@ def test_variants_that_answered_different_problems_cannot_be_compared():
 
 def test_a_comparison_of_a_variant_that_was_not_answered_says_so():
     assert np.isnan(sg.paired_against(records("base", [0, 1]), "base", "absent", MARGINS)["difference"])
+
+
+def test_a_problem_that_a_data_set_holds_twice_is_two_pairs():
+    one = pd.DataFrame(dict(subject="algebra", problem_id=["a", "a", "b"], exact_match=[1, 1, 0], extracted="4"))
+    row = sg.compare(one, one.assign(exact_match=[0, 0, 1]), MARGINS).iloc[0]
+    assert (row["n"], row["gained"], row["lost"]) == (3, 1, 2)

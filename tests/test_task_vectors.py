@@ -2,7 +2,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from stetholib import models
+from stetholib import fabricate, models
 from stetholib.editing import Edit, edited, matched_scales
 from stetholib.models import Checkpoint, ModelError
 from stetholib.task_vectors import TaskVector, energy_elsewhere, measure, stable_rank
@@ -205,3 +205,19 @@ def test_matched_scales_bring_each_matrix_to_the_wanted_energy(vector):
     scaled = vector * matched_scales(wanted, vector.energies())
     assert scaled.energies() == pytest.approx(wanted, rel=1e-5)
     assert matched_scales({(0, "q"): 1.0}, {(0, "q"): 0.0}) == {(0, "q"): 0.0}
+
+
+def test_stable_rank_by_lanczos_is_that_of_the_whole_decomposition():
+    matrix = torch.randn(96, 40, generator=torch.Generator().manual_seed(0))
+    spectral = float(torch.linalg.svdvals(matrix.double())[0])
+    assert stable_rank(matrix) == pytest.approx(float(matrix.double().square().sum()) / spectral**2, rel=1e-10)
+
+
+def test_a_checkpoint_with_a_missing_shard_is_refused(tmp_path):
+    fabricate.model("google/gemma-3-270m-it", tmp_path, 0.05, "float32", 0)
+    whole = Checkpoint(tmp_path)
+    name = next(iter(whole))
+    assert whole.shape(name) == tuple(whole[name].shape)
+    sorted(tmp_path.glob("*.safetensors"))[1].unlink()
+    with pytest.raises(ModelError, match=r"model-00002-of-\d{5}.safetensors is missing"):
+        Checkpoint(tmp_path)

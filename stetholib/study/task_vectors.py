@@ -3,6 +3,7 @@
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import cached_property
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -55,8 +56,9 @@ class TaskVectorSteps(Stages):
     @cached_property
     def task_vector(self) -> TaskVector:
         """tau = theta_1 - theta_0; held in memory where it fits in a gibibyte, else read when asked for."""
-        vector = TaskVector.between(Checkpoint(self.base_folder), Checkpoint(self.finetuned().folder))
-        size = 4 * sum(p.numel() for p in models.edit_weights(self.base.model).values())
+        base = Checkpoint(self.base_folder)
+        vector = TaskVector.between(base, Checkpoint(self.finetuned().folder))
+        size = 4 * sum(prod(base.shape(name)) for name in models.weight_names(base).values())
         return vector.in_memory() if size < 2**30 else vector
 
     @cached_property
@@ -66,7 +68,7 @@ class TaskVectorSteps(Stages):
 
     def task_vectors(self) -> pd.DataFrame:
         """Step 01's table, written and returned."""
-        table = task_vectors.measure(models.edit_weights(self.base.model), self.task_vector)
+        table = task_vectors.measure(task_vectors.weights(Checkpoint(self.base_folder)), self.task_vector)
         self.workspace.table("01_task_vectors", table)
         return table
 

@@ -1,0 +1,173 @@
+"""What this machine lacks for a profile: `make doctor PROFILE=paper`. One line a check; `make reproduce` begins with them.
+
+Needs are rules of thumb from the sizes of the weights: they err on the safe side and say what they assume.
+"""
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from stetholib import environment, hub
+from stetholib.errors import UserError
+from stetholib.profiles import Profile
+from stetholib.workspace import repository
+
+GIB = hub.GIB
+RUNTIME = 1.5 * GIB  # Python with PyTorch and the notebook's kernel
+
+
+@dataclass(frozen=True)
+class Check:
+    """One finding; `line` says what is there and, where it is not enough, how to mend it."""
+
+    name: str
+    ok: bool
+    line: str
+
+
+def examine(profile: Profile, device: str) -> Iterator[Check]:
+    """Every check of a profile, the quick ones first."""
+    yield Check("packages", True, _packages())
+    sizes: dict[str, tuple[int, int]] = {}
+    for name, ask in _sources(profile).items():
+        try:
+            missing, whole = sizes[name] = ask()
+            said = "in the cache" if not missing else f"{missing / GIB:.2g} of {whole / GIB:.2g} GiB are to be fetched"
+            yield Check(name, True, said)
+        except UserError as error:
+            yield Check(name, False, str(error))
+    if "model" not in sizes:
+        yield Check("needs", False, "memory and disk cannot be told before the model's files can be seen")
+        return
+    weights = sizes["model"][1]
+    yield _disk(sum(missing for missing, _ in sizes.values()) + _made(profile, weights))
+    yield _memory(profile, weights, device)
+    yield _device(profile, weights, device)
+
+
+def refuse(profile: Profile, device: str) -> None:
+    """Raise UserError with the first thing that is lacking; nothing has been computed or fetched by then."""
+    for check in examine(profile, device):
+        if not check.ok:
+            raise UserError(f"{check.name}: {check.line}")
+
+
+def report(profile: Profile, device: str, say: Callable[[str], None]) -> bool:
+    """Say every check in a line; True when all is well."""
+    found = list(examine(profile, device))
+    for check in found:
+        say(f"{'ok  ' if check.ok else 'MEND'} {check.name:9} {check.line}")
+    return all(check.ok for check in found)
+
+
+def _packages() -> str:
+    lock = repository() / "requirements.lock"
+    if not lock.is_file():
+        return "no requirements.lock here; versions are as they are"
+    differing = environment.differences(lock.read_text(encoding="utf-8"))
+    return (
+        "as locked" if not differing else f"{len(differing)} differ from requirements.lock ({differing[0]}); results may differ"
+    )
+
+
+def _sources(profile: Profile) -> dict[str, Callable[[], tuple[int, int]]]:
+    """What the profile reads, each with a function that gives (bytes to be fetched, bytes in all)."""
+    found = {"model": lambda: _model_bytes(profile.model.base, profile.model.revision)}
+    if profile.finetune.finetuned:
+        found["finetuned"] = lambda: _model_bytes(profile.finetune.finetuned, profile.finetune.finetuned_revision)
+    if profile.sae.release != "train":
+        found["SAEs"] = lambda: _sae_bytes(profile)
+    data = profile.data
+    for name, repo, revision in (("maths", data.maths, data.maths_revision), ("general", data.general, data.general_revision)):
+        if repo != "generated":
+            found[name] = lambda repo=repo, revision=revision: _repo_bytes(repo, revision, ["*.parquet"], "dataset")
+    return found
+
+
+def _model_bytes(name: str, revision: str | None) -> tuple[int, int]:
+    if name in ("mini", "toy"):
+        from stetholib.mini import base
+
+        return 0, _folder_bytes(base.FOLDER)
+    return _repo_bytes(name, revision, hub.MODEL_FILES, "model")
+
+
+def _folder_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
+def _repo_bytes(name: str, revision: str | None, files: object, kind: str) -> tuple[int, int]:
+    if Path(name).is_dir():
+        return 0, _folder_bytes(Path(name))
+    with hub.explained(name, revision, kind):
+        cached = hub.cached_folder(name, revision, kind)
+        if cached is not None and not hub.missing_files(cached):
+            return 0, _folder_bytes(cached)
+        hub.check_network(name)
+        if kind == "model":
+            hub.file(name, "config.json", revision)  # a gated repository shows its sizes to all, its files only to some
+        return hub.to_fetch(name, revision, files, kind)
+
+
+def _sae_bytes(profile: Profile) -> tuple[int, int]:
+    from stetholib import saes
+
+    spec = profile.sae
+    if Path(spec.release).is_dir():
+        return 0, sum(path.stat().st_size for path in Path(spec.release).rglob("*.safetensors"))
+    entry = saes.registered(spec.release)
+    pattern = (spec.sae_id or "").replace("{layer}", "*")
+    paths = [path for name, path in entry.saes_map.items() if Path(name).match(pattern)]
+    if not paths:
+        raise UserError(f"release {spec.release} has no {spec.sae_id}; mend sae.sae_id")
+    with hub.explained(entry.repo_id, spec.revision):
+        cached = hub.cached_folder(entry.repo_id, spec.revision, "model")
+        if cached is not None and all((cached / path / "params.safetensors").is_file() for path in paths):
+            return 0, sum((cached / path / "params.safetensors").stat().st_size for path in paths)
+        hub.check_network(entry.repo_id)
+        return hub.to_fetch(entry.repo_id, spec.revision, [f"{path}/*" for path in paths])
+
+
+def _made(profile: Profile, weights: int) -> int:
+    """Bytes that a run leaves: the fine-tune's checkpoints, SAEs in the store, feature sums, records."""
+    features = profile.sae.d_sae * 4 * 6 * (7 * profile.data.feature_problems + profile.data.general_documents)
+    return int(weights * (3 if profile.finetune.finetuned is None else 0) + 40 * features + GIB // 4)
+
+
+def _disk(wanted: int) -> Check:
+    place = repository()
+    free = shutil.disk_usage(place).free
+    line = f"{free / GIB:.1f} GiB are free, about {wanted / GIB:.1f} are wanted for what is fetched and made"
+    return Check("disk", free >= wanted, line if free >= wanted else f"{line}; free {(wanted - free) / GIB:.1f} GiB")
+
+
+def _wanted_memory(profile: Profile, weights: int) -> int:
+    """Weights, the longest batch's logits with their gradient, and the sums of features."""
+    logits = 10 * 262_144 * profile.data.max_tokens * profile.finetune.batch_size if weights > GIB // 8 else GIB // 2
+    return int(1.3 * weights + logits + RUNTIME)
+
+
+def _memory(profile: Profile, weights: int, device: str) -> Check:
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    wanted = int(RUNTIME + profile.features.memory_gib * GIB * min(1, weights / GIB))
+    wanted += _wanted_memory(profile, weights) if device == "cpu" else weights
+    line = f"{total / GIB:.1f} GiB, about {wanted / GIB:.1f} are wanted"
+    return Check("memory", total >= wanted, line if total >= wanted else f"{line}; take a larger machine or a smaller profile")
+
+
+def _device(profile: Profile, weights: int, device: str) -> Check:
+    if device == "cpu":
+        enough = weights < 3 * GIB
+        line = f"CPU with {os.cpu_count()} cores, {profile.threads} threads are pinned"
+        return Check("device", enough, line if enough else f"{line}; this model wants a GPU: DEVICE=cuda")
+    import torch
+
+    if not torch.cuda.is_available():
+        return Check("device", False, "PyTorch sees no CUDA GPU; check the driver with nvidia-smi, or use DEVICE=cpu")
+    total, wanted = torch.cuda.get_device_properties(0).total_memory, _wanted_memory(profile, weights)
+    line = f"{torch.cuda.get_device_name(0)}, {total / GIB:.0f} GiB, about {wanted / GIB:.0f} are wanted"
+    return Check(
+        "device", total >= wanted, line if total >= wanted else f"{line}; lower finetune.batch_size or take a larger GPU"
+    )

@@ -1,0 +1,120 @@
+"""A profile's six notebooks on fabricated weights of the true shapes, or of a fraction: `make rehearse PROFILE=paper`.
+
+The profile itself runs, with its own ids and releases, from a cache of the Hub that holds fabricated files; only the
+budgets are small. What is measured is time and memory, step by step, and from them a forecast for the full run.
+"""
+
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from stetholib import profiles
+from stetholib.errors import UserError
+from stetholib.profiles import Profile
+from stetholib.texts import SUBJECTS
+from stetholib.workspace import digest_of, repository
+
+FEW: dict[str, dict[str, Any]] = {
+    "data": dict(
+        train_problems=8,
+        validation_problems=6,
+        feature_problems=6,
+        general_documents=24,
+        test_problems=dict.fromkeys(SUBJECTS, 2),
+    ),
+    "features": dict(minimum_firing=0.0, matched_minimum=5),
+    "projection": dict(random_draws=2, gradient_problems=1),
+    "selection": dict(permutations=50, resamples=20, loss_problems=1, random_sets=4, random_energy_sets=2, greedy=False),
+    "evaluation": dict(general_documents=8, noise_problems=2),
+}
+
+
+def rehearse(name: str, device: str, scale: float, root: Path | None = None, out: Any = sys.stderr) -> None:
+    """Run a profile on fabricated weights in `runs/<profile>-rehearsal/` and print a line a step with its forecast."""
+    full = profiles.load(name)
+    if not 0 < scale <= 1:
+        raise UserError(f"rehearsal: SCALE is {scale:g}; it must be above 0 and at most 1, the true shapes")
+    if full.data.maths == "generated":
+        raise UserError(f"rehearsal: profile {full.name} fetches nothing; run it: make reproduce PROFILE={full.name}")
+    home = (root or repository()) / "runs" / f"{full.name}-rehearsal"
+    small = _small(name, home)
+    os.environ |= {"HF_HOME": str(home / "hub"), "HF_HUB_OFFLINE": "1", "STETHOLIB_HOME": str(home)}
+    _fabricate(small, home, scale, out)
+    from stetholib.reproduce import reproduce
+
+    if not (home / "notebooks").exists():
+        (home / "notebooks").symlink_to((root or repository_of_package()) / "notebooks")
+    reproduce(str(home / f"{full.name}.yaml"), device, home, out)
+    run = json.loads((home / "runs" / full.name / "run.json").read_text(encoding="utf-8"))
+    for line in forecast(full, small, run):
+        print(line, file=out)
+
+
+def repository_of_package() -> Path:
+    """The checkout that holds this package."""
+    return Path(__file__).parent.parent
+
+
+def _small(name: str, home: Path) -> Profile:
+    """The profile with few of everything, written as a file of the same name."""
+    path = Path(name) if name.endswith((".yaml", ".yml")) else profiles.FOLDER / f"{name}.yaml"
+    values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    for section, sizes in FEW.items():
+        values[section] = values[section] | sizes
+    values["published_rung"] = False
+    values["title"] = f"rehearsal of {values['title']}, fabricated weights"
+    home.mkdir(parents=True, exist_ok=True)
+    (home / f"{values['name']}.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
+    return profiles.load(str(home / f"{values['name']}.yaml"))
+
+
+def _fabricate(profile: Profile, home: Path, scale: float, out: Any) -> None:
+    """Fill a cache of the Hub with fabricated repositories, at the revisions that the profile pins."""
+    from stetholib import fabricate
+
+    cache, mark = home / "hub" / "hub", home / "hub" / "fabricated.json"
+    made_of = digest_of(scale, profile.digest)
+    if mark.is_file() and json.loads(mark.read_text())["key"] == made_of:
+        return
+    print(f"rehearsal: fabricating weights at {scale:g} of the true shapes ...", file=out, flush=True)
+    shutil.rmtree(home / "hub", ignore_errors=True)
+    shutil.rmtree(home / "runs", ignore_errors=True)
+    data, model = profile.data, profile.model
+    pinned = {model.base: model.revision, data.maths: data.maths_revision, data.general: data.general_revision}
+    for repo, folder in fabricate.everything(profile, home / "hub" / "made", scale).items():
+        kind = "datasets" if repo in (data.maths, data.general) else "models"
+        place, revision = cache / f"{kind}--{repo.replace('/', '--')}", pinned.get(repo) or "0" * 40
+        (place / "refs").mkdir(parents=True)
+        (place / "refs" / "main").write_text(revision)
+        (place / "snapshots").mkdir()
+        shutil.move(folder, place / "snapshots" / revision)
+    mark.write_text(json.dumps(dict(key=made_of)))
+
+
+def forecast(full: Profile, small: Profile, run: dict[str, Any]) -> list[str]:
+    """A line a step: measured seconds and peaks, and the full run's time by the amount of work; the last line sums up."""
+    lines, total = [], 0.0
+    for step, seconds in run["seconds"].items():
+        expected = seconds * _work(step, full) / _work(step, small)
+        total += expected
+        memory, gpu = run["peak_gib"].get(step, 0.0), run.get("peak_gpu_gib", {}).get(step)
+        peaks = f"peak {memory:.1f} GiB" + (f", GPU {gpu:.1f} GiB" if gpu else "")
+        lines.append(f"{step}: {seconds:.0f} s, {peaks}; the full run about {expected / 3600:.1f} h")
+    return [*lines, f"the full run: about {total / 3600:.1f} h, if time grows with the number of problems, documents and sets"]
+
+
+def _work(step: str, p: Profile) -> float:
+    """How much a step has to do, in units that its time grows with."""
+    problems = sum(p.data.test_problems.values())
+    sets = p.selection.random_sets + p.selection.random_energy_sets + 80 + 200 * p.selection.greedy
+    return {
+        "01_task_vectors": p.data.train_problems * p.finetune.epochs,
+        "02_sae_features": 7 * p.data.feature_problems + p.data.general_documents,
+        "04_layer_selection": sets * p.selection.loss_problems,
+        "05_minerva_math": problems * len(p.evaluation.variants),
+    }.get(step, 1.0)

@@ -1,0 +1,132 @@
+"""Fetching from the Hub, against a Hub on loopback, each in a process of its own."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+from hub import LICENSED, Hub, Repository
+from rungs import environment, repositories, small_profile
+
+BODY = bytes(range(256)) * 100_000  # 25 MB: more than one chunk of the client's
+FETCH = """
+import sys
+from stetholib import hub
+from stetholib.errors import UserError
+try:
+    print((hub.snapshot(*sys.argv[1:]) / "model.safetensors").stat().st_size)
+except UserError as error:
+    print(error)
+"""
+FETCH_ONLY = "import sys; from stetholib import hub; hub.snapshot(*sys.argv[1:])"
+
+
+@pytest.fixture()
+def hub():
+    files = {"config.json": b"{}", "model.safetensors": BODY, "weights.bin": b"a pickle"}
+    with Hub({"google/gemma": Repository(files, gated=True), "open/model": Repository(files)}) as hub:
+        yield hub
+
+
+def fetch(cache, url, *arguments, token=LICENSED, script=FETCH):
+    command = [sys.executable, "-c", script, *arguments]
+    done = subprocess.run(command, env=environment(ROOT, url, cache, token), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_a_model_is_fetched_once_and_read_from_the_cache_without_a_network(hub, tmp_path):
+    assert fetch(tmp_path, hub.url, "google/gemma") == str(len(BODY))
+    served = [file for _, file, _ in hub.served]
+    assert sorted(served) == ["config.json", "model.safetensors"]  # never a pickle
+    fetch(tmp_path, hub.url, "google/gemma", token=None)
+    fetch(tmp_path, "http://127.0.0.1:9", "google/gemma", token=None)
+    assert len(hub.served) == len(served)
+
+
+def test_a_broken_connection_is_resumed_and_no_byte_is_lost(hub, tmp_path):
+    hub.breaks = [12_000_000, 3_000_000]
+    assert fetch(tmp_path, hub.url, "open/model") == str(len(BODY))
+    (found,) = tmp_path.rglob("model.safetensors")
+    assert found.read_bytes() == BODY
+    asked = [size for _, file, size in hub.served if file == "model.safetensors"]
+    assert len(asked) == 3 and asked[-1] < len(BODY)
+
+
+def test_a_download_that_never_ends_leaves_no_file_and_goes_on_later(hub, tmp_path):
+    hub.breaks = [1_000] * 40
+    said = fetch(tmp_path, hub.url, "open/model")
+    assert "run the same command again" in said and "\n" not in said
+    assert not list(tmp_path.rglob("model.safetensors"))
+    hub.breaks.clear()
+    assert fetch(tmp_path, hub.url, "open/model") == str(len(BODY))
+
+
+@pytest.mark.parametrize(
+    ("repo", "revision", "token", "said"),
+    [
+        ("google/gemma", None, None, "no Hugging Face token; accept its licence at https://huggingface.co/google/gemma"),
+        ("google/gemma", None, "hf_other", "has not accepted its licence; do so at https://huggingface.co/google/gemma"),
+        ("google/gemma", "0" * 40, LICENSED, "see https://huggingface.co/google/gemma/commits/main"),
+        ("google/gema", None, LICENSED, "google/gema is not on the Hub"),
+    ],
+)
+def test_what_the_hub_refuses_is_one_line_with_the_page_to_visit(hub, tmp_path, repo, revision, token, said):
+    found = fetch(tmp_path, hub.url, repo, *([revision] if revision else []), token=token)
+    assert said in found and "\n" not in found
+
+
+def test_without_a_network_and_a_cache_the_line_says_so(tmp_path):
+    found = fetch(tmp_path, "http://127.0.0.1:9", "open/model")
+    assert "not whole in the cache and the Hub cannot be reached" in found and "\n" not in found
+
+
+def test_a_full_disk_is_seen_before_the_download_with_the_gigabytes_to_free(hub, tmp_path):
+    small = FETCH.replace("import sys", "import sys, shutil\nshutil.disk_usage = lambda p: type('U', (), dict(free=10**7))", 1)
+    found = fetch(tmp_path, hub.url, "open/model", script=small)
+    assert "free 0.0 GiB" in found and "HF_HOME" in found and "\n" not in found
+    assert not [file for _, file, _ in hub.served if file == "model.safetensors"]
+
+
+def test_a_disk_that_fills_on_the_way_is_one_line_and_leaves_no_whole_name(hub, tmp_path):
+    limit = FETCH.replace(
+        "import sys",
+        "import sys, resource, signal\nsignal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (5_000_000, 5_000_000))",
+        1,
+    )
+    found = fetch(tmp_path, hub.url, "open/model", script=limit)
+    assert "disk" in found and "\n" not in found, found
+    assert not list(tmp_path.rglob("model.safetensors"))
+    assert os.environ.get("HF_TOKEN") != LICENSED
+
+
+def doctor(profile, url, cache, token=LICENSED):
+    command = [sys.executable, "-m", "stetholib", "doctor", "--profile", str(profile)]
+    done = subprocess.run(command, env=environment(ROOT, url, cache, token), capture_output=True, text=True, timeout=120)
+    assert "Traceback" not in done.stderr, done.stderr
+    lines = {line[5:].split()[0]: line for line in done.stdout.splitlines()}
+    assert all(line.startswith(("ok  ", "MEND")) for line in lines.values())
+    assert (done.returncode == 0) == all(line.startswith("ok") for line in lines.values())
+    return lines
+
+
+def test_the_doctor_says_what_is_cached_what_is_to_be_fetched_and_what_is_lacking(tmp_path):
+    profile = small_profile("gemma-3-270m", tmp_path)
+    served = repositories(profile, tmp_path / "made")
+    with Hub(served) as hub:
+        cold = doctor(profile, hub.url, tmp_path / "cache")
+        assert all(line.startswith("ok") for line in cold.values()), cold
+        assert all("are to be fetched" in cold[name] for name in ("model", "SAEs", "maths", "general"))
+        assert not [file for _, file, _ in hub.served if file.endswith((".safetensors", ".parquet"))]
+        without = doctor(profile, hub.url, tmp_path / "other", token=None)
+        assert "accept its licence at" in without["model"] and "cannot be told" in without["needs"]
+        fetch(tmp_path / "cache", hub.url, "google/gemma-3-270m-it", served["google/gemma-3-270m-it"].revision, script=FETCH_ONLY)
+        assert "in the cache" in doctor(profile, hub.url, tmp_path / "cache")["model"]
+    gone = doctor(profile, "http://127.0.0.1:9", tmp_path / "other")
+    assert all("the Hub cannot be reached" in gone[name] for name in ("model", "SAEs", "maths", "general"))
+
+
+def test_the_doctor_finds_nothing_lacking_for_the_miniature(tmp_path):
+    assert all(line.startswith("ok") for line in doctor("mini", "http://127.0.0.1:9", tmp_path).values())

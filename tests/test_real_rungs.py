@@ -1,0 +1,64 @@
+"""The profiles of the real rungs, run by their real code on fabricated repositories from a Hub on loopback. Slow."""
+
+import json
+import shutil
+
+import pandas as pd
+import pytest
+from hub import Hub
+from rungs import environment, repositories, reproduce, small_profile
+from safetensors.torch import load_file, save_file
+
+from stetholib.workspace import CONTRACTS
+
+pytestmark = pytest.mark.slow
+
+
+def tables(home, name):
+    return {path.name: path.read_bytes() for path in sorted((home / "figures" / name).glob("*.csv"))}
+
+
+@pytest.mark.parametrize("name", ["gemma-3-270m", "gemma-3-1b", "paper"])
+def test_a_rung_runs_from_a_cold_cache_and_again_with_the_hub_gone(name, tmp_path):
+    profile = small_profile(name, tmp_path)
+    with Hub(repositories(profile, tmp_path / "made")) as hub:
+        url = hub.url
+        done = reproduce(tmp_path / "cold", profile, environment(tmp_path / "cold", url, tmp_path / "cache"))
+        assert done.returncode == 0, done.stderr
+        assert any(file.endswith("params.safetensors") for _, file, _ in hub.served)
+    again = reproduce(tmp_path / "offline", profile, environment(tmp_path / "offline", url, tmp_path / "cache", token=None))
+    assert again.returncode == 0, again.stderr
+    cold = tables(tmp_path / "cold", name)
+    assert set(cold) == {f"{stem}.csv" for stem in CONTRACTS} and cold == tables(tmp_path / "offline", name)
+    claims = pd.read_csv(tmp_path / "cold" / "figures" / name / "06_claims.csv")
+    assert ("reproduced" in set(claims["verdict"])) == (name == "paper")
+    said = json.loads((tmp_path / "cold" / "figures" / name / "manifest.json").read_text())
+    assert said["model"]["revision"] and said["data"]["maths_revision"]
+
+
+def test_a_wrong_sae_set_is_refused_before_any_result(tmp_path):
+    profile = small_profile("gemma-3-270m", tmp_path)
+    served = repositories(profile, tmp_path / "made")
+    saes = served["google/gemma-scope-2-270m-it"]
+    part = "resid_post_all/layer_{}_width_16k_l0_small/params.safetensors"
+    with Hub(served) as hub:
+        files = dict(saes.files)
+        for layer in range(5):
+            saes.files[part.format(layer)] = files[part.format(layer + 1)]  # the set shifted by one block
+        home = tmp_path / "shifted"
+        done = reproduce(home, profile, environment(home, hub.url, tmp_path / "cache"))
+        assert done.returncode == 2 and "better than its own" in done.stderr and "Traceback" not in done.stderr
+        assert not list((home / "figures").rglob("02_*"))
+        store = tmp_path / "shifted" / "runs" / "gemma-3-270m" / "store"
+        saes.files.update(files)
+        made = tmp_path / "made" / "google" / "gemma-scope-2-270m-it"
+        for layer in range(6):  # another release at the same names: five times as many features fire
+            file = made / part.format(layer)
+            tensors = load_file(file)
+            tensors["threshold"] = tensors["threshold"] * 0.2
+            save_file(tensors, file)
+            saes.files[part.format(layer)] = file.read_bytes()
+        shutil.rmtree(store)
+        done = reproduce(home, profile, environment(home, hub.url, tmp_path / "cache2"))
+        assert done.returncode == 2 and "its registry says" in done.stderr, done.stderr
+        assert not list((home / "figures").rglob("02_*"))

@@ -1,0 +1,13 @@
+import pytest
+
+from stetholib.study import Study
+
+
+@pytest.mark.slow
+def test_blocks_heard_one_by_one_score_as_all_at_once(tmp_path):
+    whole = Study.open("smoke", root=tmp_path)
+    alone = Study.open("smoke", {"features.memory_gib": 0.001}, root=tmp_path)
+    assert len(whole._groups) == 1 and len(alone._groups) == alone.layers
+    for contrast in ("corpus", "matched"):
+        assert whole.plain_scores(contrast) == alone.plain_scores(contrast)
+    assert whole.self_tests().equals(alone.self_tests())

@@ -1,0 +1,45 @@
+from dataclasses import replace
+
+import pytest
+
+from stetholib import fabricate, texts
+from stetholib.errors import UserError
+from stetholib.profiles import load
+
+DATA = replace(
+    load("gemma-3-270m").data,
+    train_problems=9,
+    validation_problems=5,
+    test_problems=dict.fromkeys(texts.SUBJECTS, 7),
+    general_documents=10,
+)
+
+
+@pytest.fixture(scope="module")
+def spec(tmp_path_factory):
+    """MATH and WikiText in their parquet files, as folders."""
+    folder = tmp_path_factory.mktemp("data")
+    fabricate.maths(DATA, folder / "maths", 0)
+    fabricate.general(DATA, folder / "general", 0)
+    return replace(DATA, maths=str(folder / "maths"), general=str(folder / "general"))
+
+
+def test_validation_is_a_part_of_training_that_the_fine_tune_never_sees(spec):
+    splits = {split: texts.problems(spec, split, 0) for split in ("train", "validation", "test")}
+    assert {split: len(rows) for split, rows in splits.items()} == {"train": 63, "validation": 35, "test": 49}
+    asked = {split: {row["problem"] for row in rows} for split, rows in splits.items()}
+    assert not asked["train"] & asked["validation"] and not asked["train"] & asked["test"]
+    assert splits["validation"] == texts.problems(spec, "validation", 1)  # picked by hash, in every world
+
+
+def test_general_text_is_paragraphs_and_its_parts_never_share_one(spec):
+    parts = {split: texts.general(spec, split, 10, 0) for split in ("train", "validation", "test")}
+    assert all(len(text.split()) >= 40 for part in parts.values() for text in part)
+    assert len(set().union(*parts.values())) == 30
+
+
+def test_too_little_general_text_and_a_missing_split_say_which_key_to_mend(spec, tmp_path):
+    with pytest.raises(UserError, match=r"lower data.general_documents"):
+        texts.general(spec, "test", 10_000, 0)
+    with pytest.raises(UserError, match=r"has no algebra/test-\*.parquet; mend data.maths"):
+        texts.problems(replace(spec, maths=str(tmp_path)), "test", 0)
