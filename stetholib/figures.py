@@ -324,7 +324,7 @@ def token_limits(table: pd.DataFrame, names: Mapping[str, str], ax: Axes) -> Axe
     ax.axvline(table["limit"].max(), color=BLACK, lw=0.8, ls=":", label="the limit that was used")
     ax.set(xlabel="limit on new tokens", ylabel="accuracy (exact match)", ylim=(0, None))
     ax.yaxis.set_major_formatter(mpl.ticker.PercentFormatter(1, decimals=0))
-    ax.legend(loc="upper left")
+    ax.legend(loc="lower right")
     return ax
 
 

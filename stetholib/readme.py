@@ -23,11 +23,24 @@ def ledger(table: pd.DataFrame, worlds: pd.DataFrame) -> str:
     return "\n".join(lines) + "\n"
 
 
+def worlds_line(worlds: pd.DataFrame, stability: pd.DataFrame) -> str:
+    """What the worlds say of the stethoscope, in two sentences: is its set better than chance, and is it the same set?"""
+    medians = [worlds[f"percentile_{contrast}"].median() for contrast in ("corpus", "matched")]
+    common = stability.groupby("contrast")["common"].mean()
+    return (
+        f"\nOver these worlds the selected sets beat {medians[0]:.0%} (all tokens) and {medians[1]:.0%} (matched words) of random "
+        f"sets in the median; chance is 50%. SAEs of another seed in the same world choose {common['corpus']:.1f} and "
+        f"{common['matched']:.1f} of the same layers on average; chance is {stability['chance'].iloc[0]:.1f}.\n"
+    )
+
+
 def with_ledger(text: str, root: Path) -> str:
     """The README's text with the ledger of `figures/mini/06_claims.csv` and `figures/seeds/claims.csv` in its place."""
     before, rest = text.split(START)
-    tables = [pd.read_csv(root / "figures" / name) for name in ("mini/06_claims.csv", "seeds/claims.csv")]
-    return before + START + ledger(*tables) + END + rest.split(END, 1)[1]
+    read = lambda name: pd.read_csv(root / "figures" / f"{name}.csv")  # noqa: E731
+    table = ledger(read("mini/06_claims"), read("seeds/claims"))
+    line = worlds_line(read("seeds/worlds"), read("seeds/stability"))
+    return before + START + table + line + END + rest.split(END, 1)[1]
 
 
 if __name__ == "__main__":
