@@ -3,6 +3,7 @@
 Needs are rules of thumb from the sizes of the weights: they err on the safe side and say what they assume.
 """
 
+import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -118,16 +119,24 @@ def _sae_bytes(profile: Profile) -> tuple[int, int]:
     if Path(spec.release).is_dir():
         return 0, sum(path.stat().st_size for path in Path(spec.release).rglob("*.safetensors"))
     entry = saes.registered(spec.release)
-    pattern = (spec.sae_id or "").replace("{layer}", "*")
-    paths = [path for name, path in entry.saes_map.items() if Path(name).match(pattern)]
-    if not paths:
-        raise UserError(f"release {spec.release} has no {spec.sae_id}; mend sae.sae_id")
+    names = [(spec.sae_id or "").format(layer=layer) for layer in range(_layers(profile))]
+    if absent := [name for name in names if name not in entry.saes_map]:
+        raise UserError(f"release {spec.release} has no {absent[0]!r}; mend sae.sae_id or model.base")
+    paths = [entry.saes_map[name] for name in names]
     with hub.explained(entry.repo_id, spec.revision):
         cached = hub.cached_folder(entry.repo_id, spec.revision, "model")
         if cached is not None and all((cached / path / "params.safetensors").is_file() for path in paths):
             return 0, sum((cached / path / "params.safetensors").stat().st_size for path in paths)
         hub.check_network(entry.repo_id)
         return hub.to_fetch(entry.repo_id, spec.revision, [f"{path}/*" for path in paths])
+
+
+def _layers(profile: Profile) -> int:
+    """How many blocks the model has, by its configuration."""
+    name = profile.model.base
+    path = Path(name) / "config.json" if Path(name).is_dir() else hub.file(name, "config.json", profile.model.revision)
+    said = json.loads(path.read_text(encoding="utf-8"))
+    return int(said.get("text_config", said)["num_hidden_layers"])
 
 
 def _made(profile: Profile, weights: int) -> int:

@@ -94,6 +94,7 @@ def file(repo: str, name: str, revision: str | None = None) -> Path:
         try:
             return Path(hf_hub_download(repo, name, revision=revision, local_files_only=True))
         except FileNotFoundError:
+            check_network(repo)
             return Path(hf_hub_download(repo, name, revision=revision))
 
 

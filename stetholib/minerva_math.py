@@ -185,8 +185,10 @@ def write_tasks(folder: Path, rows: Sequence[Mapping[str, str]], num_fewshot: in
 
 def load_tasks(folder: Path, names: Sequence[str]) -> dict[str, Any]:
     """The harness's task objects; raises where a task lost its stop string on the way."""
+    from datasets import disable_progress_bars
     from lm_eval.tasks import TaskManager
 
+    disable_progress_bars()
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     loaded = TaskManager(include_path=str(folder), include_defaults=False).load(list(names))
     for name, task in loaded["tasks"].items():

@@ -67,7 +67,9 @@ def load(folder: Path, dtype: str = "float32", device: str = "cpu") -> LanguageM
     Eager attention: faster than the fused kernels at the miniature's size, and the same on every machine.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     if absent := missing_files(Path(folder)):
         raise ModelError(f"model {folder}: {absent[0]} is missing; weights are read from safetensors only")
     model = AutoModelForCausalLM.from_pretrained(

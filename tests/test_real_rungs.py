@@ -1,7 +1,10 @@
 """The profiles of the real rungs, run by their real code on fabricated repositories from a Hub on loopback. Slow."""
 
 import json
+import re
 import shutil
+import subprocess
+import sys
 
 import pandas as pd
 import pytest
@@ -9,6 +12,7 @@ from hub import Hub
 from rungs import environment, repositories, reproduce, small_profile
 from safetensors.torch import load_file, save_file
 
+from stetholib.reproduce import STEPS
 from stetholib.workspace import CONTRACTS
 
 pytestmark = pytest.mark.slow
@@ -62,3 +66,18 @@ def test_a_wrong_sae_set_is_refused_before_any_result(tmp_path):
         done = reproduce(home, profile, environment(home, hub.url, tmp_path / "cache2"))
         assert done.returncode == 2 and "its registry says" in done.stderr, done.stderr
         assert not list((home / "figures").rglob("02_*"))
+
+
+def test_a_rehearsal_measures_each_step_on_fabricated_weights_and_forecasts_the_full_run(tmp_path):
+    profile = small_profile("gemma-3-270m", tmp_path)
+    command = [sys.executable, "-m", "stetholib", "rehearse", "--profile", str(profile), "--scale", "0.05"]
+    env = environment(tmp_path / "home", "http://127.0.0.1:9", tmp_path / "cache", token=None)
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in done.stderr.splitlines() if "the full run about" in line]
+    assert [line.split(":")[0] for line in lines] == list(STEPS)
+    assert all(re.search(r"\d s, peak \d+\.\d GiB", line) for line in lines)
+    home = tmp_path / "home" / "runs" / "gemma-3-270m-rehearsal"
+    claims = pd.read_csv(home / "figures" / "gemma-3-270m" / "06_claims.csv")
+    assert len(claims) == 13 and not (tmp_path / "home" / "figures").exists()
+    assert not list(tmp_path.glob("cache/**/*.safetensors"))
