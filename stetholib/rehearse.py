@@ -48,16 +48,11 @@ def rehearse(name: str, device: str, scale: float, root: Path | None = None, out
     from stetholib.reproduce import reproduce
 
     if not (home / "notebooks").exists():
-        (home / "notebooks").symlink_to((root or repository_of_package()) / "notebooks")
+        (home / "notebooks").symlink_to(Path(__file__).parent.parent / "notebooks")
     reproduce(str(home / f"{full.name}.yaml"), device, home, out)
     run = json.loads((home / "runs" / full.name / "run.json").read_text(encoding="utf-8"))
     for line in forecast(full, small, run):
         print(line, file=out)
-
-
-def repository_of_package() -> Path:
-    """The checkout that holds this package."""
-    return Path(__file__).parent.parent
 
 
 def _small(name: str, home: Path) -> Profile:
