@@ -18,6 +18,7 @@ NUMBER_THEORY = "number_theory"
 CONTRAST_VARIANT = {"corpus": "stethoscope", "matched": "stethoscope_matched"}
 FLOOR = 0.05  # base accuracy below which a subject tells nothing
 FIVE_OF_SEVEN = 5 / 7
+FAILS = ("contradicted", "not testable")  # the words of a claim that does not hold
 DETECTABLE = 0.10  # minimum detectable effect above which it tells nothing
 
 

@@ -6,7 +6,7 @@ Needs are rules of thumb from the sizes of the weights: they err on the safe sid
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -99,11 +99,11 @@ def _folder_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
-def _repo_bytes(name: str, revision: str | None, files: object, kind: str) -> tuple[int, int]:
+def _repo_bytes(name: str, revision: str | None, files: Sequence[str], kind: str) -> tuple[int, int]:
     if Path(name).is_dir():
         return 0, _folder_bytes(Path(name))
     with hub.explained(name, revision, kind):
-        cached = hub.cached_folder(name, revision, kind)
+        cached = hub.cached_folder(name, revision, files, kind)
         if cached is not None and not hub.missing_files(cached):
             return 0, _folder_bytes(cached)
         hub.check_network(name)
@@ -124,11 +124,12 @@ def _sae_bytes(profile: Profile) -> tuple[int, int]:
         raise UserError(f"release {spec.release} has no {absent[0]!r}; mend sae.sae_id or model.base")
     paths = [entry.saes_map[name] for name in names]
     with hub.explained(entry.repo_id, spec.revision):
-        cached = hub.cached_folder(entry.repo_id, spec.revision, "model")
+        files = [f"{path}/*" for path in paths]
+        cached = hub.cached_folder(entry.repo_id, spec.revision, files, "model")
         if cached is not None and all((cached / path / "params.safetensors").is_file() for path in paths):
             return 0, sum((cached / path / "params.safetensors").stat().st_size for path in paths)
         hub.check_network(entry.repo_id)
-        return hub.to_fetch(entry.repo_id, spec.revision, [f"{path}/*" for path in paths])
+        return hub.to_fetch(entry.repo_id, spec.revision, files)
 
 
 def _layers(profile: Profile) -> int:

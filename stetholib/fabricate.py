@@ -146,9 +146,8 @@ def gemma_scope(profile: Profile, base: Path, folder: Path, d_sae: int, seed: in
         total += len(ids)
         if total > SAMPLE_TOKENS:
             break
-    for layer in range(len(models.decoder_blocks(loaded.model))):
+    for layer, x in _activations(loaded, pairs).items():
         name = profile.sae.sae_id.format(layer=layer)
-        x = _activations(loaded, pairs, layer)
         one = sae_features.random_dictionary(x, d_sae, entry.expected_l0[name], seed + layer)
         place = folder / entry.saes_map[name]
         place.mkdir(parents=True, exist_ok=True)
@@ -158,14 +157,15 @@ def gemma_scope(profile: Profile, base: Path, folder: Path, d_sae: int, seed: in
         (place / "config.json").write_text(json.dumps(said))
 
 
-def _activations(loaded: models.LanguageModel, pairs: list[tuple[list[int], int]], layer: int) -> torch.Tensor:
-    """One block's output on content tokens, in float32."""
-    found = []
+def _activations(loaded: models.LanguageModel, pairs: list[tuple[list[int], int]]) -> dict[int, torch.Tensor]:
+    """Every block's output on content tokens, in float32."""
+    found: dict[int, list[torch.Tensor]] = {}
     with torch.no_grad(), models.residual_stream(loaded.model) as taken:
         for batch in models.batches(pairs, 2048, "cpu"):
             loaded.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
-            found.append(taken[layer][batch.scored.bool()].float())
-    return torch.cat(found)
+            for layer, x in taken.items():
+                found.setdefault(layer, []).append(x[batch.scored.bool()].float())
+    return {layer: torch.cat(parts) for layer, parts in found.items()}
 
 
 def maths(data: Data, folder: Path, seed: int) -> None:

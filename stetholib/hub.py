@@ -33,22 +33,21 @@ def snapshot(repo: str, revision: str | None = None, files: Sequence[str] = MODE
     """
     from huggingface_hub import snapshot_download
 
-    asked = dict(revision=revision, allow_patterns=list(files), repo_type=kind)
     with explained(repo, revision, kind):
-        with suppress(FileNotFoundError):
-            folder = Path(snapshot_download(repo, local_files_only=True, **asked))
-            if not missing_files(folder):
-                return folder
+        folder = cached_folder(repo, revision, files, kind)
+        if folder is not None and not missing_files(folder):
+            return folder
         check_space(repo, *to_fetch(repo, revision, files, kind)[:1])
-        return Path(snapshot_download(repo, **asked))
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=list(files), repo_type=kind))
 
 
-def cached_folder(repo: str, revision: str | None, kind: str) -> Path | None:
-    """The folder that the cache holds of a repository, whole or not; None without one."""
+def cached_folder(repo: str, revision: str | None, files: Sequence[str], kind: str) -> Path | None:
+    """The cache's folder of a repository, as far as it can tell with all files that match; None without one."""
     from huggingface_hub import snapshot_download
 
+    asked = dict(revision=revision, allow_patterns=list(files), repo_type=kind)
     with suppress(FileNotFoundError):
-        return Path(snapshot_download(repo, revision=revision, repo_type=kind, local_files_only=True))
+        return Path(snapshot_download(repo, local_files_only=True, **asked))
     return None
 
 

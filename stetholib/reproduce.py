@@ -43,15 +43,24 @@ def reproduce(name: str, device: str, root: Path | None = None, out: Any = sys.s
     for path in notebooks.values():
         check_notebook(path)
     set_environment(profile.threads)
+    with alone(workspace, profile.name):
+        asked = str(Path(name).resolve()) if name.endswith((".yaml", ".yml")) else name
+        _run_all(profile, dict(profile=asked, device=device), workspace, notebooks, out)
+
+
+@contextmanager
+def alone(workspace: Workspace, name: str) -> Iterator[None]:
+    """Hold the one lock of a profile's runs; raises UserError where another run holds it."""
     workspace.runs.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(workspace.runs / "reproduce.lock", timeout=0)
     try:
-        with FileLock(workspace.runs / "reproduce.lock", timeout=0):
-            asked = str(Path(name).resolve()) if name.endswith((".yaml", ".yml")) else name
-            _run_all(profile, dict(profile=asked, device=device), workspace, notebooks, out)
+        lock.acquire()
     except Timeout:
-        raise UserError(
-            f"another run of profile {profile.name} is under way in this folder; wait for it or use a second clone"
-        ) from None
+        raise UserError(f"another run of profile {name} is under way in this folder; wait for it or use a second clone") from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _run_all(

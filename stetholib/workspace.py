@@ -24,11 +24,11 @@ from typing import Any, TypeVar
 
 import pandas as pd
 from filelock import FileLock
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from stetholib.errors import UserError
+from stetholib.models import Checkpoint
 
 T = TypeVar("T")
 LOG = logging.getLogger("stetholib")
@@ -65,28 +65,6 @@ CONTRACTS: dict[str, tuple[list[str], list[str]]] = {
 
 class WorkspaceError(UserError):
     """Something on disk is not as it must be; the message is one line."""
-
-
-class Stored(Mapping[str, Tensor]):
-    """The tensors of one safetensors file, each read when it is asked for."""
-
-    def __init__(self, path: Path) -> None:
-        """path: a file that was found whole."""
-        self.path = path
-        with safe_open(path, framework="pt") as handle:
-            self._names = dict.fromkeys(handle.keys())
-
-    def __getitem__(self, name: str) -> Tensor:
-        if name not in self._names:
-            raise KeyError(name)
-        with safe_open(self.path, framework="pt") as handle:
-            return handle.get_tensor(name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
 
 
 @dataclass
@@ -183,7 +161,7 @@ class Workspace:
                 if file_hash(place / name) != expected:
                     raise WorkspaceError(f"{name} was altered")
             tables = {n: pd.read_parquet(place / f"{n}.parquet") for n in index["tables"]}
-            tensors = Stored(place / "tensors.safetensors") if index["tensors"] else {}
+            tensors = Checkpoint(place) if index["tensors"] else {}
             return Artefact(tensors, tables, index["values"], place, key)
         except (OSError, ValueError, KeyError, TypeError) as error:
             aside = place.with_name(f"damaged-{place.name}-{time.time_ns()}")

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from filelock import FileLock, Timeout
 
 from stetholib import profiles
+from stetholib.claims import FAILS
 from stetholib.errors import UserError
-from stetholib.reproduce import set_environment
+from stetholib.reproduce import alone, set_environment
 from stetholib.workspace import Workspace
 
 SAE_SEEDS = 1  # further SAE trainings within each world
@@ -32,20 +32,14 @@ def run(name: str, device: str, count: int, into: str = "seeds", root: Path | No
     workspace = Workspace(profile.name, root)
     set_environment(profile.threads)
     os.environ["STETHOLIB_PROGRESS"] = "/dev/stderr"
-    workspace.runs.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(workspace.runs / "reproduce.lock", timeout=0):
-            found = []
-            for seed in range(profile.seed, profile.seed + count):
-                started = time.monotonic()
-                print(f"world {seed}: running ...", file=out, flush=True)
-                with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-                    found.append(pool.submit(one, name, device, seed, root).result())
-                print(f"world {seed}: {time.monotonic() - started:.0f} s", file=out, flush=True)
-    except Timeout:
-        raise UserError(
-            f"another run of profile {profile.name} is under way in this folder; wait for it or use a second clone"
-        ) from None
+    found = []
+    with alone(workspace, profile.name):
+        for seed in range(profile.seed, profile.seed + count):
+            started = time.monotonic()
+            print(f"world {seed}: running ...", file=out, flush=True)
+            with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+                found.append(pool.submit(one, name, device, seed, root).result())
+            print(f"world {seed}: {time.monotonic() - started:.0f} s", file=out, flush=True)
     tables = {key: pd.concat([world[key] for world in found], ignore_index=True) for key in found[0]}
     _write(profile, tables, Workspace(into, root))
 
@@ -70,7 +64,7 @@ def _write(profile: profiles.Profile, tables: dict[str, pd.DataFrame], folder: W
     fig, axes = figures.panels(columns=3, width=4.6, height=5.2)
     for ax, column, title in zip(axes, ("verdict", "verdict_strict"), ("Like for like", "Strictly"), strict=False):
         figures.claims_by_world(claims, column, ax)
-        holds = ~claims[column].isin(["contradicted", "not testable"])
+        holds = ~claims[column].isin(FAILS)
         always = int(holds.groupby([claims["claim"], claims["contrast"]]).all().sum())
         ax.set_title(f"{title}, {always} of {len(claims) // count} hold in every world")
     axes[1].set_yticklabels([])

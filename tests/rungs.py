@@ -50,6 +50,7 @@ def repositories(path: Path, folder: Path) -> dict[str, Repository]:
     found = {}
     for name, place in fabricate.everything(profile, folder, SCALE).items():
         files = {str(file.relative_to(place)): file.read_bytes() for file in place.rglob("*") if file.is_file()}
+        files["README.md"] = b"a file that nothing here asks for"
         found[name] = Repository(files, gated=name == model.base, revision=pinned.get(name))
     return found
 

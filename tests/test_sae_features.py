@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,18 @@ from stetholib.errors import UserError
 from stetholib.profiles import Sae
 from stetholib.sae_features import Dictionary, FeatureSums, auroc, cohen_d, matched_weights, moments, one_hot
 
+SPEC = Sae(
+    release="train",
+    sae_id=None,
+    revision=None,
+    seed=0,
+    d_sae=48,
+    k=4,
+    training_tokens=60_000,
+    batch_size=256,
+    learning_rate=3e-3,
+)
+
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
@@ -17,18 +31,7 @@ def trained(tmp_path_factory):
     codes = torch.rand(8192, 24, generator=generator) * (torch.rand(8192, 24, generator=generator) < 0.1)
     x = codes @ atoms + 0.3
     folder = tmp_path_factory.mktemp("sae")
-    spec = Sae(
-        release="train",
-        sae_id=None,
-        revision=None,
-        seed=0,
-        d_sae=48,
-        k=4,
-        training_tokens=60_000,
-        batch_size=256,
-        learning_rate=3e-3,
-    )
-    saes.train(x, spec, 0, folder)
+    saes.train(x, SPEC, 0, folder)
     return saes.load(folder), x
 
 
@@ -51,17 +54,7 @@ def test_a_trained_sae_beats_a_random_dictionary_of_its_l0(trained):
 
 def test_training_an_sae_twice_gives_the_same_bytes(tmp_path, trained):
     _, x = trained
-    spec = Sae(
-        release="train",
-        sae_id=None,
-        revision=None,
-        seed=0,
-        d_sae=32,
-        k=4,
-        training_tokens=4096,
-        batch_size=256,
-        learning_rate=3e-3,
-    )
+    spec = replace(SPEC, d_sae=32, training_tokens=4096)
     for name in ("a", "b"):
         saes.train(x, spec, 7, tmp_path / name)
     files = [(tmp_path / name / "sae_weights.safetensors").read_bytes() for name in ("a", "b")]
