@@ -2,6 +2,7 @@ PROFILE ?= mini
 DEVICE ?= cpu
 SEEDS ?= 5
 SCALE ?= 1
+PROCESSES ?= 1
 ENV ?= auto
 PYTHON ?= python3
 VENV := .venv/bin/python
@@ -32,8 +33,8 @@ else ifeq ($(RUN),$(VENV))
 	  $(VENV) -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e . ; }
 endif
 
-reproduce: env  ## the six notebooks, every table and figure: make reproduce [PROFILE=mini] [DEVICE=cpu]
-	@$(RUN) -m stetholib reproduce --profile $(PROFILE) --device $(DEVICE)
+reproduce: env  ## the six notebooks, every table and figure: make reproduce [PROFILE=mini] [DEVICE=cpu] [PROCESSES=1]
+	@$(RUN) -m stetholib reproduce --profile $(PROFILE) --device $(DEVICE) --processes $(PROCESSES)
 
 doctor: env  ## what this machine lacks for a profile: make doctor PROFILE=paper [DEVICE=cuda]
 	@$(RUN) -m stetholib doctor --profile $(PROFILE) --device $(DEVICE)

@@ -9,12 +9,13 @@ from stetholib.errors import UserError
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; a user's mistake is one line on standard error and exit status 2."""
     parser = argparse.ArgumentParser(prog="stetholib", description="Run the six notebooks, or several worlds.")
-    parser.add_argument("command", choices=["reproduce", "seeds", "doctor", "rehearse"])
+    parser.add_argument("command", choices=["reproduce", "seeds", "doctor", "rehearse", "answer"])
     parser.add_argument("--profile", default="mini")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--count", type=int, default=5, help="how many worlds")
     parser.add_argument("--into", default="seeds", help="folder below figures/ for what several worlds say")
     parser.add_argument("--scale", type=float, default=1.0, help="of the true shapes, in a rehearsal")
+    parser.add_argument("--processes", type=int, default=1, help="how many processes answer the test, one a GPU")
     options = parser.parse_args(arguments)
     try:
         if options.command == "doctor":
@@ -29,10 +30,14 @@ def main(arguments: list[str] | None = None) -> int:
             from stetholib import worlds
 
             worlds.run(options.profile, options.device, options.count, options.into)
+        elif options.command == "answer":
+            from stetholib.reproduce import answer
+
+            answer(options.profile, options.device)
         else:
             from stetholib.reproduce import reproduce
 
-            reproduce(options.profile, options.device)
+            reproduce(options.profile, options.device, processes=options.processes)
     except UserError as error:
         print(f"stetholib: {error}", file=sys.stderr)
         return 2

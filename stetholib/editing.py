@@ -53,7 +53,7 @@ def edited(model: nn.Module, edit: Edit) -> Iterator[nn.Module]:
                 weight = weights[where]
                 if delta.shape != weight.shape:
                     raise ModelError(f"edit: {where} is {tuple(weight.shape)} in the model and {tuple(delta.shape)} in the edit")
-                kept[where] = weight.detach().clone()
+                kept[where] = weight.detach().to("cpu", copy=True)  # a GPU has no room for two of it
                 weight.copy_(weight.float() + edit.alpha * delta.to(weight.device))
         yield model
     finally:

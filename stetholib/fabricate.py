@@ -19,7 +19,6 @@ from stetholib.errors import UserError
 from stetholib.minerva_math import prompt, target
 from stetholib.mini import problems, stories
 from stetholib.profiles import Data, Profile
-from stetholib.texts import SUBJECTS
 
 SPECIAL = ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"]
 CHAT = (
@@ -162,7 +161,7 @@ def _activations(loaded: models.LanguageModel, pairs: list[tuple[list[int], int]
     found: dict[int, list[torch.Tensor]] = {}
     with torch.no_grad(), models.residual_stream(loaded.model) as taken:
         for batch in models.batches(pairs, 2048, "cpu"):
-            loaded.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+            models.run_blocks(loaded.model, batch)
             for layer, x in taken.items():
                 found.setdefault(layer, []).append(x[batch.scored.bool()].float())
     return {layer: torch.cat(parts) for layer, parts in found.items()}
@@ -170,11 +169,11 @@ def _activations(loaded: models.LanguageModel, pairs: list[tuple[list[int], int]
 
 def maths(data: Data, folder: Path, seed: int) -> None:
     """MATH's seven configs with train and test splits in parquet, the rows generated."""
-    splits = {"test": data.test_problems, "train": dict.fromkeys(SUBJECTS, data.train_problems + data.validation_problems)}
+    splits = {"test": data.test_problems, "train": dict.fromkeys(data.subjects, data.train_problems + data.validation_problems)}
     columns = ["problem", "level", "type", "solution"]
     for split, wanted in splits.items():
         rows = pd.DataFrame(problems.generate(split, {name: min(count, 600) for name, count in wanted.items()}, seed))
-        for subject in SUBJECTS:
+        for subject in data.subjects:
             part = rows.loc[rows["subject"] == subject, columns]
             _parquet(part, folder / subject / f"{split}-00000-of-00001.parquet")
 

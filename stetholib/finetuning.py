@@ -1,10 +1,14 @@
 """The fine-tune behind the task vector: transformers' Trainer, full or LoRA, on worked solutions.
 
 Loss counts on solutions only. Embeddings, norms and everything else outside the seven matrices of each block stay
-frozen, so that theta_0 + tau is the fine-tuned model itself.
+frozen, so that theta_0 + tau is the fine-tuned model itself. Training goes on from its last whole checkpoint.
 """
 
-from collections.abc import Mapping, Sequence
+import json
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +16,13 @@ import pandas as pd
 import torch
 
 from stetholib.minerva_math import prompt, target
-from stetholib.models import LanguageModel, edit_weights, tokenize
+from stetholib.models import LanguageModel, edit_weights, tokenize, weight_names
 from stetholib.profiles import FineTune
+from stetholib.task_vectors import Lazy, TaskVector
+from stetholib.workspace import atomic, file_hash
 
-LORA_TARGETS = [f"{matrix}_proj" for matrix in ("q", "k", "v", "o", "gate", "up", "down")]
+SAVE_EVERY = 300.0  # seconds
+WHOLE = "whole.json"
 
 
 class Examples(torch.utils.data.Dataset):
@@ -49,55 +56,151 @@ def trainable(base: LanguageModel, spec: FineTune) -> torch.nn.Module:
     if spec.method == "lora":
         from peft import LoraConfig, get_peft_model
 
-        return get_peft_model(model, LoraConfig(r=spec.lora_rank, lora_alpha=2 * spec.lora_rank, target_modules=LORA_TARGETS))
+        targets = [name.removesuffix(".weight") for name in weight_names(dict(model.named_parameters())).values()]
+        return get_peft_model(model, LoraConfig(r=spec.lora_rank, lora_alpha=2 * spec.lora_rank, target_modules=targets))
     for weight in edit_weights(model).values():
         weight.requires_grad_(True)
     return model
+
+
+@dataclass(frozen=True)
+class FineTuned:
+    """A fine-tune: its exact change in float32 before it is stored, and its loss curve (step, loss in nats a token)."""
+
+    exact: TaskVector
+    curve: pd.DataFrame
 
 
 def finetune(
     base: LanguageModel,
     rows: Sequence[Mapping[str, str]],
     spec: FineTune,
-    folder: Path,
+    unfinished: Path,
     seed: int,
     max_tokens: int,
     callbacks: Sequence[Any] = (),
-) -> pd.DataFrame:
-    """Fine-tune `base` in place and save it in `folder`; returns the loss curve (columns step, loss in nats a token).
+    save_every: float = SAVE_EVERY,
+) -> FineTuned:
+    """Fine-tune `base` in place: afterwards its model is theta_1, in its own dtype, LoRA factors merged.
 
-    LoRA is merged into the weights before saving, so that either method leaves a plain checkpoint.
+    unfinished: a folder that outlives a kill. A second call goes on from what was saved there, at most `save_every`
+    seconds and a twentieth of the run ago, and its result is the same, byte for byte.
     """
-    from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
+    from transformers import PrinterCallback, set_seed
 
     set_seed(seed)
+    weights = edit_weights(base.model)
+    before = {where: weight.detach().cpu().float().clone() for where, weight in weights.items()} if spec.method == "full" else {}
     model = trainable(base, spec)
-    examples = Examples(base, rows, spec.target, max_tokens)
-    arguments = TrainingArguments(
-        output_dir=str(folder / "trainer"),
+    trainer = _trainer(
+        unfinished,
+        model=model,
+        args=_arguments(spec, unfinished, seed, base.device.type == "cpu"),
+        train_dataset=Examples(base, rows, spec.target, max_tokens),
+        data_collator=collate,
+        callbacks=[*callbacks, _saving(unfinished, save_every)],
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.train(resume_from_checkpoint=last_whole(unfinished))
+    if spec.method == "lora":
+        exact = lora_deltas(model)
+        model.unload()
+        with torch.no_grad():  # in float32 and rounded once, which peft's own merge into bfloat16 is not
+            for where, delta in exact.deltas.items():
+                weights[where].copy_(weights[where].float() + delta.to(base.device))
+    else:
+        exact = TaskVector(Lazy(before, lambda where: weights[where].detach().cpu().float() - before[where]))
+    base.model.eval().requires_grad_(False)
+    curve = [(entry["step"], entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
+    return FineTuned(exact, pd.DataFrame(curve, columns=["step", "loss"]))
+
+
+def _trainer(unfinished: Path, **arguments: Any) -> Any:
+    """A Trainer that keeps the order of each epoch's examples on disk, since no checkpoint holds it."""
+    from transformers import Trainer
+    from transformers.trainer_pt_utils import LengthGroupedSampler
+
+    class Kept(LengthGroupedSampler):
+        epoch = 0
+
+        def set_epoch(self, epoch: int) -> None:
+            self.epoch = epoch
+
+        def __iter__(self) -> Iterator[int]:
+            path = unfinished / f"order-{self.epoch}.json"
+            if not path.is_file():
+                order = json.dumps(list(super().__iter__()))
+                atomic(path, lambda draft: draft.write_text(order, encoding="utf-8"))
+            return iter(json.loads(path.read_text(encoding="utf-8")))
+
+    class Resumable(Trainer):
+        def _get_train_sampler(self, train_dataset: Any = None) -> Kept:
+            rows = self.train_dataset
+            return Kept(self.args.train_batch_size * self.args.gradient_accumulation_steps, rows)
+
+    return Resumable(**arguments)
+
+
+def _arguments(spec: FineTune, unfinished: Path, seed: int, cpu: bool) -> Any:
+    from transformers import TrainingArguments
+
+    return TrainingArguments(
+        output_dir=str(unfinished),
         per_device_train_batch_size=spec.batch_size,
         gradient_accumulation_steps=spec.gradient_accumulation,
+        gradient_checkpointing=spec.gradient_checkpointing,
+        gradient_checkpointing_kwargs=dict(use_reentrant=False),
         learning_rate=spec.learning_rate,
         num_train_epochs=spec.epochs,
         lr_scheduler_type="cosine",
         warmup_steps=0.03,
         weight_decay=0.0,
-        train_sampling_strategy="group_by_length",
         logging_steps=0.05,
         save_strategy="no",
+        save_total_limit=1,
         report_to=[],
         seed=seed,
         data_seed=seed,
-        use_cpu=base.device.type == "cpu",
+        use_cpu=cpu,
         disable_tqdm=True,
         dataloader_pin_memory=False,
         remove_unused_columns=False,
     )
-    trainer = Trainer(model=model, args=arguments, train_dataset=examples, data_collator=collate, callbacks=list(callbacks))
-    trainer.remove_callback(PrinterCallback)
-    trainer.train()
-    merged = model.merge_and_unload() if spec.method == "lora" else model
-    merged.eval().requires_grad_(False).save_pretrained(folder)
-    base.tokenizer.save_pretrained(folder)
-    curve = [(entry["step"], entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
-    return pd.DataFrame(curve, columns=["step", "loss"])
+
+
+def lora_deltas(model: torch.nn.Module) -> TaskVector:
+    """B A, scaled, of every adapted matrix, in float32: what LoRA adds before any rounding."""
+    from peft.tuners.lora import LoraLayer
+
+    names = {f"{name}.weight": part for name, part in model.named_modules() if isinstance(part, LoraLayer)}
+    layers = {where: names[name] for where, name in weight_names(names).items()}
+    return TaskVector(Lazy(layers, lambda where: layers[where].get_delta_weight("default").detach().float().cpu()))
+
+
+def _saving(unfinished: Path, every: float) -> Any:
+    """A callback that saves where a loss was just logged, so that a resumed run logs the same losses."""
+    from transformers import TrainerCallback
+
+    class Saving(TrainerCallback):
+        last = time.monotonic()
+
+        def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            control.should_save = time.monotonic() - self.last >= every and state.global_step < state.max_steps
+
+        def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self.last = time.monotonic()
+            folder = unfinished / f"checkpoint-{state.global_step}"
+            hashes = {path.name: file_hash(path) for path in sorted(folder.iterdir())}
+            atomic(folder / WHOLE, lambda draft: draft.write_text(json.dumps(hashes), encoding="utf-8"))
+
+    return Saving()
+
+
+def last_whole(unfinished: Path) -> str | None:
+    """The last checkpoint whose files are all there and as they were written; None where there is none."""
+    found = sorted(unfinished.glob(f"checkpoint-*/{WHOLE}"), key=lambda path: int(path.parent.name.split("-")[1]))
+    for mark in reversed(found):
+        with suppress(OSError, ValueError):
+            if all(file_hash(mark.parent / name) == known for name, known in json.loads(mark.read_text()).items()):
+                return str(mark.parent)
+    return None

@@ -2,7 +2,7 @@
 
 lm-evaluation-harness asks, extracts and scores; its `minerva_math` tasks are included unchanged and only pointed at
 local files. Ours is the model object that answers, and a record of every answer: each is on disk within seconds and
-is never asked again.
+is never asked again. A task of the harness of one's own can take the place of Minerva Math.
 """
 
 import json
@@ -10,6 +10,7 @@ import logging
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -29,8 +30,10 @@ SUBTASKS = {
     "prealgebra": "minerva_math_prealgebra",
     "precalculus": "minerva_math_precalc",
 }
+MINERVA = "minerva_math"
 STOP = "Problem:"
 INVALID = "[invalidanswer]"
+UNREADABLE = (INVALID, "[invalid]")  # what Minerva Math, and the harness's filters, say where they find no answer
 
 
 def prompt(problem: str) -> str:
@@ -77,24 +80,32 @@ class Answer:
     stopped_by: str
 
 
+def plan(tokenizer: Any, prompts: Mapping[str, str], batch_size: int) -> list[list[str]]:
+    """Problem ids in the batches that they are always answered in, whoever asks and whatever is known: longest first.
+
+    Padding touches the last bits of an answer, so the batches are fixed. Among prompts of about the same length, those
+    that open alike share a batch: their answers tend to end together.
+    """
+    lengths = {name: len(tokenizer(text).input_ids) for name, text in prompts.items()}
+    order = sorted(prompts, key=lambda name: (-(lengths[name] // 8), prompts[name]))
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+
 def answer_all(
     model: LanguageModel,
     prompts: Mapping[str, str],
+    batches: Sequence[Sequence[str]],
     max_new_tokens: int,
-    batch_size: int,
     keep: Callable[[list[Answer]], None],
-    watch: Callable[[Sequence[Any]], Iterable[Any]] = iter,
+    stops: Sequence[str] = (STOP,),
 ) -> None:
-    """Answer every prompt greedily, longest first, and hand each batch to `keep` as soon as it is done.
+    """Answer these batches greedily and hand each to `keep` as soon as it is done.
 
-    prompts: by problem id. Batches are padded on the left. Generation ends at `STOP`, at EOS or at the limit. Among
-    prompts of about the same length, those that open alike share a batch: their answers tend to end together.
+    prompts: by problem id. Batches are padded on the left. Generation ends at a stop string, at EOS or at the limit.
     """
     tokenizer = model.tokenizer
-    lengths = {name: len(tokenizer(text).input_ids) for name, text in prompts.items()}
-    order = sorted(prompts, key=lambda name: (-(lengths[name] // 8), prompts[name]))
-    for start in watch(range(0, len(order), batch_size)):
-        names = order[start : start + batch_size]
+    enders = last_signs(tokenizer, stops)
+    for names in batches:
         encoded = tokenizer([prompts[name] for name in names], return_tensors="pt", padding=True).to(model.device)
         _assert_one_bos(encoded.input_ids, tokenizer)
         with torch.no_grad():
@@ -102,32 +113,46 @@ def answer_all(
                 **{k: v for k, v in encoded.items() if k in ("input_ids", "attention_mask")},
                 max_new_tokens=max_new_tokens,
                 do_sample=False,
-                stopping_criteria=[stop_rows(tokenizer, encoded.input_ids.shape[1])],
+                stopping_criteria=[stop_rows(tokenizer, encoded.input_ids.shape[1], enders, stops)],
                 pad_token_id=tokenizer.pad_token_id,
             )
-        new = output[:, encoded.input_ids.shape[1] :].tolist()
-        keep([_answer(name, lengths[name], tokens, model) for name, tokens in zip(names, new, strict=True)])
+        new, lengths = output[:, encoded.input_ids.shape[1] :].tolist(), encoded.attention_mask.sum(1).tolist()
+        keep([_answer(*row, model, stops) for row in zip(names, lengths, new, strict=True)])
 
 
-def stop_rows(tokenizer: Any, prompt_width: int) -> Callable[..., torch.Tensor]:
-    """A stopping criterion that ends each row of a batch on its own as soon as its new text holds `STOP`.
+def last_signs(tokenizer: Any, stops: Sequence[str]) -> set[int]:
+    """The tokens that hold the last sign of a stop string; only after one of these can a stop string be complete."""
+    signs = {stop[-1] for stop in stops} | {"\N{REPLACEMENT CHARACTER}"}  # which stands for a part of a longer sign
+    ids = sorted(tokenizer.get_vocab().values())
+    return {
+        index for index, text in zip(ids, tokenizer.batch_decode([[index] for index in ids]), strict=True) if signs & set(text)
+    }
 
-    Only rows whose last token holds the stop string's last sign are decoded, so it costs next to nothing.
+
+def stop_rows(tokenizer: Any, prompt_width: int, enders: set[int], stops: Sequence[str] = (STOP,)) -> Callable[..., torch.Tensor]:
+    """A stopping criterion that ends each row of a batch on its own as soon as its new text holds a stop string.
+
+    Only rows whose last token is one of `enders` are decoded, so it costs next to nothing.
     """
-    enders = {index for token, index in tokenizer.get_vocab().items() if STOP[-1] in token}
+    longest = max(map(len, stops))
 
     def done(input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         last = input_ids[:, -1].tolist()
-        recent = input_ids[:, prompt_width:][:, -len(STOP) :]
+        recent = input_ids[:, prompt_width:][:, -longest:]
         return torch.tensor(
             [
-                token in enders and STOP in tokenizer.decode(row, skip_special_tokens=True)
+                token in enders and _first_stop(tokenizer.decode(row, skip_special_tokens=True), stops) is not None
                 for token, row in zip(last, recent, strict=True)
             ],
             device=input_ids.device,
         )
 
     return done
+
+
+def _first_stop(text: str, stops: Sequence[str]) -> int | None:
+    """Where the first of the stop strings begins; None without one."""
+    return min((found for stop in stops if (found := text.find(stop)) >= 0), default=None)
 
 
 def _assert_one_bos(ids: torch.Tensor, tokenizer: Any) -> None:
@@ -137,40 +162,45 @@ def _assert_one_bos(ids: torch.Tensor, tokenizer: Any) -> None:
         raise UserError(f"minerva_math: each prompt must hold {tokenizer.bos_token} exactly once, found {int(counts.max())}")
 
 
-def _answer(name: str, prompt_tokens: int, tokens: list[int], model: LanguageModel) -> Answer:
+def _answer(name: str, prompt_tokens: int, tokens: list[int], model: LanguageModel, stops: Sequence[str] = (STOP,)) -> Answer:
     eos = model.model.generation_config.eos_token_id
     ends = {eos} if isinstance(eos, int) else set(eos or ())
     ended = next((i for i, token in enumerate(tokens) if token in ends), None)
     body = tokens if ended is None else tokens[:ended]
     text = model.tokenizer.decode(body, skip_special_tokens=True)
-    if STOP in text:
-        body, reason = _until_stop(body, model.tokenizer), "stop"
+    if (cut := _first_stop(text, stops)) is not None:
+        body, reason = _until_stop(body, model.tokenizer, stops), "stop"
     else:
         reason = "length" if ended is None else "eos"
-    return Answer(name, prompt_tokens, text.split(STOP)[0], len(body), reason)
+    return Answer(name, prompt_tokens, text[:cut], len(body), reason)
 
 
-def _until_stop(tokens: list[int], tokenizer: Any) -> list[int]:
-    """The tokens up to the one that completes the stop string; batched generation pads on after it."""
+def _until_stop(tokens: list[int], tokenizer: Any, stops: Sequence[str]) -> list[int]:
+    """The tokens up to the one that completes a stop string; batched generation pads on after it."""
     for end in range(1, len(tokens)):
-        if STOP in tokenizer.decode(tokens[:end], skip_special_tokens=True):
+        if _first_stop(tokenizer.decode(tokens[:end], skip_special_tokens=True), stops) is not None:
             return tokens[:end]
     return tokens
 
 
-def write_tasks(folder: Path, rows: Sequence[Mapping[str, str]], num_fewshot: int) -> list[str]:
-    """Point the harness's own tasks at local problems: one YAML and one JSON-lines file a subject; returns task names."""
+def write_tasks(folder: Path, rows: Sequence[Mapping[str, str]], num_fewshot: int, task: str = MINERVA) -> list[str]:
+    """Point the harness's tasks at local problems: one YAML and one JSON-lines file a subject; returns task names.
+
+    task: `minerva_math`, or the YAML file of a task of one's own, which every subject then uses.
+    """
     import lm_eval
 
-    home = Path(lm_eval.__file__).parent / "tasks" / "minerva_math"
+    home = Path(lm_eval.__file__).parent / "tasks" / MINERVA
+    if task != MINERVA and not Path(task).is_file():
+        raise UserError(f"evaluation.task: there is no file {task}; give {MINERVA}, or the path of a task's YAML file")
     names = []
     folder.mkdir(parents=True, exist_ok=True)
     for subject in sorted({row["subject"] for row in rows}):
         data = folder / f"{subject}.jsonl"
-        chosen = [{k: row[k] for k in ("problem", "level", "type", "solution")} for row in rows if row["subject"] == subject]
+        chosen = [{k: v for k, v in row.items() if k != "subject"} for row in rows if row["subject"] == subject]
         data.write_text("".join(json.dumps(row) + "\n" for row in chosen), encoding="utf-8")
         config = dict(
-            include=str(home / f"{SUBTASKS[subject]}.yaml"),
+            include=str(home / f"{SUBTASKS[subject]}.yaml" if task == MINERVA else Path(task).resolve()),
             task=f"stetholib_{subject}",
             dataset_path="json",
             dataset_name=None,
@@ -183,20 +213,37 @@ def write_tasks(folder: Path, rows: Sequence[Mapping[str, str]], num_fewshot: in
     return names
 
 
-def load_tasks(folder: Path, names: Sequence[str]) -> dict[str, Any]:
-    """The harness's task objects; raises where a task lost its stop string on the way."""
+def load_tasks(folder: Path, names: Sequence[str], task: str = MINERVA) -> dict[str, Any]:
+    """The harness's task objects; raises where Minerva's lost its stop string, or one's own cannot be used here."""
     from datasets import disable_progress_bars
     from lm_eval.tasks import TaskManager
 
     disable_progress_bars()
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     loaded = TaskManager(include_path=str(folder), include_defaults=False).load(list(names))
-    for name, task in loaded["tasks"].items():
-        if (until := task.config.generation_kwargs.get("until")) != [STOP]:
+    for name, one in loaded["tasks"].items():
+        if task != MINERVA:
+            _check_own(task, one.config)
+            continue
+        if (until := one.config.generation_kwargs.get("until")) != [STOP]:
             raise UserError(f"minerva_math: task {name} stops at {until}, not at {[STOP]}; update write_tasks")
-        task.config.process_results = remembering(task.config.process_results)
-        task.config.doc_to_target = gold
+        one.config.process_results = remembering(one.config.process_results)
+        one.config.doc_to_target = gold
     return loaded
+
+
+def _check_own(task: str, config: Any) -> None:
+    """A task of one's own must generate greedily until a stop string, and give `exact_match`."""
+    metrics = [metric.get("metric") for metric in config.metric_list or []]
+    if config.output_type != "generate_until" or "exact_match" not in metrics:
+        raise UserError(f"evaluation.task {task}: it must have output_type generate_until and the metric exact_match")
+    if not config.generation_kwargs.get("until") or config.generation_kwargs.get("do_sample"):
+        raise UserError(f"evaluation.task {task}: generation_kwargs must have `until` and no sampling")
+
+
+def stops_of(loaded: Mapping[str, Any]) -> tuple[str, ...]:
+    """The stop strings of the tasks, which come from one file."""
+    return tuple(next(iter(loaded["tasks"].values())).config.generation_kwargs["until"])
 
 
 def gold(doc: Mapping[str, str]) -> str:
@@ -252,27 +299,36 @@ def _id_of(request: Any) -> str:
     return problem_id(request.task_name.removeprefix("stetholib_"), request.doc["problem"])
 
 
-def prompts_of(loaded: Mapping[str, Any]) -> dict[str, str]:
-    """Every prompt exactly as the harness builds it, few-shot examples included, by problem id."""
-    found = {}
+def prompts_of(loaded: Mapping[str, Any], chat: Any = None) -> dict[str, str]:
+    """Every prompt exactly as the harness builds it, few-shot examples included, by problem id.
+
+    chat: a tokenizer whose chat template wraps the prompts, examples as turns; its BOS is left to the tokenizer.
+    """
+    found, asked = {}, {}
+    if chat is not None:
+        asked = dict(apply_chat_template=True, fewshot_as_multiturn=True, chat_template=partial(_chat, chat))
     for task in loaded["tasks"].values():
-        task.build_all_requests(rank=0, world_size=1)
+        task.build_all_requests(rank=0, world_size=1, **asked)
         found |= {_id_of(request): request.args[0] for request in task.instances}
     return found
 
 
+def _chat(tokenizer: Any, turns: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+    asked = dict(add_generation_prompt=add_generation_prompt, continue_final_message=not add_generation_prompt)
+    return tokenizer.apply_chat_template(turns, tokenize=False, **asked).removeprefix(tokenizer.bos_token)
+
+
 def score(
-    loaded: Mapping[str, Any], answers: Mapping[str, Answer], partial: bool = False
+    loaded: Mapping[str, Any], answers: Mapping[str, Answer], some: bool = False, task: str = MINERVA
 ) -> tuple[pd.DataFrame, dict[str, float]]:
     """Let the harness score recorded answers: verdicts by problem, and its own standard error by subject.
 
-    partial: score only the problems that were answered; otherwise a missing answer is an error.
+    some: score only the problems that were answered; otherwise a missing answer is an error.
     """
     from lm_eval.evaluator import evaluate
-    from lm_eval.tasks.minerva_math import utils
 
     samples = None
-    if partial:
+    if some:
         subject = lambda name: name.removeprefix("stetholib_")  # noqa: E731
         samples = {
             name: [i for i, doc in enumerate(task.eval_docs) if problem_id(subject(name), doc["problem"]) in answers]
@@ -281,21 +337,32 @@ def score(
         # without a chosen document the harness would take a task's every document
         loaded = {**loaded, "tasks": {name: task for name, task in loaded["tasks"].items() if samples[name]}}
     result = evaluate(recorded_model(answers), loaded, samples=samples, bootstrap_iters=1, log_samples=True)
-    rows = []
+    rows, errors = [], {}
     for name, samples in result["samples"].items():
-        subject = name.removeprefix("stetholib_")
+        subject, first = name.removeprefix("stetholib_"), samples[0]["filter"]  # a task may read answers in several ways
+        error = result["results"][name][f"exact_match_stderr,{first}"]
+        errors[subject] = float("nan" if error == "N/A" else error)
         for sample in samples:
-            completion = sample["resps"][0][0]
-            rows.append(
-                dict(
-                    problem_id=problem_id(subject, sample["doc"]["problem"]),
-                    extracted=utils.normalize_final_answer(utils.get_unnormalized_answer(completion)),
-                    exact_match=int(sample["exact_match"]),
-                    math_verify=int(sample["math_verify"]),
+            if sample["filter"] == first:
+                rows.append(
+                    dict(
+                        problem_id=problem_id(subject, sample["doc"]["problem"]),
+                        extracted=_extracted(sample, task),
+                        exact_match=int(sample["exact_match"]),
+                        math_verify=sample.get("math_verify"),
+                    )
                 )
-            )
-    errors = {name.removeprefix("stetholib_"): result["results"][name]["exact_match_stderr,none"] for name in result["samples"]}
-    return pd.DataFrame(rows), {name: float("nan" if error == "N/A" else error) for name, error in errors.items()}
+    return pd.DataFrame(rows), errors
+
+
+def _extracted(sample: Mapping[str, Any], task: str) -> str:
+    """The answer that was found in a completion, as the task normalises it; `INVALID` where there is none."""
+    from lm_eval.tasks.minerva_math import utils
+
+    if task == MINERVA:
+        return utils.normalize_final_answer(utils.get_unnormalized_answer(sample["resps"][0][0]))
+    found = str(sample["filtered_resps"][0])
+    return INVALID if found in UNREADABLE else found
 
 
 def records(
@@ -306,19 +373,18 @@ def records(
     found = []
     for row in rows:
         name = problem_id(row["subject"], row["problem"])
-        about = dict(variant=variant, subject=row["subject"], level=row["level"])
+        about = dict(variant=variant, subject=row["subject"], level=row.get("level", "-"))
         found.append(about | asdict(answers[name]) | by_id[name])
     return found
 
 
-def tokens_to_answer(completion: str, count: Callable[[str], int]) -> int | None:
-    """How many new tokens it took until the harness could read an answer; None where it never could."""
-    from lm_eval.tasks.minerva_math import utils
+def tokens_to_answer(completion: str, extracted: str, count: Callable[[str], int]) -> int | None:
+    """How many new tokens it took until the harness could read an answer; None where it never could.
 
-    sentence = "I hope it is correct."
-    end = completion.find(sentence) + len(sentence)
-    readable = utils.get_unnormalized_answer(completion[:end]) != INVALID
-    return count(completion[:end]) if readable else None
+    That is where Minerva's closing sentence ends; an answer read without it is taken to need the whole completion.
+    """
+    before, sentence, _ = completion.partition("I hope it is correct.")
+    return None if extracted == INVALID else count(before + sentence)
 
 
 def accuracy_by_limit(all_records: pd.DataFrame, needed: Sequence[int | None], limits: Sequence[int]) -> pd.DataFrame:

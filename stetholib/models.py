@@ -61,10 +61,10 @@ class Batch:
     scored: Int[Tensor, "doc seq"]
 
 
-def load(folder: Path, dtype: str = "float32", device: str = "cpu") -> LanguageModel:
+def load(folder: Path, dtype: str = "float32", device: str = "cpu", attention: str = "eager") -> LanguageModel:
     """Load a model and its tokenizer from a local folder, weights from safetensors only.
 
-    Eager attention: faster than the fused kernels at the miniature's size, and the same on every machine.
+    attention: `eager`, faster at the miniature's size, or `sdpa`, PyTorch's fused kernels, which need less memory.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
@@ -73,7 +73,7 @@ def load(folder: Path, dtype: str = "float32", device: str = "cpu") -> LanguageM
     if absent := missing_files(Path(folder)):
         raise ModelError(f"model {folder}: {absent[0]} is missing; weights are read from safetensors only")
     model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=getattr(torch, dtype), attn_implementation="eager", local_files_only=True, use_safetensors=True
+        folder, dtype=getattr(torch, dtype), attn_implementation=attention, local_files_only=True, use_safetensors=True
     )
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, padding_side="left")
     return LanguageModel(model.to(device).eval().requires_grad_(False), tokenizer)
@@ -192,6 +192,11 @@ def _batch(pairs: Sequence[tuple[list[int], int]], group: list[int], device: tor
         mask[row, : len(tokens)] = 1
         scored[row, max(context, 1) : len(tokens)] = 1
     return Batch(tuple(group), ids.to(device), mask.to(device), scored.to(device))
+
+
+def run_blocks(model: nn.Module, batch: Batch) -> None:
+    """A forward pass for what the taps of `residual_stream` take: logits of the last position only."""
+    model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False, logits_to_keep=1)
 
 
 def token_losses(model: nn.Module, batch: Batch) -> Float[Tensor, "doc seq"]:

@@ -15,8 +15,8 @@ import yaml
 
 from stetholib import profiles
 from stetholib.errors import UserError
+from stetholib.mini.problems import SUBJECTS
 from stetholib.profiles import Profile
-from stetholib.texts import SUBJECTS
 from stetholib.workspace import digest_of, repository
 
 FEW: dict[str, dict[str, Any]] = {
@@ -30,7 +30,7 @@ FEW: dict[str, dict[str, Any]] = {
     "features": dict(minimum_firing=0.0, matched_minimum=5),
     "projection": dict(random_draws=2, gradient_problems=1),
     "selection": dict(permutations=50, resamples=20, loss_problems=1, random_sets=4, random_energy_sets=2, greedy=False),
-    "evaluation": dict(general_documents=8, noise_problems=2),
+    "evaluation": dict(max_new_tokens=32, general_documents=8, noise_problems=2),
 }
 
 
@@ -62,6 +62,7 @@ def _small(name: str, home: Path) -> Profile:
     for section, sizes in FEW.items():
         values[section] = values[section] | sizes
     values["published_rung"] = False
+    values["threads"] = min(values["threads"], os.cpu_count() or 1)
     values["title"] = f"rehearsal of {values['title']}, fabricated weights"
     home.mkdir(parents=True, exist_ok=True)
     (home / f"{values['name']}.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
@@ -105,11 +106,11 @@ def forecast(full: Profile, small: Profile, run: dict[str, Any]) -> list[str]:
 
 def _work(step: str, p: Profile) -> float:
     """How much a step has to do, in units that its time grows with."""
-    problems = sum(p.data.test_problems.values())
+    tokens = p.evaluation.max_new_tokens * sum(p.data.test_problems.values())
     sets = p.selection.random_sets + p.selection.random_energy_sets + 80 + 200 * p.selection.greedy
     return {
         "01_task_vectors": p.data.train_problems * p.finetune.epochs,
         "02_sae_features": 7 * p.data.feature_problems + p.data.general_documents,
         "04_layer_selection": sets * p.selection.loss_problems,
-        "05_minerva_math": problems * len(p.evaluation.variants),
+        "05_minerva_math": tokens * len(p.evaluation.variants),
     }.get(step, 1.0)

@@ -32,11 +32,16 @@ STEPS = (
     "05_minerva_math",
     "06_significance",
 )
+ANSWERING = "05_minerva_math"
 PARAMETERS = ("profile", "device", "overrides")
 
 
-def reproduce(name: str, device: str, root: Path | None = None, out: Any = sys.stderr) -> None:
-    """Bring `figures/<profile>/` up to date. Raises UserError with one line where that cannot be done."""
+def reproduce(name: str, device: str, root: Path | None = None, out: Any = sys.stderr, processes: int = 1) -> None:
+    """Bring `figures/<profile>/` up to date. Raises UserError with one line where that cannot be done.
+
+    processes: how many of them answer the test, one a GPU; the answers are the same as one alone would give.
+    """
+    check_processes(processes, device)
     profile = profiles.load(name)
     workspace = Workspace(profile.name, root)
     notebooks = {step: workspace.root / "notebooks" / f"{step}.ipynb" for step in STEPS}
@@ -45,7 +50,7 @@ def reproduce(name: str, device: str, root: Path | None = None, out: Any = sys.s
     set_environment(profile.threads)
     with alone(workspace, profile.name):
         asked = str(Path(name).resolve()) if name.endswith((".yaml", ".yml")) else name
-        _run_all(profile, dict(profile=asked, device=device), workspace, notebooks, out)
+        _run_all(profile, dict(profile=asked, device=device), workspace, notebooks, out, processes)
 
 
 @contextmanager
@@ -64,7 +69,12 @@ def alone(workspace: Workspace, name: str) -> Iterator[None]:
 
 
 def _run_all(
-    profile: profiles.Profile, parameters: dict[str, str], workspace: Workspace, notebooks: dict[str, Path], out: Any
+    profile: profiles.Profile,
+    parameters: dict[str, str],
+    workspace: Workspace,
+    notebooks: dict[str, Path],
+    out: Any,
+    processes: int,
 ) -> None:
     times: dict[str, float] = {}
     peaks: dict[str, dict[str, float]] = {}
@@ -80,6 +90,8 @@ def _run_all(
         print(f"{step}: running ...", file=out, flush=True)
         started = time.monotonic()
         with _peaks(parameters["device"]) as peaks[step]:
+            if processes > 1 and step == ANSWERING:
+                _answer(workspace, parameters, processes, out)
             _execute(path, workspace, parameters, out)
         times[step] = round(time.monotonic() - started, 1)
         made = {p.name: file_hash(p) for p in _outputs(step, workspace)}
@@ -112,6 +124,46 @@ def _execute(path: Path, workspace: Workspace, parameters: dict[str, str], out: 
         except papermill.PapermillExecutionError as error:
             where = f"{path.stem}, cell {error.exec_count}"
             raise UserError(f"{where}: {error.ename}: {' '.join(str(error.evalue).split())}") from None
+
+
+def check_processes(processes: int, device: str) -> None:
+    """Refuse a number of processes that this machine has no GPUs for."""
+    if processes < 1:
+        raise UserError(f"PROCESSES is {processes}; it must be 1 or more")
+    if device == "cuda" and processes > 1:
+        import torch
+
+        if processes > torch.cuda.device_count():
+            raise UserError(f"PROCESSES is {processes}, but PyTorch sees {torch.cuda.device_count()} GPUs; give at most so many")
+
+
+def _answer(workspace: Workspace, parameters: dict[str, str], processes: int, out: Any) -> None:
+    """Let several processes answer the test before its notebook runs, by `accelerate launch`."""
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(processes), "--num_machines", "1"]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    launch += ["--num_cpu_threads_per_process", os.environ["OMP_NUM_THREADS"]]
+    launch += ["--multi_gpu"]  # on CPUs as well: with `--cpu` it would start one process only
+    command = ["--module", "stetholib", "answer", "--profile", parameters["profile"], "--device", parameters["device"]]
+    with _progress(workspace.runs / "progress.log", out):
+        done = subprocess.run([*launch, *command], cwd=workspace.root, capture_output=True, text=True)
+    if done.returncode:
+        said = [line for line in done.stderr.splitlines() if line.startswith("stetholib: ")]
+        log = workspace.runs / "answer.log"
+        log.write_text(done.stdout + done.stderr, encoding="utf-8")
+        raise UserError(said[0].removeprefix("stetholib: ") if said else f"answering in {processes} processes failed; see {log}")
+
+
+def answer(name: str, device: str) -> None:
+    """What each process of `accelerate launch` does: its share of every variant's batches, into a file of its own."""
+    from accelerate import PartialState
+
+    from stetholib.study import Study
+
+    state = PartialState(cpu=device == "cpu")
+    study = Study.open(name, device=device)
+    for variant in study.variants().values():
+        study.answers(variant, state.process_index, state.num_processes)
+    state.destroy_process_group()
 
 
 @contextmanager

@@ -180,6 +180,43 @@ def measure(base: Weights, vector: TaskVector) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def rounded(base: Weights, vector: TaskVector, dtype: torch.dtype) -> TaskVector:
+    """What is left of a vector once base + vector is stored in `dtype`: what a model of that precision can carry."""
+
+    def kept(where: Key, delta: Tensor) -> Tensor:
+        before = base[where].float()
+        return (before + delta).to(dtype).float() - before.to(dtype).float()
+
+    return vector.map(kept)
+
+
+def survival(exact: TaskVector, kept: TaskVector) -> pd.DataFrame:
+    """How much of a vector is left in another, e.g. after rounding: one row a layer and matrix.
+
+    unmoved: share of weights that the kept vector leaves as they were; energy_kept: energy over the exact one's
+    (above 1 where rounding adds more than it takes); cosine: of the two, as flat vectors.
+    """
+    rows = []
+    for (layer, matrix), before in exact.deltas.items():
+        after = kept.deltas[layer, matrix]
+        one, other = before.double(), after.double()
+        energy, left = float(one.square().sum()), float(other.square().sum())
+        cosine = float((one * other).sum()) / (energy * left) ** 0.5 if energy and left else float("nan")
+        unmoved = float((after == 0).double().mean())
+        rows.append(
+            dict(
+                layer=layer,
+                matrix=matrix,
+                weights=before.numel(),
+                energy=energy,
+                unmoved=unmoved,
+                energy_kept=left / energy if energy else float("nan"),
+                cosine=cosine,
+            )
+        )
+    return pd.DataFrame(rows)
+
+
 def energy_elsewhere(base: Mapping[str, Tensor], finetuned: Mapping[str, Tensor]) -> dict[str, float]:
     """Energy of the change outside the seven matrices (embeddings, norms, vision tower), by kind.
 

@@ -16,16 +16,21 @@ from stetholib.mini import stories as mini_stories
 from stetholib.profiles import Data
 
 Row = Mapping[str, str]
-SUBJECTS = mini_problems.SUBJECTS
 
 
-def problems(spec: Data, split: str, seed: int) -> list[Row]:
-    """Problems of a split, with `problem, level, type, solution, subject`, shuffled; the counts are the profile's."""
+def problems(spec: Data, split: str, seed: int, boxed: bool = True) -> list[Row]:
+    """Problems of a split, with `problem, level, type, solution, subject`, shuffled; the counts are the profile's.
+
+    boxed: leave out training problems whose solution has no boxed answer, which a Minerva target needs.
+    """
     count = {"train": spec.train_problems, "validation": spec.validation_problems}
-    wanted = spec.test_problems if split == "test" else dict.fromkeys(SUBJECTS, count[split])
+    wanted = spec.test_problems if split == "test" else dict.fromkeys(spec.subjects, count[split])
     if spec.maths == "generated":
+        if unknown := sorted(set(wanted) - set(mini_problems.SUBJECTS)):
+            known = ", ".join(mini_problems.SUBJECTS)
+            raise UserError(f"data.test_problems: there are no generated problems of {unknown[0]!r}; there are: {known}")
         return mini_problems.generate(split, wanted, seed)
-    return _hub_problems(spec, split, wanted)
+    return _hub_problems(spec, split, wanted, boxed)
 
 
 def general(spec: Data, split: str, count: int, seed: int) -> list[str]:
@@ -42,12 +47,12 @@ def general(spec: Data, split: str, count: int, seed: int) -> list[str]:
     return sorted(texts, key=_bucket)[:count]
 
 
-def _hub_problems(spec: Data, split: str, wanted: Mapping[str, int]) -> list[Row]:
+def _hub_problems(spec: Data, split: str, wanted: Mapping[str, int], boxed: bool) -> list[Row]:
     """MATH's own test split, or a part of its training split; at most `wanted` of each subject, picked by hash."""
     found: list[Row] = []
-    for subject in SUBJECTS:
+    for subject in spec.subjects:
         rows = _parquet(spec.maths, subject, spec.maths_revision, "test" if split == "test" else "train")
-        usable = [{**row, "subject": subject} for row in rows if split == "test" or _has_answer(row)]
+        usable = [{**row, "subject": subject} for row in rows if split == "test" or not boxed or _has_answer(row)]
         ranked = sorted(usable, key=lambda row: _bucket(row["problem"]))
         if split == "train":  # what validation takes is never trained on
             ranked = ranked[spec.validation_problems :]

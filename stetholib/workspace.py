@@ -32,6 +32,7 @@ from stetholib.models import Checkpoint
 
 T = TypeVar("T")
 LOG = logging.getLogger("stetholib")
+CHECK = "check"
 
 # file stem -> (key columns, further columns); more columns may follow
 CONTRACTS: dict[str, tuple[list[str], list[str]]] = {
@@ -147,9 +148,14 @@ class Workspace:
                 artefact = make(draft)
                 _write_artefact(draft, artefact, stage, key, time.monotonic() - started)
                 os.replace(draft, place)
+                shutil.rmtree(self.unfinished(draft), ignore_errors=True)
             finally:
                 shutil.rmtree(draft, ignore_errors=True)
         return self._read(place, key)
+
+    def unfinished(self, draft: Path) -> Path:
+        """A folder beside a stage's draft that outlives a kill, for work that resumes; gone once the stage is done."""
+        return draft.with_name(f"unfinished-{draft.stem.removeprefix('.')}")
 
     def _read(self, place: Path, key: str) -> Artefact | None:
         """The artefact at a place, or None where there is none; a damaged one is set aside."""
@@ -224,26 +230,51 @@ def _write_artefact(folder: Path, artefact: Artefact, stage: str, key: str, seco
     (folder / "artefact.json").write_text(json.dumps(index, indent=1, sort_keys=True), encoding="utf-8")
 
 
+def json_lines(rows: Iterable[Mapping[str, Any]]) -> str:
+    """Rows as JSON lines."""
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
 def append_json(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Add JSON lines to a file and push them to disk."""
+    """Add rows to a ledger, a JSON-lines file with a check sum in each line, and push them to disk: all, or none.
+
+    One write after another from one process. Where the disk is full the file is cut back to what it was.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as handle:
-        handle.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        handle.flush()
-        os.fsync(handle.fileno())
+    text = json_lines({**row, CHECK: digest_of(row)} for row in rows).encode()
+    with path.open("ab", buffering=0) as handle:
+        before = handle.tell()
+        try:
+            if before and not _ends_a_line(path):
+                text = b"\n" + text
+            while text:
+                text = text[handle.write(text) :]
+            os.fsync(handle.fileno())
+        except OSError:
+            handle.truncate(before)
+            raise
+
+
+def _ends_a_line(path: Path) -> bool:
+    with path.open("rb") as handle:
+        handle.seek(-1, os.SEEK_END)
+        return handle.read() == b"\n"
 
 
 def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The whole lines of a JSON-lines file; a last line cut short by a kill is dropped."""
+    """The rows of a ledger; lines that were cut short or altered are left out, with a warning that names them."""
     if not path.is_file():
         return
-    for line in path.read_text(encoding="utf-8").split("\n"):
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
         try:
             row = json.loads(line)
-        except ValueError:
+            if row.pop(CHECK) != digest_of(row):
+                raise ValueError("altered")
+        except (ValueError, KeyError, AttributeError, TypeError):
+            if line.strip():
+                LOG.warning("%s: line %d is damaged; what it held is made anew", path.name, number)
             continue
-        if isinstance(row, dict):
-            yield row
+        yield row
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from conftest import ROOT
 from hub import LICENSED, Repository
 
 from stetholib import fabricate, profiles
-from stetholib.texts import SUBJECTS
+from stetholib.mini.problems import SUBJECTS
 
 SCALE = 0.05
 SMALL = {

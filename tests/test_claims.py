@@ -6,8 +6,8 @@ import pandas as pd
 import pytest
 
 from stetholib import claims
+from stetholib.mini.problems import SUBJECTS
 from stetholib.models import MATRICES, SIDE
-from stetholib.texts import SUBJECTS
 
 
 def projection(kept, ceiling, chance=0.03):

@@ -1,4 +1,5 @@
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -6,7 +7,7 @@ import torch
 from stetholib import finetuning, models
 from stetholib.mini import problems
 from stetholib.profiles import load
-from stetholib.task_vectors import TaskVector
+from stetholib.task_vectors import TaskVector, rounded, survival
 
 ROWS = problems.generate("train", dict.fromkeys(problems.SUBJECTS, 15), 0)
 SPEC = replace(load("smoke").finetune, epochs=2.0, lora_rank=2)
@@ -31,26 +32,75 @@ def test_batches_are_padded_on_the_right_and_the_pad_is_masked(toy):
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_a_fine_tune_moves_the_seven_matrices_and_nothing_else(toy, tmp_path, method):
     before = {name: p.clone() for name, p in toy.model.named_parameters()}
-    curve = finetuning.finetune(toy, ROWS, replace(SPEC, method=method, learning_rate=0.02), tmp_path, seed=0, max_tokens=256)
-    tuned = models.load(tmp_path)
-    assert curve["loss"].iloc[-3:].mean() < curve["loss"].iloc[:3].mean()
+    made = finetuning.finetune(toy, ROWS, replace(SPEC, method=method, learning_rate=0.02), tmp_path, seed=0, max_tokens=256)
+    assert made.curve["loss"].iloc[-3:].mean() < made.curve["loss"].iloc[:3].mean()
+    after = dict(toy.model.named_parameters())
+    assert list(after) == list(before) and not any(p.requires_grad for p in after.values())
     edited = set(models.weight_names(before).values())
-    changed = {name for name, p in tuned.model.named_parameters() if not torch.equal(p, before[name])}
-    assert changed == edited
-    vector = TaskVector.between(before, dict(tuned.model.named_parameters()))
-    if method == "lora":
-        assert all(torch.linalg.matrix_rank(delta, atol=1e-5) <= 2 for delta in vector.deltas.values())
+    assert {name for name, p in after.items() if not torch.equal(p, before[name])} == edited
+    vector = TaskVector.between(before, after)
+    for where, delta in vector.deltas.items():
+        assert torch.allclose(made.exact.deltas[where], delta, atol=1e-6)
+        assert method == "full" or torch.linalg.matrix_rank(made.exact.deltas[where], atol=1e-5) <= 2
+
+
+def test_lora_in_bfloat16_is_rounded_once_and_what_is_left_of_it_is_told(toy, tmp_path):
+    toy.model.to(torch.bfloat16)
+    before = {where: w.detach().clone() for where, w in models.edit_weights(toy.model).items()}
+    spec = replace(SPEC, method="lora", learning_rate=0.002, epochs=1.0)
+    made = finetuning.finetune(toy, ROWS, spec, tmp_path, seed=0, max_tokens=256)
+    stored = survival(made.exact, rounded(before, made.exact, torch.bfloat16))
+    for where, weight in models.edit_weights(toy.model).items():
+        assert weight.dtype == torch.bfloat16 and made.exact.deltas[where].dtype == torch.float32
+        assert torch.equal(weight, (before[where].float() + made.exact.deltas[where]).bfloat16())
+        same = float((weight == before[where]).double().mean())
+        assert stored.set_index(["layer", "matrix"]).loc[where, "unmoved"] == same
+    assert 0.05 < stored["unmoved"].mean() < 1 and (stored["cosine"] < 0.999).all()
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_a_killed_fine_tune_goes_on_and_ends_with_the_same_bytes_and_losses(tokens, tmp_path, method):
+    from transformers import TrainerCallback
+
+    class Killed(Exception):
+        pass
+
+    class Kill(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 9:
+                raise Killed
+
+    def run(folder, callbacks=(), save_every=0.0):
+        spec = replace(SPEC, method=method, learning_rate=0.01)
+        model = models.LanguageModel(fresh(tokens), tokens)
+        made = finetuning.finetune(model, ROWS, spec, tmp_path / folder, 3, 256, callbacks, save_every)
+        return made.curve.to_csv(), models.weight_hash(model.model)
+
+    whole = run("whole", save_every=1e9)
+    assert not list((tmp_path / "whole").glob("checkpoint-*"))
+    with pytest.raises(Killed):
+        run("killed", [Kill()])
+    last = finetuning.last_whole(tmp_path / "killed")
+    assert last.endswith("checkpoint-8")
+    assert run("killed") == whole
+    kept = Path(finetuning.last_whole(tmp_path / "killed"))
+    (kept / "trainer_state.json").write_text("{}")
+    assert finetuning.last_whole(tmp_path / "killed") is None  # a damaged checkpoint is not gone on from
 
 
 def test_the_same_seed_gives_the_same_bytes(tokens, tmp_path):
+    hashes = []
+    for name in ("a", "b"):
+        model = models.LanguageModel(fresh(tokens), tokens)
+        finetuning.finetune(model, ROWS[:32], SPEC, tmp_path / name, seed=3, max_tokens=256)
+        hashes.append(models.weight_hash(model.model))
+    assert hashes[0] == hashes[1]
+
+
+def fresh(tokens):
     from transformers import Gemma3ForCausalLM
 
     from stetholib.mini import base
 
-    hashes = []
-    for name in ("a", "b"):
-        torch.manual_seed(0)
-        model = Gemma3ForCausalLM(base.config(layers=1, hidden=16, vocab_size=len(tokens)))
-        finetuning.finetune(models.LanguageModel(model, tokens), ROWS[:32], SPEC, tmp_path / name, seed=3, max_tokens=256)
-        hashes.append(models.weight_hash(models.load(tmp_path / name).model))
-    assert hashes[0] == hashes[1]
+    torch.manual_seed(0)
+    return Gemma3ForCausalLM(base.config(layers=1, hidden=16, vocab_size=len(tokens)))

@@ -2,9 +2,15 @@ import pandas as pd
 import pytest
 import torch
 
+from stetholib import fabricate
 from stetholib import minerva_math as mm
 from stetholib.errors import UserError
 from stetholib.mini import problems
+
+
+def ask(model, prompts, max_new_tokens, batch_size, keep):
+    mm.answer_all(model, prompts, mm.plan(model.tokenizer, prompts, batch_size), max_new_tokens, keep)
+
 
 ROWS = problems.generate("validation", dict.fromkeys(problems.SUBJECTS, 6), 0)
 
@@ -18,7 +24,7 @@ def tasks(tmp_path_factory):
 @pytest.fixture(scope="module")
 def answers(tasks, mini):
     found = []
-    mm.answer_all(mini, mm.prompts_of(tasks), 96, 16, found.extend)
+    ask(mini, mm.prompts_of(tasks), 96, 16, found.extend)
     return {answer.problem_id: answer for answer in found}
 
 
@@ -79,19 +85,20 @@ def test_a_repetition_and_other_batches_give_the_same_answers(tasks, answers, mi
     prompts = dict(list(mm.prompts_of(tasks).items())[:20])
     for batch_size, exact in ((16, True), (5, False)):
         found = []
-        mm.answer_all(mini, prompts, 96, batch_size, found.extend)
+        ask(mini, prompts, 96, batch_size, found.extend)
         same = [answer.completion == answers[answer.problem_id].completion for answer in found]
         assert sum(same) >= 19 and (not exact or len(same) == 20)
 
 
 def test_rows_stop_one_by_one_at_the_stop_string(tokens):
-    done = mm.stop_rows(tokens, prompt_width=3)
+    enders = mm.last_signs(tokens, [mm.STOP])
+    done = mm.stop_rows(tokens, 3, enders)
     stop = tokens(mm.STOP + "\n", add_special_tokens=False).input_ids
     rows = torch.tensor([[2, 9, 9, 10, *stop], [2, 9, 9, *stop, 11]])
     assert done(rows, None).tolist() == [True, False]
     assert done(rows[:, :-1], None).tolist() == [False, True]
     prompt_only = torch.tensor([[2, *stop, 30]])
-    assert mm.stop_rows(tokens, prompt_width=2)(prompt_only, None).tolist() == [False]
+    assert mm.stop_rows(tokens, 2, enders)(prompt_only, None).tolist() == [False]
 
 
 def answer_of(tokens, mini, text):
@@ -107,6 +114,84 @@ def test_an_answer_ends_at_eos_at_the_stop_string_or_at_the_limit(tokens, mini):
     assert stopped.stopped_by == "stop" and stopped.completion == " So it is $5$.\n"
 
 
+def test_any_stop_string_ends_an_answer_and_the_first_one_counts(tokens, mini):
+    ids = tokens(" So it is $5$.\nProblem:\nWhat", add_special_tokens=False).input_ids
+    cut = mm._answer("id", 3, ids, mini, ["\n", mm.STOP])
+    assert (cut.completion, cut.stopped_by) == (" So it is $5$.", "stop")
+    assert tokens("\n", add_special_tokens=False).input_ids[-1] in mm.last_signs(tokens, ["\n"])
+
+
+def test_batches_are_the_same_whatever_is_known_and_ranks_share_them_out(tasks, tokens):
+    prompts = mm.prompts_of(tasks)
+    batches = mm.plan(tokens, prompts, 5)
+    assert sorted(name for batch in batches for name in batch) == sorted(prompts) and len(batches) == 9
+    shuffled = dict(sorted(prompts.items(), key=lambda item: item[0][::-1]))
+    assert mm.plan(tokens, shuffled, 5) == batches
+    assert sorted(map(tuple, batches[0::2] + batches[1::2])) == sorted(map(tuple, batches))
+
+
+def test_the_chat_template_wraps_each_prompt_and_its_examples_and_leaves_bos_to_the_tokenizer(tmp_path):
+    from transformers import AutoTokenizer
+
+    fabricate.tokenizer(tmp_path / "tokenizer")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
+    four = mm.load_tasks(tmp_path, mm.write_tasks(tmp_path, ROWS[:3], num_fewshot=4))
+    plain, asked = mm.prompts_of(four), mm.prompts_of(four, tokenizer)
+    for name, text in asked.items():
+        assert text.startswith("<start_of_turn>user\nProblem:") and text.endswith("<start_of_turn>model\n")
+        assert text.count("<start_of_turn>") == 10 and text.count("<bos>") == 0
+        assert plain[name].rsplit("Problem:", 1)[1].strip() in text
+        assert tokenizer(text).input_ids.count(tokenizer.bos_token_id) == 1
+
+
+OWN = """
+task: own
+output_type: generate_until
+test_split: test
+doc_to_text: "Q: {{problem}}\\nA:"
+doc_to_target: "{{solution}}"
+generation_kwargs: {until: ["\\n", "Q:"], do_sample: false}
+filter_list:
+  - name: number
+    filter: [{function: regex, regex_pattern: "(-?[0-9]+)"}, {function: take_first}]
+metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
+"""
+
+
+def test_a_task_of_ones_own_is_asked_and_scored_by_the_harness(tmp_path):
+    path = tmp_path / "own.yaml"
+    path.write_text(OWN)
+    rows = [dict(subject="sums", problem=f"{i} + {i}", solution=str(2 * i), hint="add") for i in range(4)]
+    loaded = mm.load_tasks(tmp_path / "t", mm.write_tasks(tmp_path / "t", rows, 0, str(path)), str(path))
+    prompts = mm.prompts_of(loaded)
+    assert prompts[mm.problem_id("sums", "3 + 3")] == "Q: 3 + 3\nA:" and mm.stops_of(loaded) == ("\n", "Q:")
+    texts = {"0 + 0": " 0", "1 + 1": " it is 2", "2 + 2": " 5", "3 + 3": " none"}
+    answers = {(name := mm.problem_id("sums", q)): mm.Answer(name, 3, text, 2, "eos") for q, text in texts.items()}
+    verdicts, errors = mm.score(loaded, answers, task=str(path))
+    records = pd.DataFrame(mm.records("base", rows, answers, verdicts))
+    assert records["exact_match"].tolist() == [1, 1, 0, 0] and records["extracted"].tolist() == ["0", "2", "5", mm.INVALID]
+    table = mm.measure(records, {"base": 1.0}).set_index("subject")
+    assert table.loc["sums", "stderr"] == pytest.approx(errors["sums"]) and pd.isna(table.loc["all", "math_verify"])
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("generate_until", "loglikelihood", "generate_until"),
+        ("metric: exact_match", "metric: acc", "exact_match"),
+        ("do_sample: false", "do_sample: true", "no sampling"),
+    ],
+)
+def test_a_task_that_cannot_be_used_here_is_refused_in_one_line(tmp_path, old, new, said):
+    path = tmp_path / "own.yaml"
+    path.write_text(OWN.replace(old, new))
+    names = mm.write_tasks(tmp_path / "t", [dict(subject="sums", problem="1", solution="1")], 0, str(path))
+    with pytest.raises(UserError, match=said):
+        mm.load_tasks(tmp_path / "t", names, str(path))
+    with pytest.raises(UserError, match="there is no file"):
+        mm.write_tasks(tmp_path / "t", ROWS[:1], 0, "absent.yaml")
+
+
 def test_a_prompt_with_two_bos_is_refused(tokens):
     with pytest.raises(UserError, match="exactly once"):
         mm._assert_one_bos(torch.tensor([[2, 2, 5]]), tokens)
@@ -114,7 +199,7 @@ def test_a_prompt_with_two_bos_is_refused(tokens):
 
 def test_only_answered_problems_are_scored_when_asked_so(tasks, answers):
     some = dict(list(answers.items())[:3])
-    verdicts, _ = mm.score(tasks, some, partial=True)
+    verdicts, _ = mm.score(tasks, some, some=True)
     assert set(verdicts["problem_id"]) == set(some)
     with pytest.raises(KeyError):
         mm.score(tasks, some)
@@ -128,21 +213,21 @@ def test_the_recorded_model_answers_generations_only(answers):
 def test_accuracy_under_a_lower_limit_is_what_asking_again_gives(tasks, answers, mini):
     length = lambda text: len(mini.tokenizer(text, add_special_tokens=False).input_ids)  # noqa: E731
     records = pd.DataFrame(mm.records("base", ROWS, answers, mm.score(tasks, answers)[0]))
-    needed = [mm.tokens_to_answer(text, length) for text in records["completion"]]
+    needed = [mm.tokens_to_answer(*row, length) for row in zip(records["completion"], records["extracted"], strict=True)]
     limits = (30, 45, 60)
     table = mm.accuracy_by_limit(records, needed, limits).set_index("limit")["accuracy"]
     assert table.is_monotonic_increasing and table[30] < table[60]
     for limit in limits:
         found = []
-        mm.answer_all(mini, mm.prompts_of(tasks), limit, 16, found.extend)
+        ask(mini, mm.prompts_of(tasks), limit, 16, found.extend)
         again, _ = mm.score(tasks, {answer.problem_id: answer for answer in found})
         assert table[limit] == pytest.approx(again["exact_match"].mean())
 
 
 def test_an_answer_that_was_never_readable_took_no_number_of_tokens():
     sentence = "Final Answer: The final answer is $4$. I hope it is correct."
-    assert mm.tokens_to_answer(f"2 + 2. {sentence} Problem", len) == len(f"2 + 2. {sentence}")
-    assert mm.tokens_to_answer("so it is 4", len) is None
+    assert mm.tokens_to_answer(f"2 + 2. {sentence} Problem", "4", len) == len(f"2 + 2. {sentence}")
+    assert mm.tokens_to_answer("so it is 4", mm.INVALID, len) is None
 
 
 def test_the_table_worked_by_hand():

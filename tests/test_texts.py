@@ -4,13 +4,14 @@ import pytest
 
 from stetholib import fabricate, texts
 from stetholib.errors import UserError
+from stetholib.mini.problems import SUBJECTS
 from stetholib.profiles import load
 
 DATA = replace(
     load("gemma-3-270m").data,
     train_problems=9,
     validation_problems=5,
-    test_problems=dict.fromkeys(texts.SUBJECTS, 7),
+    test_problems=dict.fromkeys(SUBJECTS, 7),
     general_documents=10,
 )
 

@@ -1,4 +1,6 @@
 import json
+import resource
+import signal
 import types
 
 import pandas as pd
@@ -100,12 +102,40 @@ def test_a_file_is_there_whole_or_not_at_all(tmp_path):
     assert path.read_text() == "whole"
 
 
-def test_a_line_cut_short_by_a_kill_is_dropped(tmp_path):
+def test_a_line_cut_short_by_a_kill_is_left_out_and_costs_no_other_line(tmp_path, caplog):
     path = tmp_path / "answers.jsonl"
-    ws.append_json(path, [{"a": 1}, {"a": 2}])
-    path.write_text(path.read_text() + '{"a": 3')
-    assert list(ws.read_json_lines(path)) == [{"a": 1}, {"a": 2}]
+    ws.append_json(path, [{"a": 1}, {"a": "é\u2028"}])
+    path.write_bytes(path.read_bytes() + b'{"a": 3')
+    assert list(ws.read_json_lines(path)) == [{"a": 1}, {"a": "é\u2028"}]
+    assert "answers.jsonl: line 3 is damaged" in caplog.text
+    ws.append_json(path, [{"a": 4}])
+    assert list(ws.read_json_lines(path)) == [{"a": 1}, {"a": "é\u2028"}, {"a": 4}]
     assert list(ws.read_json_lines(tmp_path / "absent")) == []
+
+
+def test_every_flipped_byte_of_a_ledger_is_noticed(tmp_path):
+    path = tmp_path / "answers.jsonl"
+    rows = [{"completion": "so it is $5$.", "tokens": 12}, {"completion": "2", "tokens": 3}]
+    ws.append_json(path, rows)
+    whole = path.read_bytes()
+    for at in range(len(whole)):
+        for bit in (1, 32, 128):
+            path.write_bytes(whole[:at] + bytes([whole[at] ^ bit]) + whole[at + 1 :])
+            assert all(row in rows for row in ws.read_json_lines(path))
+
+
+def test_a_ledger_is_cut_back_where_the_disk_is_full(tmp_path, monkeypatch):
+    path = tmp_path / "answers.jsonl"
+    ws.append_json(path, [{"a": 1}])
+    before, limit = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 20, limit[1]))
+    try:
+        with pytest.raises(OSError):
+            ws.append_json(path, [{"a": "long " * 20}])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert path.read_bytes() == before
 
 
 def test_progress_says_how_long_it_will_take(tmp_path, monkeypatch):

@@ -38,11 +38,15 @@ class Model:
     base: str = key()
     revision: str | None = key()
     dtype: str = key(choices=("float32", "bfloat16"))
+    attention: str = key(choices=("eager", "sdpa"))
 
 
 @dataclass(frozen=True)
 class Data:
-    """Which texts. `maths` and `general` are `generated`, or data sets of the Hub; counts are problems a subject."""
+    """Which texts. `maths` and `general` are `generated`, data sets of the Hub, or folders laid out like them.
+
+    Counts are problems a subject; the subjects are those of `test_problems`.
+    """
 
     maths: str = key()
     maths_revision: str | None = key()
@@ -55,6 +59,11 @@ class Data:
     feature_problems: int = key(2)
     general_documents: int = key(2)
     max_tokens: int = key(16)
+
+    @property
+    def subjects(self) -> tuple[str, ...]:
+        """The subjects' names, in alphabetical order."""
+        return tuple(sorted(self.test_problems))
 
 
 @dataclass(frozen=True)
@@ -70,6 +79,7 @@ class FineTune:
     learning_rate: float = key(0.0)
     batch_size: int = key(1)
     gradient_accumulation: int = key(1)
+    gradient_checkpointing: bool = key()
 
 
 @dataclass(frozen=True)
@@ -105,6 +115,7 @@ class Projection:
     rank_shares: tuple[float, ...] = key(0.0, 1.0)
     random_draws: int = key(2)
     gradient_problems: int = key(1)
+    gradient_tokens: int = key(16)
 
 
 @dataclass(frozen=True)
@@ -126,8 +137,9 @@ class Selection:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """How Minerva Math is asked."""
+    """How the test is asked. `task` is `minerva_math`, or the YAML file of a task of the harness of one's own."""
 
+    task: str = key()
     num_fewshot: int = key(0, 4)
     max_new_tokens: int = key(1)
     batch_size: int = key(1)

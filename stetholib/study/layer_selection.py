@@ -24,7 +24,6 @@ from stetholib import (
 from stetholib.editing import Edit, edited
 from stetholib.layer_selection import ScoreRule
 from stetholib.sae_features import CONTRASTS
-from stetholib.study.sae_features import CORPORA
 from stetholib.study.subspace_projection import ProjectionSteps
 from stetholib.workspace import Artefact, append_json, digest_of, progress, read_json_lines, source_hash
 
@@ -56,7 +55,7 @@ class SelectionSteps(ProjectionSteps):
     def plain_scores(self, contrast: str, kind: str | None = None) -> list[float]:
         """Layer scores alone, without permutations and resamples, under any definition of specificity."""
         rule = self._rule(kind)
-        labels = sae_features.one_hot(self.corpus_of, len(CORPORA))
+        labels = sae_features.one_hot(self.corpus_of, len(self.corpora))
         return [float(rule.score(sums, labels, contrast == "matched")[0]) for sums in self.document_sums(contrast)]
 
     def sae_stability(self, draws: int) -> pd.DataFrame:

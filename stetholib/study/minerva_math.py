@@ -26,7 +26,7 @@ from stetholib.models import LanguageModel
 from stetholib.study.layer_selection import SelectionSteps
 from stetholib.study.stages import wiring
 from stetholib.study.subspace_projection import ProjectionSteps
-from stetholib.workspace import Artefact, append_json, atomic, digest_of, progress, read_json_lines, source_hash
+from stetholib.workspace import Artefact, append_json, atomic, digest_of, json_lines, progress, read_json_lines, source_hash
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,8 @@ class AnswerSteps(SelectionSteps):
     def edited_model(self, variant: Variant) -> Any:
         """The model of a variant; the base model is itself again afterwards."""
         if variant.vector == "finetuned":
-            yield models.load(self.finetuned().folder, self.profile.model.dtype, self.device)
+            with self.instead_of_base(self.finetuned().folder) as model:
+                yield model
             return
         edit = Edit(self.vector(variant.vector) if variant.layers else self.task_vector, variant.layers, alpha=variant.alpha)
         with edited(self.base.model, edit):
@@ -101,39 +102,63 @@ class AnswerSteps(SelectionSteps):
     @cached_property
     def _tasks(self) -> Any:
         """The harness's tasks on the local test problems."""
+        p = self.profile.evaluation
         key = digest_of(
             [row["problem"] + row["solution"] for row in self.test_problems],
-            self.profile.evaluation.num_fewshot,
+            p.num_fewshot,
+            _content(p.task),
             version("lm-eval"),
         )
         folder = self.workspace.runs / "tasks" / key
-        names = minerva_math.write_tasks(folder, self.test_problems, self.profile.evaluation.num_fewshot)
-        return minerva_math.load_tasks(folder, names)
+        names = minerva_math.write_tasks(folder, self.test_problems, p.num_fewshot, p.task)
+        return minerva_math.load_tasks(folder, names, p.task)
 
     @cached_property
     def _prompts(self) -> dict[str, str]:
-        if self.profile.evaluation.chat_template:
-            raise profiles.ProfileError(f"profile {self.profile.name}.evaluation.chat_template: only false is supported so far")
-        return minerva_math.prompts_of(self._tasks)
+        return minerva_math.prompts_of(self._tasks, self.base.tokenizer if self.profile.evaluation.chat_template else None)
 
-    def answers(self, variant: Variant) -> dict[str, minerva_math.Answer]:
-        """Every answer of a variant, by problem id; each was asked once and is on disk."""
+    @cached_property
+    def _batches(self) -> list[list[str]]:
+        return minerva_math.plan(self.base.tokenizer, self._prompts, self.profile.evaluation.batch_size)
+
+    def answers(self, variant: Variant, rank: int = 0, world: int = 1) -> dict[str, minerva_math.Answer]:
+        """Every answer of a variant, by problem id; each was asked once and is on disk.
+
+        rank, world: answer only every `world`-th batch, beginning with the `rank`-th, into a file of this rank's own.
+        """
         p = self.profile.evaluation
-        params = [p.num_fewshot, p.max_new_tokens, p.batch_size, p.chat_template, self.device, self.profile.threads]
+        asked = {
+            name: value for name, value in asdict(p).items() if name not in ("variants", "general_documents", "noise_problems")
+        }
+        params = [asked, _content(p.task), self.device, self.profile.threads]
         key = digest_of(self._variant_key(variant), params, source_hash([minerva_math, models]))
-        path = self.workspace.store / f"answers-{key}.jsonl"
-        known = {row["problem_id"]: minerva_math.Answer(**row) for row in read_json_lines(path)}
-        missing = {name: text for name, text in self._prompts.items() if name not in known}
+        files = sorted(self.workspace.store.glob(f"answers-{key}*.jsonl"))
+        known = {row["problem_id"]: minerva_math.Answer(**row) for path in files for row in read_json_lines(path)}
+        missing = [batch for batch in self._batches[rank::world] if not known.keys() >= set(batch)]
         if missing:
+            path = self.workspace.store / f"answers-{key}{f'.{rank}' if rank else ''}.jsonl"
 
             def keep(batch: list[minerva_math.Answer]) -> None:
-                append_json(path, [asdict(answer) for answer in batch])
-                known.update({answer.problem_id: answer for answer in batch})
+                new = [answer for answer in batch if answer.problem_id not in known]
+                append_json(path, [asdict(answer) for answer in new])
+                known.update({answer.problem_id: answer for answer in new})
 
             with self.edited_model(variant) as model:
-                watch = partial(progress, label=f"05 {variant.name}")
-                minerva_math.answer_all(model, missing, p.max_new_tokens, p.batch_size, keep, watch)
+                watched = progress(missing, f"05 {variant.name}")
+                minerva_math.answer_all(model, self._prompts, watched, p.max_new_tokens, keep, self._stops)
         return known
+
+    @property
+    def _stops(self) -> tuple[str, ...]:
+        return minerva_math.stops_of(self._tasks)
+
+    def _answered(self, model: LanguageModel, batch_size: int) -> list[minerva_math.Answer]:
+        """Answers to the few problems that repetitions are measured on; not kept."""
+        p, found = self.profile.evaluation, []
+        some = dict(sorted(self._prompts.items())[: p.noise_problems])
+        batches = minerva_math.plan(model.tokenizer, some, batch_size)
+        minerva_math.answer_all(model, some, batches, p.max_new_tokens, found.extend, self._stops)
+        return found
 
     def records(self, variant: Variant) -> Artefact:
         """Scored records of one variant; also written as the contract's JSON lines."""
@@ -148,9 +173,9 @@ class AnswerSteps(SelectionSteps):
 
     def _make_records(self, variant: Variant, folder: Path) -> Artefact:
         answers = self.answers(variant)
-        verdicts, errors = minerva_math.score(self._tasks, answers)
+        verdicts, errors = minerva_math.score(self._tasks, answers, task=self.profile.evaluation.task)
         rows = minerva_math.records(variant.name, self.test_problems, answers, verdicts)
-        append_json(folder / "records.jsonl", rows)
+        (folder / "records.jsonl").write_text(json_lines(rows), encoding="utf-8")
         return Artefact(tables={"records": pd.DataFrame(rows)}, values={"harness_stderr": errors})
 
     def all_records(self) -> pd.DataFrame:
@@ -186,7 +211,9 @@ class AnswerSteps(SelectionSteps):
         limits = sorted({max(1, round(limit * step / points)) for step in range(1, points + 1)})
         records = pd.concat([self.records(self.variants()[name]).tables["records"] for name in names], ignore_index=True)
         length = lambda text: len(self.base.tokenizer(text, add_special_tokens=False).input_ids)  # noqa: E731
-        needed = [minerva_math.tokens_to_answer(text, length) for text in records["completion"]]
+        needed = [
+            minerva_math.tokens_to_answer(*row, length) for row in zip(records["completion"], records["extracted"], strict=True)
+        ]
         return minerva_math.accuracy_by_limit(records, needed, limits)
 
     def checks(self) -> dict[str, Any]:
@@ -198,19 +225,16 @@ class AnswerSteps(SelectionSteps):
 
     def _make_checks(self, folder: Path) -> Artefact:
         """Answers twice, scores twice, weights before and after; parameters and FLOPs of base and edited model."""
-        p, variant = self.profile.evaluation, self.variants()["stethoscope"]
-        some = dict(sorted(self._prompts.items())[: p.noise_problems])
+        variant = self.variants()["stethoscope"]
         before, runs, costs = models.weight_hash(self.base.model), [], []
         for _ in range(2):
-            found: list[minerva_math.Answer] = []
             with self.edited_model(variant) as model:
-                minerva_math.answer_all(model, some, p.max_new_tokens, p.batch_size, found.extend)
+                runs.append(self._answered(model, self.profile.evaluation.batch_size))
                 costs.append(running_cost(model))
-            runs.append(found)
         again = self.plain_scores("corpus")
         return Artefact(
             values=dict(
-                answered_twice=len(some),
+                answered_twice=len(runs[0]),
                 identical_answers=sum(a == b for a, b in zip(*runs, strict=True)),
                 identical_scores=again == self.scores("corpus").score.tolist(),
                 weights_restored=before == models.weight_hash(self.base.model),
@@ -228,21 +252,24 @@ class AnswerSteps(SelectionSteps):
 
     def _make_noise(self, folder: Path) -> Artefact:
         p = self.profile.evaluation
-        some = dict(sorted(self._prompts.items())[: p.noise_problems])
         kept = self.records(self.variants()["base"]).tables["records"].set_index("problem_id")["exact_match"]
         rows = []
         for what, dtype, batch_size in (
             ("batch size", self.profile.model.dtype, max(1, p.batch_size // 8)),
             ("bfloat16", "bfloat16", p.batch_size),
         ):
-            found: list[minerva_math.Answer] = []
-            model = models.load(self.base_folder, dtype, self.device)
-            minerva_math.answer_all(model, some, p.max_new_tokens, batch_size, found.extend)
-            verdicts, _ = minerva_math.score(self._tasks, {a.problem_id: a for a in found}, partial=True)
+            with self.instead_of_base(self.base_folder, dtype) as model:
+                found = {answer.problem_id: answer for answer in self._answered(model, batch_size)}
+            verdicts, _ = minerva_math.score(self._tasks, found, some=True, task=p.task)
             again = verdicts.set_index("problem_id")["exact_match"]
             flips = int((kept[again.index] != again).sum())
-            rows.append(dict(change=what, problems=len(some), flips=flips, share=flips / len(some)))
+            rows.append(dict(change=what, problems=len(found), flips=flips, share=flips / len(found)))
         return Artefact(tables={"noise": pd.DataFrame(rows)})
+
+
+def _content(task: str) -> str:
+    """A task's identity: its name, or what its file says."""
+    return Path(task).read_text(encoding="utf-8") if Path(task).is_file() else task
 
 
 def running_cost(model: LanguageModel) -> dict[str, int]:

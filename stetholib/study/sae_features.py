@@ -20,26 +20,29 @@ from stetholib import (
 from stetholib.layer_selection import ScoreRule
 from stetholib.sae_features import CONTRASTS, Dictionary, DocumentSums, FeatureSums
 from stetholib.study.task_vectors import TaskVectorSteps
-from stetholib.texts import SUBJECTS
 from stetholib.workspace import Artefact, progress
 
-CORPORA = (*SUBJECTS, sae_features.GENERAL)
 SELF_TEST_TOKENS = 20_000
 
 
 class FeatureSteps(TaskVectorSteps):
     """Adds the instrument and what it hears."""
 
+    @property
+    def corpora(self) -> tuple[str, ...]:
+        """Names of the corpora that features are heard on: the subjects, and general text."""
+        return (*self.profile.data.subjects, sae_features.GENERAL)
+
     @cached_property
     def documents(self) -> pd.DataFrame:
         """The texts that features are heard on: corpus, context and text; validation split only."""
         data = self.profile.data
         rows = [
-            dict(corpus=CORPORA.index(row["subject"]), context="", text=row["problem"] + "\n\n" + row["solution"])
+            dict(corpus=self.corpora.index(row["subject"]), context="", text=row["problem"] + "\n\n" + row["solution"])
             for row in self._per_subject(self.problems("validation"), data.feature_problems)
         ]
         general = texts.general(data, "validation", data.general_documents, self._seed("general"))
-        rows += [dict(corpus=len(SUBJECTS), context="", text=text) for text in general]
+        rows += [dict(corpus=len(self.corpora) - 1, context="", text=text) for text in general]
         return pd.DataFrame(rows)
 
     @cached_property
@@ -47,7 +50,10 @@ class FeatureSteps(TaskVectorSteps):
         """Residual streams of content tokens to train SAEs on: training problems and stories in equal parts."""
         p = self.profile
         wanted = p.sae.training_tokens
-        maths = [(minerva_math.prompt(r["problem"]), minerva_math.target(r["solution"])) for r in self.problems("train")]
+        maths = [
+            (minerva_math.prompt(r["problem"]), minerva_math.target(r["solution"], p.finetune.target))
+            for r in self.problems("train")
+        ]
         stories = [("", text) for text in texts.general(p.data, "train", len(maths), self._seed("stories"))]
         pairs = [pair for both in zip(maths, stories, strict=True) for pair in both]
         tokens = [(ids, 1) for ids, _ in models.tokenize(self.base, pairs, p.data.max_tokens)]
@@ -68,7 +74,7 @@ class FeatureSteps(TaskVectorSteps):
         pool = models.batches(pairs, self.profile.selection.batch_tokens, self.device)
         with torch.no_grad(), models.residual_stream(self.base.model) as taken:
             for batch in progress(pool, label):
-                self.base.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+                models.run_blocks(self.base.model, batch)
                 keep = batch.scored.bool()
                 document = torch.tensor(batch.documents, device=keep.device).unsqueeze(1).expand_as(keep)[keep]
                 yield batch, document, {layer: taken[layer][keep].float() for layer in layers}
@@ -115,7 +121,7 @@ class FeatureSteps(TaskVectorSteps):
     def _groups(self) -> list[range]:
         """Blocks whose sums fit into memory together: of the SAE and its random double, under both contrasts."""
         features, documents = self.dictionary(0).d_sae, len(self.documents)
-        each = 4 * features * (3 * documents + len(CORPORA) * sae_features.BINS) * 2 * len(CONTRASTS)
+        each = 4 * features * (3 * documents + len(self.corpora) * sae_features.BINS) * 2 * len(CONTRASTS)
         size = max(1, int(self.profile.features.memory_gib * 2**30 / each))
         return [range(start, min(start + size, self.layers)) for start in range(0, self.layers, size)]
 
@@ -146,19 +152,19 @@ class FeatureSteps(TaskVectorSteps):
     def _make_features(self, group: range, folder: Path) -> Artefact:
         """One pass over all documents for a group of blocks."""
         pairs, corpus_of = self._document_tokens, self.corpus_of
-        content, is_maths = [torch.tensor(ids[1:]) for ids, _ in pairs], (corpus_of < len(SUBJECTS)).tolist()
+        content, is_maths = [torch.tensor(ids[1:]) for ids, _ in pairs], (corpus_of < len(self.corpora) - 1).tolist()
         matched = sae_features.matched_weights(content, is_maths, self.profile.features.matched_minimum)
         tests, instruments, sums = self._tested(group, pairs)
         width = next(iter(instruments.values())).W_dec.shape[1]
         moment = {layer: sae_features.Covariance(width) for layer in group}
         for batch, document, streams in self._streams(pairs, "02 feature statistics", group):
             weights = self._token_weights(batch, matched)
-            maths = (corpus_of[document.cpu()] < len(SUBJECTS)).to(document.device)
+            maths = (corpus_of[document.cpu()] < len(self.corpora) - 1).to(document.device)
             for layer, x in streams.items():
                 for name in ("sae", "random"):
                     sums[name, layer].add(instruments[name, layer].encode(x), document, weights)
                 moment[layer].add(x[maths])
-        labels = sae_features.one_hot(corpus_of, len(CORPORA))
+        labels = sae_features.one_hot(corpus_of, len(self.corpora))
         tensors, rows = {}, []
         for layer in group:  # of the random dictionaries only their self-tests and layer scores are kept
             tensors[f"activation_covariance.{layer}"] = moment[layer].value()
@@ -234,7 +240,7 @@ class FeatureSteps(TaskVectorSteps):
 
     def specificities(self, contrast: str, kind: str | None = None) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """(specificity, whether it fires) of every feature, layer by layer."""
-        rule, labels = self._rule(kind), sae_features.one_hot(self.corpus_of, len(CORPORA))
+        rule, labels = self._rule(kind), sae_features.one_hot(self.corpus_of, len(self.corpora))
         found = []
         for sums in self.document_sums(contrast):
             m = sae_features.moments(sums, labels, contrast == "matched")

@@ -7,7 +7,8 @@ versions. Any notebook can therefore be opened first.
 
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import cache, cached_property, partial
 from importlib.metadata import version
@@ -25,7 +26,6 @@ from stetholib import (
     texts,
 )
 from stetholib.models import Checkpoint, LanguageModel
-from stetholib.texts import SUBJECTS
 from stetholib.workspace import Artefact, Workspace, digest_of, source_hash
 
 PARAMETERS = ("profile", "device", "overrides")
@@ -142,12 +142,28 @@ class Stages:
         """Identity of the base model: its name and revision, and the bytes of a local one."""
         model = self.profile.model
         local = [p.stat().st_size for p in sorted(self.base_folder.glob("*.safetensors"))]
-        return digest_of(model.base, model.revision, model.dtype, local, _first_bytes(self.base_folder))
+        return digest_of(asdict(model), local, _first_bytes(self.base_folder))
 
     @cached_property
     def base(self) -> LanguageModel:
         """theta_0 with its tokenizer."""
-        return models.load(self.base_folder, self.profile.model.dtype, self.device)
+        return self._load(self.base_folder)
+
+    def _load(self, folder: Path, dtype: str | None = None) -> LanguageModel:
+        p = self.profile.model
+        return models.load(folder, dtype or p.dtype, self.device, p.attention)
+
+    @contextmanager
+    def instead_of_base(self, folder: Path, dtype: str | None = None) -> Iterator[LanguageModel]:
+        """Another model on the device; the base model waits in main memory, since two may not fit on a GPU."""
+        base: LanguageModel | None = vars(self).get("base")
+        if base:
+            base.model.to("cpu")
+        try:
+            yield self._load(folder, dtype)
+        finally:
+            if base:
+                base.model.to(self.device)
 
     @cached_property
     def layers(self) -> int:
@@ -156,11 +172,12 @@ class Stages:
 
     def problems(self, split: str) -> list[texts.Row]:
         """Problems of a split; the test split is read by step 05 and after only."""
-        return texts.problems(self.profile.data, split, self._seed("problems"))
+        boxed = self.profile.finetune.target == "minerva"
+        return texts.problems(self.profile.data, split, self._seed("problems"), boxed)
 
     def _per_subject(self, rows: Sequence[texts.Row], count: int) -> list[texts.Row]:
         """The first `count` problems of each subject; the rows are shuffled, so that is a random subset."""
-        return [row for subject in SUBJECTS for row in [r for r in rows if r["subject"] == subject][:count]]
+        return [row for subject in self.profile.data.subjects for row in [r for r in rows if r["subject"] == subject][:count]]
 
 
 def wiring(kind: type) -> list[ModuleType]:

@@ -41,14 +41,15 @@ class ProjectionSteps(FeatureSteps):
     def gradients(self) -> Artefact:
         """Second moments of the loss gradient at each block's output, on training problems."""
         p = self.profile
-        params = [p.projection.gradient_problems, asdict(p.data), p.finetune.target, p.seed]
+        params = [p.projection.gradient_problems, p.projection.gradient_tokens, asdict(p.data), p.finetune.target, p.seed]
         return self._stage("gradients", params, [self.base_key], [models, minerva_math, *self._text_code])
 
     def _make_gradients(self, folder: Path) -> Artefact:
         p = self.profile
         rows = self._per_subject(self.problems("train"), p.projection.gradient_problems)
         pairs = [(minerva_math.prompt(r["problem"]), minerva_math.target(r["solution"], p.finetune.target)) for r in rows]
-        pool = models.batches(models.tokenize(self.base, pairs, p.data.max_tokens), p.selection.batch_tokens, self.device)
+        longest = min(p.data.max_tokens, p.projection.gradient_tokens)
+        pool = models.batches(models.tokenize(self.base, pairs, longest), p.projection.gradient_tokens, self.device)
         moments: dict[int, torch.Tensor] = {}
         embedding = self.base.model.get_input_embeddings().weight
         embedding.requires_grad_(True)

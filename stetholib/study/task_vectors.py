@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import torch
 
 from stetholib import (
     minerva_math,
@@ -34,18 +35,35 @@ class TaskVectorSteps(Stages):
         from stetholib import finetuning
 
         params = [asdict(p.finetune), asdict(p.data), p.seed]
-        return self._stage("finetuned", params, [self.base_key], [finetuning, models, minerva_math, *self._text_code])
+        modules = [finetuning, models, minerva_math, task_vectors, *self._text_code]
+        return self._stage("finetuned", params, [self.base_key], modules)
 
     def _make_finetuned(self, folder: Path) -> Artefact:
+        """theta_1, and how much of the exact change is left once it is stored in the model's dtype."""
         from stetholib.finetuning import finetune
 
-        p = self.profile
-        base = models.load(self.base_folder, p.model.dtype, self.device)
-        with trainer_progress("01 fine-tune") as callbacks:
-            curve = finetune(
-                base, self.problems("train"), p.finetune, folder, self._seed("finetune"), p.data.max_tokens, callbacks
+        p, full = self.profile, self.profile.finetune.method == "full"  # full updates would be lost in bfloat16
+        with (
+            self.instead_of_base(self.base_folder, "float32" if full else None) as base,
+            trainer_progress("01 fine-tune") as callbacks,
+        ):
+            tuned = finetune(
+                base,
+                self.problems("train"),
+                p.finetune,
+                self.workspace.unfinished(folder),
+                self._seed("finetune"),
+                p.data.max_tokens,
+                callbacks,
             )
-        return Artefact(tables={"loss": curve})
+            stored = self._survival(tuned.exact, p.model.dtype)
+            base.model.to(getattr(torch, p.model.dtype)).save_pretrained(folder)
+            base.tokenizer.save_pretrained(folder)
+        return Artefact(tables={"loss": tuned.curve, "stored": stored})
+
+    def _survival(self, vector: TaskVector, dtype: str) -> pd.DataFrame:
+        before = task_vectors.weights(Checkpoint(self.base_folder))
+        return task_vectors.survival(vector, task_vectors.rounded(before, vector, getattr(torch, dtype)))
 
     @property
     def _text_code(self) -> list[Any]:
