@@ -59,6 +59,9 @@ class Finding:
     strict: bool | None
 
 
+ELSEWHERE = Finding("not measured: there is no number_theory among the subjects", None, None)
+
+
 @dataclass(frozen=True)
 class Claim:
     """A claim of the paper with its figure, the rule that judges it and the notebook that measures it."""
@@ -116,6 +119,8 @@ def _misaligned(e: Evidence, contrast: str) -> Finding:
 
 def _lifts(e: Evidence, contrast: str) -> Finding:
     variant = CONTRAST_VARIANT[contrast]
+    if NUMBER_THEORY not in e.rows(variant).index:
+        return ELSEWHERE
     row = e.rows(variant).loc[NUMBER_THEORY]
     chance = float(e.sets.loc[(e.sets["selector"] == variant) & (e.sets["draw"] == 0), "percentile"].iloc[0])
     measured = (
@@ -128,6 +133,8 @@ def _lifts(e: Evidence, contrast: str) -> Finding:
 
 
 def _significantly(e: Evidence, contrast: str) -> Finding:
+    if NUMBER_THEORY not in e.rows(CONTRAST_VARIANT[contrast]).index:
+        return ELSEWHERE
     row = e.rows(CONTRAST_VARIANT[contrast]).loc[NUMBER_THEORY]
     measured = f"z = {row['z']:+.2f}, p = {row['p']:.2g}; McNemar p = {row['mcnemar_p']:.2g}, Holm {row['mcnemar_p_holm']:.2g}"
     usual, strict = row["p"] < e.level and row["difference"] > 0, row["verdict"] == "improved"

@@ -57,8 +57,7 @@ def rehearse(name: str, device: str, scale: float, root: Path | None = None, out
 
 def _small(name: str, home: Path) -> Profile:
     """The profile with few of everything, written as a file of the same name."""
-    path = Path(name) if name.endswith((".yaml", ".yml")) else profiles.FOLDER / f"{name}.yaml"
-    values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    values = profiles.read(name)
     for section, sizes in FEW.items():
         values[section] = values[section] | sizes
     values["published_rung"] = False

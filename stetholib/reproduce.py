@@ -237,7 +237,15 @@ def _code_key(profile: profiles.Profile, device: str) -> str:
     package = Path(__file__).parent
     code = {str(p.relative_to(package)): code_text(p.read_text(encoding="utf-8")) for p in sorted(package.rglob("*.py"))}
     libraries = [version(library) for library in ("torch", "transformers", "sae-lens", "lm-eval", "matplotlib")]
-    return digest_of(profile.digest, device, code, libraries)
+    return digest_of(profile.digest, device, code, libraries, _local_files(profile))
+
+
+def _local_files(profile: profiles.Profile) -> list[tuple[str, int, int]]:
+    """Name, size and time of change of every file of one's own that a profile points at."""
+    data = profile.data
+    places = (profile.model.base, profile.finetune.finetuned, profile.sae.release, data.maths, data.general)
+    files = [file for place in places if place for file in sorted(Path(place).rglob("*"))] + [Path(profile.evaluation.task)]
+    return [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file()]
 
 
 def _outputs(step: str, workspace: Workspace) -> list[Path]:

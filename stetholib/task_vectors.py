@@ -191,30 +191,39 @@ def rounded(base: Weights, vector: TaskVector, dtype: torch.dtype) -> TaskVector
 
 
 def survival(exact: TaskVector, kept: TaskVector) -> pd.DataFrame:
-    """How much of a vector is left in another, e.g. after rounding: one row a layer and matrix.
+    """How much of a vector is left in another, e.g. after rounding: sums, one row a layer and matrix.
 
-    unmoved: share of weights that the kept vector leaves as they were; energy_kept: energy over the exact one's
-    (above 1 where rounding adds more than it takes); cosine: of the two, as flat vectors.
+    weights: how many there are; unmoved: how many the kept vector leaves as they were; energy and energy_left: of the
+    exact and of the kept vector; product: their inner product.
     """
     rows = []
     for (layer, matrix), before in exact.deltas.items():
         after = kept.deltas[layer, matrix]
         one, other = before.double(), after.double()
-        energy, left = float(one.square().sum()), float(other.square().sum())
-        cosine = float((one * other).sum()) / (energy * left) ** 0.5 if energy and left else float("nan")
-        unmoved = float((after == 0).double().mean())
         rows.append(
             dict(
                 layer=layer,
                 matrix=matrix,
                 weights=before.numel(),
-                energy=energy,
-                unmoved=unmoved,
-                energy_kept=left / energy if energy else float("nan"),
-                cosine=cosine,
+                unmoved=int((after == 0).sum()),
+                energy=float(one.square().sum()),
+                energy_left=float(other.square().sum()),
+                product=float((one * other).sum()),
             )
         )
     return pd.DataFrame(rows)
+
+
+def survival_shares(sums: pd.DataFrame) -> dict[str, float]:
+    """Of `survival` over all its rows: the share of weights unmoved, energy_kept (above 1 where rounding adds more
+    than it takes), and the cosine of the two vectors."""
+    total = sums[["weights", "unmoved", "energy", "energy_left", "product"]].sum()
+    size = (total["energy"] * total["energy_left"]) ** 0.5
+    return dict(
+        unmoved=total["unmoved"] / total["weights"],
+        energy_kept=total["energy_left"] / total["energy"] if total["energy"] else float("nan"),
+        cosine=total["product"] / size if size else float("nan"),
+    )
 
 
 def energy_elsewhere(base: Mapping[str, Tensor], finetuned: Mapping[str, Tensor]) -> dict[str, float]:

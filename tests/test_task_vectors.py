@@ -2,7 +2,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from stetholib import fabricate, models
+from stetholib import fabricate, models, task_vectors
 from stetholib.editing import Edit, edited, matched_scales
 from stetholib.models import Checkpoint, ModelError
 from stetholib.task_vectors import TaskVector, energy_elsewhere, measure, stable_rank
@@ -221,3 +221,27 @@ def test_a_checkpoint_with_a_missing_shard_is_refused(tmp_path):
     sorted(tmp_path.glob("*.safetensors"))[1].unlink()
     with pytest.raises(ModelError, match=r"model-00002-of-\d{5}.safetensors is missing"):
         Checkpoint(tmp_path)
+
+
+def test_rounding_by_hand():
+    """One step of bfloat16 at 1 is 2^-7: a quarter of it is lost, three quarters become a whole one."""
+    step = 2.0**-7
+    base, change = {(0, "q"): torch.ones(1, 4)}, torch.tensor([[0.25, 0.75, 1.0, 0.0]]) * step
+    exact = TaskVector({(0, "q"): change})
+    kept = task_vectors.rounded(base, exact, torch.bfloat16)
+    assert torch.equal(kept.deltas[0, "q"], torch.tensor([[0.0, 1.0, 1.0, 0.0]]) * step)
+    sums = task_vectors.survival(exact, kept)
+    shares = task_vectors.survival_shares(sums)
+    assert sums["unmoved"].tolist() == [2] and shares["unmoved"] == 0.5
+    assert shares["energy_kept"] == pytest.approx(2 / (0.0625 + 0.5625 + 1))
+    assert shares["cosine"] == pytest.approx(1.75 / (2 * 1.625) ** 0.5)
+
+
+def test_a_vector_between_two_bfloat16_checkpoints_survives_bfloat16_whole():
+    generator = torch.Generator().manual_seed(0)
+    base = {(0, "q"): torch.randn(40, 40, generator=generator).bfloat16()}
+    tuned = (base[0, "q"].float() + 0.002 * torch.randn(40, 40, generator=generator)).bfloat16()
+    vector = TaskVector({(0, "q"): tuned.float() - base[0, "q"].float()})
+    shares = task_vectors.survival_shares(task_vectors.survival(vector, task_vectors.rounded(base, vector, torch.bfloat16)))
+    assert shares["energy_kept"] == 1 and shares["cosine"] == pytest.approx(1)
+    assert shares["unmoved"] == float((tuned == base[0, "q"]).double().mean()) > 0.1

@@ -195,6 +195,14 @@ def load(name: str, overrides: dict[str, Any] | None = None) -> Profile:
 
     overrides: dotted keys and their values, e.g. `{"selection.score_share": 0.05}`.
     """
+    values = read(name)
+    for dotted, value in (overrides or {}).items():
+        _override(values, dotted, value)
+    return _build(Profile, values, where=Path(name).stem if name.endswith((".yaml", ".yml")) else name)
+
+
+def read(name: str) -> dict[str, Any]:
+    """A profile's keys as its file gives them, unchecked; what it `extends` gives those that it leaves out."""
     path = Path(name) if name.endswith((".yaml", ".yml")) else FOLDER / f"{name}.yaml"
     if not path.is_file():
         raise ProfileError(f"unknown profile {name!r}{nearest(name, available())}; there are: {', '.join(available())}")
@@ -204,9 +212,18 @@ def load(name: str, overrides: dict[str, Any] | None = None) -> Profile:
         raise ProfileError(f"{path.name} is not a readable YAML file: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise ProfileError(f"{path.name}: a profile is a mapping of keys, this file holds {type(values).__name__}")
-    for dotted, value in (overrides or {}).items():
-        _override(values, dotted, value)
-    return _build(Profile, values, where=path.stem)
+    if "extends" not in values:
+        return values
+    if values["extends"] not in available():
+        known = ", ".join(available())
+        raise ProfileError(
+            f"{path.name}: extends {values['extends']!r}, which does not ship with the package; there are: {known}"
+        )
+    whole = read(values.pop("extends"))
+    for section, given in values.items():
+        inner = isinstance(given, dict) and isinstance(whole.get(section), dict)
+        whole[section] = whole[section] | given if inner else given
+    return whole
 
 
 def _override(values: dict[str, Any], dotted: str, value: Any) -> None:

@@ -31,6 +31,11 @@ class Study(AnswerSteps):
         p = self.profile.significance
         return significance.Margins(p.level, p.margin, p.margin_subject, p.bootstrap, self._seed("bootstrap"))
 
+    @property
+    def headline_subject(self) -> str:
+        """The subject of the paper's headline, or the first one where a data set of one's own lacks it."""
+        return claims.NUMBER_THEORY if claims.NUMBER_THEORY in self.profile.data.subjects else self.profile.data.subjects[0]
+
     def paired(self, one: str, other: str) -> dict[str, Any]:
         """Two variants on the same test problems, `other` minus `one`, over all subjects."""
         return significance.paired_against(self.all_records(), one, other, self.margins)

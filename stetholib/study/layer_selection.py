@@ -155,7 +155,7 @@ class SelectionSteps(ProjectionSteps):
     def _loss_ledger(self) -> tuple[Path, dict[str, float]]:
         """Losses already measured, by layers and scale; each is on disk as soon as it is known."""
         p = self.profile
-        params = [p.selection.loss_problems, p.selection.batch_tokens, asdict(p.data), p.finetune.target, p.seed]
+        params = [p.selection.loss_problems, p.selection.batch_tokens, self.data_key, p.finetune.target, p.seed]
         code = source_hash([models, editing, task_vectors, minerva_math, *self._text_code])
         key = digest_of(params, code, self.base_key, self.finetuned().key, self.device, p.threads)
         path = self.workspace.store / f"losses-{key}.jsonl"

@@ -185,7 +185,7 @@ class AnswerSteps(SelectionSteps):
     def general_loss(self, variant: Variant) -> float:
         """Loss on held-out general text, nats a token."""
         p = self.profile
-        params = [p.evaluation.general_documents, asdict(p.data), p.seed]
+        params = [p.evaluation.general_documents, self.data_key, p.seed]
         make = partial(self._make_general_loss, variant)
         return self._stage("general_loss", params, [self._variant_key(variant)], [models, *self._text_code], make).values["loss"]
 

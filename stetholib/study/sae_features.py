@@ -19,6 +19,7 @@ from stetholib import (
 )
 from stetholib.layer_selection import ScoreRule
 from stetholib.sae_features import CONTRASTS, Dictionary, DocumentSums, FeatureSums
+from stetholib.study.stages import files_key
 from stetholib.study.task_vectors import TaskVectorSteps
 from stetholib.workspace import Artefact, progress
 
@@ -84,9 +85,10 @@ class FeatureSteps(TaskVectorSteps):
         from stetholib import saes
 
         p = self.profile
-        params = [asdict(p.sae), asdict(p.data), p.seed, layer]
-        make = partial(self._make_sae, layer)
-        return self._stage("sae", params, [self.base_key], [saes, models, *self._text_code], make)
+        params = [asdict(p.sae), self.data_key, p.seed, layer]
+        own = Path(p.sae.release) / (p.sae.sae_id or "").format(layer=layer)
+        upstream = [self.base_key, *files_key(own, "*.safetensors")]
+        return self._stage("sae", params, upstream, [saes, models, *self._text_code], partial(self._make_sae, layer))
 
     def _make_sae(self, layer: int, folder: Path) -> Artefact:
         from stetholib import saes
@@ -129,7 +131,7 @@ class FeatureSteps(TaskVectorSteps):
         """Per-document feature sums, self-tests and moments of the group of blocks that this one belongs to."""
         p = self.profile
         group = next(group for group in self._groups if layer in group)
-        params = [asdict(p.features), asdict(p.data), asdict(p.selection), p.seed, [group.start, group.stop]]
+        params = [asdict(p.features), self.data_key, asdict(p.selection), p.seed, [group.start, group.stop]]
         upstream = [self.base_key, *(self.sae(at).key for at in group)]
         modules = [sae_features, layer_selection, models, *self._text_code]
         return self._stage("features", params, upstream, modules, partial(self._make_features, group))

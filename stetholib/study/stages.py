@@ -6,6 +6,7 @@ versions. Any notebook can therefore be opened first.
 """
 
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -26,8 +27,9 @@ from stetholib import (
     texts,
 )
 from stetholib.models import Checkpoint, LanguageModel
-from stetholib.workspace import Artefact, Workspace, digest_of, source_hash
+from stetholib.workspace import Artefact, Workspace, digest_of, file_hash, source_hash
 
+HASH = re.compile("[0-9a-f]{64}")
 PARAMETERS = ("profile", "device", "overrides")
 LIBRARIES = ("torch", "transformers", "sae-lens", "lm-eval", "datasets", "peft", "scipy", "numpy")
 
@@ -139,10 +141,14 @@ class Stages:
 
     @cached_property
     def base_key(self) -> str:
-        """Identity of the base model: its name and revision, and the bytes of a local one."""
-        model = self.profile.model
-        local = [p.stat().st_size for p in sorted(self.base_folder.glob("*.safetensors"))]
-        return digest_of(asdict(model), local, _first_bytes(self.base_folder))
+        """Identity of the base model: its name and revision, and the bytes of its weights."""
+        return digest_of(asdict(self.profile.model), files_key(self.base_folder, "*.safetensors"))
+
+    @cached_property
+    def data_key(self) -> str:
+        """Identity of the texts: what the profile says of them, and the bytes of local ones."""
+        data = self.profile.data
+        return digest_of(asdict(data), [files_key(Path(place), "**/*.parquet") for place in (data.maths, data.general)])
 
     @cached_property
     def base(self) -> LanguageModel:
@@ -185,10 +191,7 @@ def wiring(kind: type) -> list[ModuleType]:
     return [sys.modules[base.__module__] for base in kind.__mro__ if base is not object]
 
 
-def _first_bytes(folder: Path) -> str:
-    """A hash of a local checkpoint's tensors' names, shapes and offsets, and of the first megabyte of each file."""
-    parts = []
-    for path in sorted(folder.glob("*.safetensors")):
-        with path.open("rb") as handle:
-            parts.append(handle.read(2**20).hex())
-    return digest_of(parts)
+def files_key(folder: Path, pattern: str) -> list[str]:
+    """Hashes of a folder's files; those of the Hub's cache are named by theirs, so they need not be read."""
+    found = [(path.name, path.resolve()) for path in sorted(folder.glob(pattern))]
+    return [f"{name} {real.name if HASH.fullmatch(real.name) else file_hash(real)}" for name, real in found]

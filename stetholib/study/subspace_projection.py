@@ -41,7 +41,7 @@ class ProjectionSteps(FeatureSteps):
     def gradients(self) -> Artefact:
         """Second moments of the loss gradient at each block's output, on training problems."""
         p = self.profile
-        params = [p.projection.gradient_problems, p.projection.gradient_tokens, asdict(p.data), p.finetune.target, p.seed]
+        params = [p.projection.gradient_problems, p.projection.gradient_tokens, self.data_key, p.finetune.target, p.seed]
         return self._stage("gradients", params, [self.base_key], [models, minerva_math, *self._text_code])
 
     def _make_gradients(self, folder: Path) -> Artefact:
@@ -122,6 +122,19 @@ class ProjectionSteps(FeatureSteps):
         if name == "projected_rescaled":
             return projected * matched_scales(self.energies, kept)
         return self.task_vector * matched_scales(kept, self.energies)
+
+    def rounding_of_edits(self) -> pd.DataFrame:
+        """What a model in bfloat16 can carry of each edit: columns vector, unmoved, energy_kept, cosine."""
+        upstream = [self.finetuned().key, *self._feature_keys, *self._sae_keys]
+        modules = [task_vectors, subspace_projection, editing]
+        return self._stage("rounding_of_edits", asdict(self.profile.projection), upstream, modules).tables["table"]
+
+    def _make_rounding_of_edits(self, folder: Path) -> Artefact:
+        rows = []
+        for name in ("raw", "projected", "projected_rescaled", "raw_shrunk"):
+            shares = task_vectors.survival_shares(self._survival(self.vector(name), "bfloat16"))
+            rows.append(dict(vector=name) | shares)
+        return Artefact(tables={"table": pd.DataFrame(rows)})
 
     @cached_property
     def _loss_pool(self) -> list[models.Batch]:

@@ -17,7 +17,7 @@ from stetholib import (
     texts,
 )
 from stetholib.models import Checkpoint
-from stetholib.study.stages import Stages
+from stetholib.study.stages import Stages, files_key
 from stetholib.task_vectors import TaskVector
 from stetholib.workspace import Artefact, digest_of, progress
 
@@ -29,14 +29,18 @@ class TaskVectorSteps(Stages):
         """theta_1: the second checkpoint, or the fine-tune made here; `folder` holds it, table `loss` its curve."""
         p = self.profile
         if p.finetune.finetuned:
-            return Artefact(
-                folder=self._folder(p.finetune.finetuned, p.finetune.finetuned_revision), key=digest_of(asdict(p.finetune))
-            )
+            folder = self._folder(p.finetune.finetuned, p.finetune.finetuned_revision)
+            return Artefact(folder=folder, key=digest_of(asdict(p.finetune), self._finetuned_files))
         from stetholib import finetuning
 
-        params = [asdict(p.finetune), asdict(p.data), p.seed]
+        params = [asdict(p.finetune), self.data_key, p.seed]
         modules = [finetuning, models, minerva_math, task_vectors, *self._text_code]
         return self._stage("finetuned", params, [self.base_key], modules)
+
+    @cached_property
+    def _finetuned_files(self) -> list[str]:
+        p = self.profile.finetune
+        return files_key(self._folder(str(p.finetuned), p.finetuned_revision), "*.safetensors")
 
     def _make_finetuned(self, folder: Path) -> Artefact:
         """theta_1, and how much of the exact change is left once it is stored in the model's dtype."""
@@ -64,6 +68,24 @@ class TaskVectorSteps(Stages):
     def _survival(self, vector: TaskVector, dtype: str) -> pd.DataFrame:
         before = task_vectors.weights(Checkpoint(self.base_folder))
         return task_vectors.survival(vector, task_vectors.rounded(before, vector, getattr(torch, dtype)))
+
+    def rounding(self) -> pd.DataFrame:
+        """What precision can carry of the change: columns change, stored_in, unmoved, energy_kept, cosine.
+
+        Of the fine-tune made here before and after it is stored in the model's dtype, and of the task vector in
+        bfloat16, the dtype that the released models have.
+        """
+        upstream = [self.base_key, self.finetuned().key]
+        return self._stage("rounding", self.profile.model.dtype, upstream, [task_vectors]).tables["table"]
+
+    def _make_rounding(self, folder: Path) -> Artefact:
+        found = {("task vector", "bfloat16"): self._survival(self.task_vector, "bfloat16")}
+        if "stored" in (tables := self.finetuned().tables):
+            found = {("fine-tune, as trained", self.profile.model.dtype): tables["stored"]} | found
+        rows = [
+            dict(change=change, stored_in=dtype) | task_vectors.survival_shares(sums) for (change, dtype), sums in found.items()
+        ]
+        return Artefact(tables={"table": pd.DataFrame(rows)})
 
     @property
     def _text_code(self) -> list[Any]:
