@@ -9,9 +9,11 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from stetholib import environment, hub
+from stetholib import environment, estimate, hub
 from stetholib.errors import UserError
+from stetholib.estimate import Machine, Size
 from stetholib.profiles import Profile
 from stetholib.workspace import repository
 
@@ -46,6 +48,7 @@ def examine(profile: Profile, device: str) -> Iterator[Check]:
     yield _disk(sum(missing for missing, _ in sizes.values()) + _made(profile, weights))
     yield _memory(profile, weights, device)
     yield _device(profile, weights, device)
+    yield _hours(profile, device)
 
 
 def refuse(profile: Profile, device: str) -> None:
@@ -133,11 +136,38 @@ def _sae_bytes(profile: Profile) -> tuple[int, int]:
 
 
 def _layers(profile: Profile) -> int:
-    """How many blocks the model has, by its configuration."""
+    """How many blocks the model has."""
+    return int(_config(profile)["num_hidden_layers"])
+
+
+def _config(profile: Profile) -> dict[str, Any]:
+    """The configuration of the model's language half."""
+    from stetholib.mini import base
+
     name = profile.model.base
-    path = Path(name) / "config.json" if Path(name).is_dir() else hub.file(name, "config.json", profile.model.revision)
+    folder = base.FOLDER if name in ("mini", "toy") else Path(name)
+    path = folder / "config.json" if folder.is_dir() else hub.file(name, "config.json", profile.model.revision)
     said = json.loads(path.read_text(encoding="utf-8"))
-    return int(said.get("text_config", said)["num_hidden_layers"])
+    return {"dtype": said.get("dtype")} | said.get("text_config", said)
+
+
+def size(profile: Profile) -> Size:
+    """What the profile's time depends on, by the model's configuration and its files' sizes."""
+    config, each = _config(profile), {"float32": 4, "bfloat16": 2}[profile.model.dtype]
+    weights = _model_bytes(profile.model.base, profile.model.revision)[1]
+    stored = {"float32": 4}.get(config.get("dtype") or config.get("torch_dtype"), 2)
+    return Size(weights // stored, each, config["num_hidden_layers"], config["hidden_size"], profile.sae.d_sae)
+
+
+def _hours(profile: Profile, device: str) -> Check:
+    import torch
+
+    if device == "cuda" and not torch.cuda.is_available():
+        return Check("time", True, "cannot be told without the GPU")
+    machine = Machine.measured(device, profile.model.dtype)
+    hours = sum(estimate.seconds(profile, size(profile), machine).values()) / 3600
+    said = f"about {hours:.1f} h, by the sizes and by {machine.flops / 1e12:.2g} TFLOP/s and {machine.bandwidth / GIB:.0f} GiB/s"
+    return Check("time", True, f"{said} measured here; within a factor of a few, `make rehearse` tells it better")
 
 
 def _made(profile: Profile, weights: int) -> int:

@@ -87,6 +87,7 @@ def text_config(repo: str, scale: float) -> Any:
 def model(repo: str, folder: Path, scale: float, dtype: str, seed: int) -> None:
     """An untrained model with the repository's architecture, in sharded safetensors, with a tokenizer."""
     from transformers import AutoModelForCausalLM, Gemma3Config, SiglipVisionConfig
+    from transformers.utils import logging
 
     text = text_config(repo, scale)
     config = text
@@ -99,6 +100,7 @@ def model(repo: str, folder: Path, scale: float, dtype: str, seed: int) -> None:
             vision_config=SiglipVisionConfig(patch_size=14, **vision).to_dict(),
             mm_tokens_per_image=256 if scale == 1 else 4,
         )
+    logging.disable_progress_bar()
     torch.manual_seed(seed)
     made = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
     made.generation_config.eos_token_id = [1, 5]
@@ -173,6 +175,9 @@ def maths(data: Data, folder: Path, seed: int) -> None:
     columns = ["problem", "level", "type", "solution"]
     for split, wanted in splits.items():
         rows = pd.DataFrame(problems.generate(split, {name: min(count, 600) for name, count in wanted.items()}, seed))
+        if split == "train":  # one is as long as any may be, for a fine-tune's memory peaks there
+            whole = rows.loc[0, "solution"]
+            rows.loc[0, "solution"] = " ".join([whole.replace("\\boxed", "")] * (data.max_tokens // 8) + [whole])
         for subject in data.subjects:
             part = rows.loc[rows["subject"] == subject, columns]
             _parquet(part, folder / subject / f"{split}-00000-of-00001.parquet")

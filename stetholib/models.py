@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from jaxtyping import Float, Int
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from stetholib.errors import UserError
@@ -70,13 +70,35 @@ def load(folder: Path, dtype: str = "float32", device: str = "cpu", attention: s
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    if absent := missing_files(Path(folder)):
-        raise ModelError(f"model {folder}: {absent[0]} is missing; weights are read from safetensors only")
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=getattr(torch, dtype), attn_implementation=attention, local_files_only=True, use_safetensors=True
+    check_stored(Checkpoint(folder))
+    model, info = AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=getattr(torch, dtype),
+        attn_implementation=attention,
+        local_files_only=True,
+        use_safetensors=True,
+        ignore_mismatched_sizes=True,  # they are refused below, in one line
+        output_loading_info=True,
     )
+    for what, said in (
+        ("mismatched_keys", "has another shape than the configuration says"),
+        ("missing_keys", "is missing from the checkpoint"),
+        ("unexpected_keys", "is not a weight of this architecture"),
+    ):
+        if odd := sorted(info[what], key=str):
+            name = odd[0] if isinstance(odd[0], str) else odd[0][0]
+            raise ModelError(f"model {folder}: {name} {said}; take the checkpoint as it was released, or save it again")
+    if bad := next((name for name, p in model.named_parameters() if not torch.isfinite(p).all()), None):
+        raise ModelError(f"model {folder}: {bad} holds NaN or Inf; fetch or save the checkpoint again")
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, padding_side="left")
     return LanguageModel(model.to(device).eval().requires_grad_(False), tokenizer)
+
+
+def check_stored(checkpoint: "Checkpoint") -> None:
+    """Refuse weights in float16, which Gemma 3's activations overflow, and any checkpoint whose blocks are incomplete."""
+    for name in weight_names(checkpoint).values():
+        if checkpoint.dtype(name) == "F16":
+            raise ModelError(f"model {checkpoint.folder}: {name} is float16, which overflows; use float32 or bfloat16 weights")
 
 
 def weight_names(names: Iterable[str]) -> dict[Key, str]:
@@ -231,12 +253,17 @@ class Checkpoint(Mapping[str, Tensor]):
         """Index the folder's tensors by name without reading them."""
         self.folder = Path(folder)
         self._file: dict[str, Path] = {}
-        for path in sorted(self.folder.glob("*.safetensors")):
-            with safe_open(path, framework="pt") as handle:
-                for name in handle.keys():  # noqa: SIM118 - not a dict
-                    self._file[name] = path
         if absent := missing_files(self.folder):
             raise ModelError(f"checkpoint {folder}: {absent[0]} is missing; weights are read from safetensors only")
+        for path in sorted(self.folder.glob("*.safetensors")):
+            try:
+                with safe_open(path, framework="pt") as handle:
+                    for name in handle.keys():  # noqa: SIM118 - not a dict
+                        self._file[name] = path
+            except SafetensorError as error:
+                raise ModelError(
+                    f"checkpoint {path}: it is not a whole safetensors file ({error}); fetch or save it again"
+                ) from None
 
     def __getitem__(self, name: str) -> Tensor:
         with safe_open(self._file[name], framework="pt") as handle:
@@ -246,6 +273,11 @@ class Checkpoint(Mapping[str, Tensor]):
         """A tensor's shape, without reading it."""
         with safe_open(self._file[name], framework="pt") as handle:
             return tuple(handle.get_slice(name).get_shape())
+
+    def dtype(self, name: str) -> str:
+        """A tensor's dtype as safetensors names it (F32, BF16, F16), without reading it."""
+        with safe_open(self._file[name], framework="pt") as handle:
+            return str(handle.get_slice(name).get_dtype())
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._file)

@@ -8,29 +8,34 @@ import json
 import os
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from stetholib import profiles
+from stetholib import doctor, estimate, hub, profiles, texts
 from stetholib.errors import UserError
+from stetholib.estimate import Machine, Size
+from stetholib.minerva_math import prompt, target
 from stetholib.mini.problems import SUBJECTS
 from stetholib.profiles import Profile
 from stetholib.workspace import digest_of, repository
 
+MATH_TOKENS = Size.text_tokens
 FEW: dict[str, dict[str, Any]] = {
     "data": dict(
-        train_problems=8,
-        validation_problems=6,
-        feature_problems=6,
-        general_documents=24,
-        test_problems=dict.fromkeys(SUBJECTS, 2),
+        train_problems=3,
+        validation_problems=4,
+        feature_problems=4,
+        general_documents=14,
+        test_problems=dict.fromkeys(SUBJECTS, 1),
     ),
+    "finetune": dict(gradient_accumulation=4),
     "features": dict(minimum_firing=0.0, matched_minimum=5),
     "projection": dict(random_draws=2, gradient_problems=1),
-    "selection": dict(permutations=50, resamples=20, loss_problems=1, random_sets=4, random_energy_sets=2, greedy=False),
-    "evaluation": dict(max_new_tokens=32, general_documents=8, noise_problems=2),
+    "selection": dict(permutations=50, resamples=20, loss_problems=1, random_sets=3, random_energy_sets=1, greedy=False),
+    "evaluation": dict(max_new_tokens=16, general_documents=6, noise_problems=1),
 }
 
 
@@ -51,7 +56,7 @@ def rehearse(name: str, device: str, scale: float, root: Path | None = None, out
         (home / "notebooks").symlink_to(Path(__file__).parent.parent / "notebooks")
     reproduce(str(home / f"{full.name}.yaml"), device, home, out)
     run = json.loads((home / "runs" / full.name / "run.json").read_text(encoding="utf-8"))
-    for line in forecast(full, small, run):
+    for line in forecast(full, small, run, _size(small), Machine.measured(device, full.model.dtype)):
         print(line, file=out)
 
 
@@ -91,25 +96,31 @@ def _fabricate(profile: Profile, home: Path, scale: float, out: Any) -> None:
     mark.write_text(json.dumps(dict(key=made_of)))
 
 
-def forecast(full: Profile, small: Profile, run: dict[str, Any]) -> list[str]:
-    """A line a step: measured seconds and peaks, and the full run's time by the amount of work; the last line sums up."""
+def forecast(full: Profile, small: Profile, run: dict[str, Any], size: Size, machine: Machine) -> list[str]:
+    """A line a step: measured seconds and peaks, and the full run's time; the last line sums up.
+
+    What was measured is scaled by the ratio of what is expected of the full run and of the rehearsal.
+    """
     lines, total = [], 0.0
+    wanted, tried = (
+        estimate.seconds(full, replace(size, text_tokens=MATH_TOKENS), machine),
+        estimate.seconds(small, size, machine),
+    )
     for step, seconds in run["seconds"].items():
-        expected = seconds * _work(step, full) / _work(step, small)
+        expected = seconds * wanted[step] / tried[step]
         total += expected
         memory, gpu = run["peak_gib"].get(step, 0.0), run.get("peak_gpu_gib", {}).get(step)
         peaks = f"peak {memory:.1f} GiB" + (f", GPU {gpu:.1f} GiB" if gpu else "")
         lines.append(f"{step}: {seconds:.0f} s, {peaks}; the full run about {expected / 3600:.1f} h")
-    return [*lines, f"the full run: about {total / 3600:.1f} h, if time grows with the number of problems, documents and sets"]
+    return [*lines, f"the full run: about {total / 3600:.1f} h on this machine, a forecast"]
 
 
-def _work(step: str, p: Profile) -> float:
-    """How much a step has to do, in units that its time grows with."""
-    tokens = p.evaluation.max_new_tokens * sum(p.data.test_problems.values())
-    sets = p.selection.random_sets + p.selection.random_energy_sets + 80 + 200 * p.selection.greedy
-    return {
-        "01_task_vectors": p.data.train_problems * p.finetune.epochs,
-        "02_sae_features": 7 * p.data.feature_problems + p.data.general_documents,
-        "04_layer_selection": sets * p.selection.loss_problems,
-        "05_minerva_math": tokens * len(p.evaluation.variants),
-    }.get(step, 1.0)
+def _size(small: Profile) -> Size:
+    """The fabricated model's size, and the mean length of its texts."""
+    folder = hub.snapshot(small.model.base, small.model.revision)
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    rows = texts.problems(small.data, "validation", 0)
+    lengths = [len(tokenizer(prompt(row["problem"]) + target(row["solution"])).input_ids) for row in rows]
+    return replace(doctor.size(small), text_tokens=sum(lengths) / len(lengths))

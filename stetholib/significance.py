@@ -20,9 +20,9 @@ PUBLISHED = dict(base_correct=160, edited_correct=213, n=540)
 
 
 def harness_stderr(correct: int, n: int) -> float:
-    """The harness's standard error of an accuracy: sample deviation (n - 1) over sqrt(n)."""
+    """The harness's standard error of an accuracy: sample deviation (n - 1) over sqrt(n); NaN of one problem."""
     accuracy = correct / n
-    return sqrt(accuracy * (1 - accuracy) / (n - 1))
+    return sqrt(accuracy * (1 - accuracy) / (n - 1)) if n > 1 else nan
 
 
 def _ratio(difference: float, error: float) -> float:

@@ -15,8 +15,9 @@ from jaxtyping import Float
 from scipy.sparse.linalg import svds
 from torch import Tensor
 
-from stetholib.models import MATRICES, SIDE, Key, ModelError, weight_names
+from stetholib.models import MATRICES, SIDE, Checkpoint, Key, ModelError, weight_names
 
+TIED = {"lm_head.weight"}  # a copy of the embeddings, which some checkpoints hold and some do not
 Weights = Mapping[Key, Float[Tensor, "d_out d_in"]]
 
 
@@ -45,6 +46,13 @@ def weights(checkpoint: Mapping[str, Tensor]) -> Weights:
     return Lazy(names, lambda where: checkpoint[names[where]])
 
 
+def _described(checkpoint: Mapping[str, Tensor], name: str) -> str:
+    """Shape and dtype of a weight, without reading it where it is on disk."""
+    if isinstance(checkpoint, Checkpoint):
+        return f"{list(checkpoint.shape(name))} {checkpoint.dtype(name)}"
+    return f"{list(checkpoint[name].shape)} {str(checkpoint[name].dtype).removeprefix('torch.')}"
+
+
 @dataclass(frozen=True)
 class TaskVector:
     """A change of weights, one matrix [d_out, d_in] in float32 for each `(layer, matrix)`."""
@@ -61,16 +69,15 @@ class TaskVector:
         if set(names) != set(others):
             odd = sorted(set(names) ^ set(others))[0]
             raise ModelError(f"task vector: {odd[1]} of layer {odd[0]} is in only one of the two checkpoints")
+        for where, name in names.items():
+            before, after = _described(base, name), _described(finetuned, others[where])
+            if before != after:
+                raise ModelError(
+                    f"task vector: {name} is {before} in the base and {after} in the fine-tune; both must be of one model and precision"
+                )
 
         def difference(where: Key) -> Tensor:
-            before, after = base[names[where]], finetuned[others[where]]
-            for what in ("shape", "dtype"):
-                if getattr(before, what) != getattr(after, what):
-                    raise ModelError(
-                        f"task vector: {what} of {names[where]} is {getattr(before, what)} in the base and "
-                        f"{getattr(after, what)} in the fine-tune"
-                    )
-            delta = after.float() - before.float()
+            delta = finetuned[others[where]].float() - base[names[where]].float()
             if not torch.isfinite(delta).all():
                 raise ModelError(f"task vector: {names[where]} holds NaN or Inf in one of the two checkpoints")
             return delta
@@ -226,16 +233,20 @@ def survival_shares(sums: pd.DataFrame) -> dict[str, float]:
     )
 
 
+def check_same_tensors(base: Mapping[str, Tensor], finetuned: Mapping[str, Tensor]) -> None:
+    """Raise ModelError where the two do not have the same tensors, tied copies aside."""
+    if odd := sorted((set(base) ^ set(finetuned)) - TIED):
+        raise ModelError(f"task vector: {odd[0]} is in only one of the two checkpoints")
+
+
 def energy_elsewhere(base: Mapping[str, Tensor], finetuned: Mapping[str, Tensor]) -> dict[str, float]:
     """Energy of the change outside the seven matrices (embeddings, norms, vision tower), by kind.
 
     Raises ModelError where the two do not have the same tensors, tied copies aside.
     """
+    check_same_tensors(base, finetuned)
     edited, energies = set(weight_names(base).values()), {"embeddings": 0.0, "norms": 0.0, "other": 0.0}
-    tied = {"lm_head.weight"}
-    if odd := sorted((set(base) ^ set(finetuned)) - tied):
-        raise ModelError(f"task vector: {odd[0]} is in only one of the two checkpoints")
-    for name in sorted((set(base) & set(finetuned)) - edited - tied):
+    for name in sorted((set(base) & set(finetuned)) - edited - TIED):
         kind = "embeddings" if "embed" in name else "norms" if "norm" in name else "other"
         for before, after in zip(_pieces(base[name]), _pieces(finetuned[name]), strict=True):
             energies[kind] += float((after.double() - before.double()).square().sum())

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from stetholib import models
 from stetholib.models import ModelError
@@ -78,6 +79,61 @@ def test_gains_are_one_plus_w_for_gemma_and_w_for_llama(toy):
     gains = models.norm_gains(llama)
     assert torch.all(gains[0, "gate"] == 0.5) and torch.all(gains[0, "down"] == 1)
     assert len(models.edit_weights(llama)) == 14
+
+
+@pytest.fixture()
+def saved(toy, tmp_path):
+    """The toy in a folder, in shards, with a function that changes its tensors."""
+    toy.model.save_pretrained(tmp_path, max_shard_size="20KB"), toy.tokenizer.save_pretrained(tmp_path)
+
+    def change(act):
+        for path in sorted(tmp_path.glob("*.safetensors")):
+            tensors = load_file(path)
+            act(tensors)
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, {"format": "pt"})
+        return tmp_path
+
+    return change
+
+
+GATE, NORM = "model.layers.1.mlp.gate_proj.weight", "model.layers.0.input_layernorm.weight"
+CHANGES = {
+    "renamed matrix": (
+        lambda t: t.update({"model.layers.1.mlp.gat.weight": t.pop(GATE)}) if GATE in t else None,
+        "gate_proj of layer 1",
+    ),
+    "renamed norm": (
+        lambda t: t.update({"model.norms.weight": t.pop(NORM)}) if NORM in t else None,
+        "is missing from the checkpoint",
+    ),
+    "leftover": (
+        lambda t: t.update({"model.extra.weight": torch.ones(2)}) if NORM in t else None,
+        "not a weight of this architecture",
+    ),
+    "transposed": (lambda t: t.update({GATE: t[GATE].T}) if GATE in t else None, "another shape"),
+    "float16": (lambda t: t.update({k: v.half() for k, v in t.items()}), "float16"),
+    "NaN": (lambda t: t[GATE].fill_(float("nan")) if GATE in t else None, "NaN or Inf"),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_checkpoint_that_is_not_whole_and_sound_is_refused_with_the_tensor_that_is_wrong(saved, name):
+    act, said = CHANGES[name]
+    with pytest.raises(models.ModelError, match=said) as refused:
+        models.load(saved(act))
+    assert "\n" not in str(refused.value)
+
+
+def test_a_shard_that_is_missing_or_cut_short_is_named(saved):
+    folder = saved(lambda tensors: None)
+    assert models.load(folder)
+    shard = sorted(folder.glob("*.safetensors"))[1]
+    shard.write_bytes(shard.read_bytes()[:-100])
+    with pytest.raises(models.ModelError, match=f"{shard.name}.*not a whole safetensors"):
+        models.load(folder)
+    shard.unlink()
+    with pytest.raises(models.ModelError, match=f"{shard.name} is missing"):
+        models.load(folder)
 
 
 def test_pickled_weights_are_never_opened(tmp_path):

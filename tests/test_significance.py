@@ -172,3 +172,12 @@ def test_a_problem_that_a_data_set_holds_twice_is_two_pairs():
     one = pd.DataFrame(dict(subject="algebra", problem_id=["a", "a", "b"], exact_match=[1, 1, 0], extracted="4"))
     row = sg.compare(one, one.assign(exact_match=[0, 0, 1]), MARGINS).iloc[0]
     assert (row["n"], row["gained"], row["lost"]) == (3, 1, 2)
+
+
+def test_one_problem_gives_no_standard_error_and_no_verdict():
+    assert np.isnan(sg.harness_z(0, 1, 1))
+    records = pd.DataFrame(
+        [dict(variant=v, subject="algebra", problem_id="a", exact_match=y, extracted="1") for v, y in (("base", 0), ("full", 1))]
+    )
+    table = sg.measure(records, sg.Margins(0.05, 0.03, 0.05, 200, 0)).set_index(["variant", "subject"])
+    assert np.isnan(table.loc[("full", "algebra"), "z"]) and table.loc[("full", "algebra"), "verdict"] != "improved"

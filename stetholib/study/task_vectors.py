@@ -96,8 +96,12 @@ class TaskVectorSteps(Stages):
     @cached_property
     def task_vector(self) -> TaskVector:
         """tau = theta_1 - theta_0; held in memory where it fits in a gibibyte, else read when asked for."""
-        base = Checkpoint(self.base_folder)
-        vector = TaskVector.between(base, Checkpoint(self.finetuned().folder))
+        base, tuned = Checkpoint(self.base_folder), Checkpoint(self.finetuned().folder)
+        models.check_stored(base), models.check_stored(tuned)
+        task_vectors.check_same_tensors(base, tuned)
+        vector = TaskVector.between(base, tuned)
+        if not any(delta.any() for delta in vector.deltas.values()):
+            raise models.ModelError("task vector: the two models are the same; mend finetune.finetuned, or train for longer")
         size = 4 * sum(prod(base.shape(name)) for name in models.weight_names(base).values())
         return vector.in_memory() if size < 2**30 else vector
 
