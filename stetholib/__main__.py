@@ -2,13 +2,23 @@
 
 import argparse
 import sys
+from typing import NoReturn
 
 from stetholib.errors import UserError
+from stetholib.hub import DISK_FULL
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose complaints are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Refuse what was typed."""
+        raise UserError(f"{message}; see: make help")
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; a user's mistake is one line on standard error and exit status 2."""
-    parser = argparse.ArgumentParser(prog="stetholib", description="Run the six notebooks, or several worlds.")
+    parser = Parser(prog="stetholib", description="Run the six notebooks, or several worlds.")
     parser.add_argument("command", choices=["reproduce", "seeds", "doctor", "rehearse", "answer"])
     parser.add_argument("--profile", default="mini")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
@@ -16,8 +26,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--into", default="seeds", help="folder below figures/ for what several worlds say")
     parser.add_argument("--scale", type=float, default=1.0, help="of the true shapes, in a rehearsal")
     parser.add_argument("--processes", type=int, default=1, help="how many processes answer the test, one a GPU")
-    options = parser.parse_args(arguments)
     try:
+        options = parser.parse_args(arguments)
         if options.command == "doctor":
             from stetholib import doctor, profiles
 
@@ -40,6 +50,10 @@ def main(arguments: list[str] | None = None) -> int:
             reproduce(options.profile, options.device, processes=options.processes)
     except UserError as error:
         print(f"stetholib: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        mend = "free some space" if error.errno in DISK_FULL else "give this folder room and rights to write"
+        print(f"stetholib: {error}; {mend}, then run the same command again: what is finished is kept", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stetholib: stopped; what was finished is kept, the same command goes on from there", file=sys.stderr)

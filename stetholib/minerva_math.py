@@ -8,6 +8,7 @@ is never asked again. A task of the harness of one's own can take the place of M
 import json
 import logging
 import re
+import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -89,6 +90,17 @@ def plan(tokenizer: Any, prompts: Mapping[str, str], batch_size: int) -> list[li
     lengths = {name: len(tokenizer(text).input_ids) for name, text in prompts.items()}
     order = sorted(prompts, key=lambda name: (-(lengths[name] // 8), prompts[name]))
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+
+def check_context(model: LanguageModel, prompts: Mapping[str, str], max_new_tokens: int) -> None:
+    """Refuse prompts that leave no room in the model's context for the answer."""
+    room = getattr(model.model.config.get_text_config(), "max_position_embeddings", None)
+    longest = max(len(model.tokenizer(text).input_ids) for text in prompts.values())
+    if room is not None and longest + max_new_tokens > room:
+        raise UserError(
+            f"evaluation: a prompt of {longest} tokens and {max_new_tokens} new ones exceed the model's context of {room}; "
+            "lower evaluation.num_fewshot or evaluation.max_new_tokens"
+        )
 
 
 def answer_all(
@@ -195,6 +207,7 @@ def write_tasks(folder: Path, rows: Sequence[Mapping[str, str]], num_fewshot: in
         raise UserError(f"evaluation.task: there is no file {task}; give {MINERVA}, or the path of a task's YAML file")
     names = []
     folder.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(folder / "cache", ignore_errors=True)  # nobody checks what lies there
     for subject in sorted({row["subject"] for row in rows}):
         data = folder / f"{subject}.jsonl"
         chosen = [{k: v for k, v in row.items() if k != "subject"} for row in rows if row["subject"] == subject]

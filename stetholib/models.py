@@ -71,6 +71,8 @@ def load(folder: Path, dtype: str = "float32", device: str = "cpu", attention: s
 
     logging.disable_progress_bar()
     check_stored(Checkpoint(folder))
+    if not (Path(folder) / "config.json").is_file():
+        raise ModelError(f"model {folder}: there is no config.json; give a folder as transformers saves it, or a Hub id")
     model, info = AutoModelForCausalLM.from_pretrained(
         folder,
         dtype=getattr(torch, dtype),
@@ -90,7 +92,11 @@ def load(folder: Path, dtype: str = "float32", device: str = "cpu", attention: s
             raise ModelError(f"model {folder}: {name} {said}; take the checkpoint as it was released, or save it again")
     if bad := next((name for name, p in model.named_parameters() if not torch.isfinite(p).all()), None):
         raise ModelError(f"model {folder}: {bad} holds NaN or Inf; fetch or save the checkpoint again")
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, padding_side="left")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, padding_side="left")
+    except (OSError, ValueError, KeyError) as error:
+        said = " ".join(str(error).split())[:120]
+        raise ModelError(f"model {folder}: its tokenizer cannot be read ({said}); save it into the same folder") from None
     return LanguageModel(model.to(device).eval().requires_grad_(False), tokenizer)
 
 
@@ -214,6 +220,13 @@ def _batch(pairs: Sequence[tuple[list[int], int]], group: list[int], device: tor
         mask[row, : len(tokens)] = 1
         scored[row, max(context, 1) : len(tokens)] = 1
     return Batch(tuple(group), ids.to(device), mask.to(device), scored.to(device))
+
+
+def check_finite(tensors: Mapping[str, Tensor]) -> None:
+    """Refuse NaN and Inf, by the name of what holds them."""
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise ModelError(f"{name} holds NaN or Inf; check the weights and model.dtype (float16 would overflow)")
 
 
 def run_blocks(model: nn.Module, batch: Batch) -> None:

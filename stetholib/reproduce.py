@@ -8,6 +8,7 @@ of its prose finds everything in the store.
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import threading
@@ -15,6 +16,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from filelock import FileLock, Timeout
 
 from stetholib import doctor, profiles
 from stetholib.errors import UserError
+from stetholib.hub import DISK_FULL
 from stetholib.workspace import Workspace, atomic, code_text, digest_of, file_hash
 
 STEPS = (
@@ -47,7 +50,7 @@ def reproduce(name: str, device: str, root: Path | None = None, out: Any = sys.s
     notebooks = {step: workspace.root / "notebooks" / f"{step}.ipynb" for step in STEPS}
     for path in notebooks.values():
         check_notebook(path)
-    set_environment(profile.threads)
+    set_environment(profile.threads, workspace.root / "runs")
     with alone(workspace, profile.name):
         asked = str(Path(name).resolve()) if name.endswith((".yaml", ".yml")) else name
         _run_all(profile, dict(profile=asked, device=device), workspace, notebooks, out, processes)
@@ -108,6 +111,7 @@ def _run_all(
 def _execute(path: Path, workspace: Workspace, parameters: dict[str, str], out: Any) -> None:
     """One notebook through papermill; the executed copy stays in `runs/`, whole or up to where it failed."""
     import papermill
+    from nbclient.exceptions import DeadKernelError
 
     workspace.executed.mkdir(parents=True, exist_ok=True)
     with _progress(workspace.runs / "progress.log", out):
@@ -122,8 +126,19 @@ def _execute(path: Path, workspace: Workspace, parameters: dict[str, str], out: 
                 extra_arguments=["--IPKernelApp.log_level=CRITICAL"],
             )
         except papermill.PapermillExecutionError as error:
-            where = f"{path.stem}, cell {error.exec_count}"
-            raise UserError(f"{where}: {error.ename}: {' '.join(str(error.evalue).split())}") from None
+            raise UserError(f"{path.stem}, cell {error.exec_count}: {_told(error, workspace.executed / path.name)}") from None
+        except DeadKernelError:
+            raise UserError(f"{path.stem}: its process was killed, most often for want of memory; see: make doctor") from None
+
+
+def _told(error: Any, executed: Path) -> str:
+    """What went wrong in a notebook, in one line, with the mend where it is known."""
+    said = f"{error.ename}: {' '.join(str(error.evalue).split())}"
+    if error.ename.endswith(("UserError", "ProfileError", "ModelError", "HubError", "WorkspaceError")):
+        return said
+    if any(f"[Errno {number}]" in said for number in DISK_FULL):
+        return f"{said}; the disk is full: free some space, then run the same command again, what is finished is kept"
+    return f"{said}; the traceback is in {executed}"
 
 
 def check_processes(processes: int, device: str) -> None:
@@ -220,8 +235,16 @@ def _progress(log: Path, out: Any) -> Iterator[None]:
         thread.join()
 
 
-def set_environment(threads: int) -> None:
-    """What must be fixed before a kernel starts, so that two runs give the same bytes; libraries' own bars are off."""
+def set_environment(threads: int, runs: Path) -> None:
+    """What must be fixed before a kernel starts, so that two runs give the same bytes; libraries' own bars are off.
+
+    Settings of Jupyter and matplotlib come from a folder in `runs/`: a user's own would change figures, and a home
+    folder need not be writable.
+    """
+    own = runs / ".settings"
+    for name, folder in (("JUPYTER_RUNTIME_DIR", "jupyter"), ("IPYTHONDIR", "ipython"), ("MPLCONFIGDIR", "matplotlib")):
+        (own / folder).mkdir(parents=True, exist_ok=True)
+        os.environ[name] = str(own / folder)
     os.environ |= {
         "TQDM_DISABLE": "1",
         "PYTHONHASHSEED": "0",
@@ -275,9 +298,10 @@ def notebook_text(path: Path) -> list[tuple[str, str]]:
 
 
 def check_notebook(path: Path) -> None:
-    """Each notebook must have one cell tagged `parameters`, before any other code, with the three names."""
+    """Each notebook must have one cell tagged `parameters`, before any other code, with the three names; cells in order."""
     notebook_text(path)
-    code = [cell for cell in json.loads(path.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "code"]
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
     tagged = [i for i, cell in enumerate(code) if "parameters" in cell.get("metadata", {}).get("tags", [])]
     if tagged != [0]:
         what = "has no cell tagged `parameters`" if not tagged else "does not open with its one `parameters` cell"
@@ -285,12 +309,19 @@ def check_notebook(path: Path) -> None:
     names = [line.split("=")[0].strip() for line in "".join(code[0]["source"]).splitlines() if "=" in line]
     if wrong := sorted(set(names) - set(PARAMETERS)) or sorted(set(PARAMETERS) - set(names)):
         raise UserError(f"notebooks/{path.name}: the parameters cell must set {', '.join(PARAMETERS)}; mend {wrong[0]!r}")
+    numbered = [cell["id"] for cell in cells if re.fullmatch(rf"{path.stem[:2]}-\d\d", cell.get("id", ""))]
+    if early := next((one for one, other in pairwise(numbered) if one > other), None):
+        raise UserError(
+            f"notebooks/{path.name}: its cells are out of order at {early}; restore it with: git checkout notebooks/{path.name}"
+        )
 
 
 def _record(workspace: Workspace, times: dict[str, float], peaks: dict[str, dict[str, float]], device: str) -> None:
     """What is not stable about a run: times, peaks of memory and machine."""
     path = workspace.runs / "run.json"
-    known = json.loads(path.read_text()) if path.is_file() else {}
+    known: dict[str, Any] = {}
+    with suppress(OSError, ValueError):
+        known = json.loads(path.read_text(encoding="utf-8"))
     content = dict(seconds=known.get("seconds", {}) | times)
     for key, name in (("ram", "peak_gib"), ("gpu", "peak_gpu_gib")):
         content[name] = known.get(name, {}) | {step: round(peak[key], 2) for step, peak in peaks.items()}

@@ -80,13 +80,19 @@ class SelfTest:
 
 def self_test(dictionary: Dictionary, x: Float[Tensor, "token d_model"]) -> SelfTest:
     """FVU is 0 for a perfect reconstruction and 1 for always answering the mean; L0 is active features a token."""
-    if not torch.isfinite(x).all():
-        raise UserError("self-test: the activations hold NaN or Inf; check the model's dtype (float16 overflows)")
     acts = dictionary.encode(x)
     residual = (x - dictionary.decode(acts)).double().square().sum()
     total = (x - x.mean(0)).double().square().sum()
     fires = acts > 0
     return SelfTest(float(residual / total), float(fires.double().sum(1).mean()), float(fires.any(0).double().mean()))
+
+
+def check_width(layer: int, dictionary: Dictionary, x: Float[Tensor, "token d_model"]) -> None:
+    """Refuse an SAE of a residual stream of another width."""
+    if (width := dictionary.W_dec.shape[1]) != x.shape[1]:
+        raise UserError(
+            f"SAE of layer {layer}: it reads a stream of width {width}, the model's is {x.shape[1]}; it is of another model, mend sae.release"
+        )
 
 
 def check_site(layer: int, found: SelfTest, neighbours: Mapping[int, float], expected_l0: float | None) -> None:

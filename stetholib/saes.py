@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -67,7 +68,11 @@ def load(folder: Path, device: str = "cpu") -> Any:
     """A SAELens SAE from a local folder."""
     from sae_lens import SAE
 
-    return SAE.load_from_disk(folder, device=device, dtype="float32")
+    try:
+        return SAE.load_from_disk(folder, device=device, dtype="float32")
+    except (OSError, SafetensorError, RuntimeError, ValueError, KeyError, TypeError) as error:
+        said = " ".join(str(error).split())[:160]
+        raise UserError(f"SAE {folder}: it cannot be read ({said}); save it as safetensors with SAELens' save_model") from None
 
 
 def fetch(release: str, sae_id: str | None, layer: int, revision: str | None = None) -> Any:
@@ -80,6 +85,16 @@ def fetch(release: str, sae_id: str | None, layer: int, revision: str | None = N
     if not (Path(release) / name / "cfg.json").is_file():
         raise UserError(f"SAE folder {release}: there is no {name}/cfg.json; save each SAE there with SAELens' save_model")
     return load(Path(release) / name)
+
+
+def check_release(release: str, base: str) -> None:
+    """Refuse a release whose SAEs were trained on another model than the profile's, where both are known by name."""
+    if release == "train" or Path(release).is_dir() or Path(base).is_dir():
+        return
+    if (model := registered(release).model) != base:
+        raise UserError(
+            f"SAE release {release} was trained on {model}, the profile's model is {base}; mend sae.release or model.base"
+        )
 
 
 def expected_l0(release: str, sae_id: str, layer: int) -> float | None:

@@ -4,7 +4,7 @@ train is what a fine-tune may see; validation is for everything that is chosen o
 05. On the Hub, validation is a part of the training split picked by hash, and kept out of the fine-tune.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
 
@@ -38,7 +38,7 @@ def general(spec: Data, split: str, count: int, seed: int) -> list[str]:
     if spec.general == "generated":
         return mini_stories.generate(count, seed, split)
     order = {"train": 0, "validation": 1, "test": 2}[split]
-    rows = _parquet(spec.general, spec.general_config, spec.general_revision, "validation")
+    rows = _parquet(spec.general, spec.general_config, spec.general_revision, "validation", ["text"])
     texts = [text for text in (row["text"] for row in rows) if len(text.split()) >= 40 and _bucket(text) % 3 == order]
     if len(texts) < count:
         raise UserError(
@@ -51,25 +51,48 @@ def _hub_problems(spec: Data, split: str, wanted: Mapping[str, int], boxed: bool
     """MATH's own test split, or a part of its training split; at most `wanted` of each subject, picked by hash."""
     found: list[Row] = []
     for subject in spec.subjects:
-        rows = _parquet(spec.maths, subject, spec.maths_revision, "test" if split == "test" else "train")
+        rows = _parquet(spec.maths, subject, spec.maths_revision, "test" if split == "test" else "train", ["problem", "solution"])
         usable = [{**row, "subject": subject} for row in rows if split == "test" or not boxed or _has_answer(row)]
         ranked = sorted(usable, key=lambda row: _bucket(row["problem"]))
         if split == "train":  # what validation takes is never trained on
             ranked = ranked[spec.validation_problems :]
+        if len(ranked) < wanted[subject] and split != "train":  # train takes what there is, up to so many
+            raise UserError(
+                f"data: {spec.maths} has {len(ranked)} {split} problems of {subject}, {wanted[subject]} are wanted; "
+                f"lower data.{split}_problems"
+            )
         found += ranked[: wanted[subject]]
     return sorted(found, key=lambda row: _bucket(row["problem"]))
 
 
-def _parquet(repo: str, config: str | None, revision: str | None, split: str) -> Iterable[Row]:
-    """The rows of one split of one config of a Hub data set kept as parquet, or of a folder laid out the same."""
+def _parquet(repo: str, config: str | None, revision: str | None, split: str, columns: Sequence[str]) -> Iterable[Row]:
+    """The rows of one split of one config of a Hub data set kept as parquet, or of a folder laid out the same.
+
+    columns: which it must have at least.
+    """
     from datasets import load_dataset
+    from datasets.exceptions import DatasetGenerationError
+    from pyarrow.parquet import read_metadata
 
     pattern = f"{config or 'data'}/{split}-*.parquet"
     folder = Path(repo) if Path(repo).is_dir() else hub.snapshot(repo, revision, [pattern], kind="dataset")
     files = sorted(str(path) for path in folder.glob(pattern))
     if not files:
         raise UserError(f"data: {repo} has no {pattern}; mend data.maths or data.general")
-    return load_dataset("parquet", data_files=files, split="train")
+    try:
+        if not any(read_metadata(file).num_rows for file in files):
+            raise UserError(f"data: {repo}: {pattern} holds no rows; fetch or make it again")
+        rows = load_dataset("parquet", data_files=files, split="train")
+    except UserError:
+        raise
+    except (DatasetGenerationError, OSError, ValueError) as error:
+        cause = " ".join(str(error.__cause__ or error).split())[:120]
+        raise UserError(
+            f"data: {repo}: {Path(files[0]).name} is not a whole parquet file ({cause}); fetch or make it again"
+        ) from None
+    if absent := [name for name in columns if name not in rows.column_names]:
+        raise UserError(f"data: {repo}: {pattern} has no column {absent[0]!r}, only {', '.join(rows.column_names)}")
+    return rows
 
 
 def _has_answer(row: Row) -> bool:

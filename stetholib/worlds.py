@@ -30,7 +30,7 @@ def run(name: str, device: str, count: int, into: str = "seeds", root: Path | No
     if count < 1:
         raise UserError(f"seeds: {count} worlds were asked for; SEEDS must be 1 or more")
     workspace = Workspace(profile.name, root)
-    set_environment(profile.threads)
+    set_environment(profile.threads, workspace.root / "runs")
     os.environ["STETHOLIB_PROGRESS"] = "/dev/stderr"
     found = []
     with alone(workspace, profile.name):

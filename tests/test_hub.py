@@ -1,13 +1,18 @@
 """Fetching from the Hub, against a Hub on loopback, each in a process of its own."""
 
+import io
+import json
 import os
 import subprocess
 import sys
 
+import pandas as pd
 import pytest
+import torch
 from conftest import ROOT
 from hub import LICENSED, Hub, Repository
 from rungs import environment, repositories, small_profile
+from safetensors.torch import save
 
 BODY = bytes(range(256)) * 100_000  # 25 MB: more than one chunk of the client's
 FETCH = """
@@ -61,6 +66,72 @@ def test_a_download_that_never_ends_leaves_no_file_and_goes_on_later(hub, tmp_pa
     assert not list(tmp_path.rglob("model.safetensors"))
     hub.breaks.clear()
     assert fetch(tmp_path, hub.url, "open/model") == str(len(BODY))
+
+
+SAE, TABLE = "resid_post_all/layer_0_width_16k_l0_small", "algebra/test-00000-of-00001.parquet"
+FETCH_SAE = f"""
+import sys
+from stetholib import saes
+raw = saes.gemma_scope_2(sys.argv[1], "{SAE}")[1]
+print(float(raw["W_enc"].sum()), tuple(raw["W_enc"].shape))
+"""
+FETCH_TABLE = """
+import sys
+from dataclasses import replace
+from stetholib import profiles, texts
+data = replace(profiles.load("gemma-3-270m").data, maths=sys.argv[1], maths_revision=None, test_problems={"algebra": 10**6})
+print(len(texts.problems(data, "test", 0)))
+"""
+
+
+def large_sae():
+    tensors = dict(w_enc=torch.randn(64, 4096), w_dec=torch.randn(4096, 64))
+    tensors |= dict(b_enc=torch.zeros(4096), b_dec=torch.zeros(64), threshold=torch.ones(4096))
+    said = dict(architecture="jump_relu", model_name="m", hf_hook_point_in="model.layers.0.output")
+    return {f"{SAE}/params.safetensors": save(tensors), f"{SAE}/config.json": json.dumps(said).encode()}, tensors
+
+
+def test_a_broken_connection_in_an_sae_is_resumed(tmp_path):
+    files, tensors = large_sae()
+    with Hub({"google/scope": Repository(files)}, breaks=[1_500_000, 200_000]) as hub:
+        said = fetch(tmp_path, hub.url, "google/scope", script=FETCH_SAE)
+        assert said == f"{float(tensors['w_enc'].sum())} (64, 4096)"
+        assert len([name for _, name, _ in hub.served if name.endswith("params.safetensors")]) == 3
+
+
+OURS_AND_THEIRS = """
+import sys, torch
+from sae_lens import SAE
+from stetholib import saes
+release, sae_id = "gemma-scope-2-270m-it-res-all", "layer_0_width_16k_l0_small"
+ours, theirs = saes.load_release(release, sae_id), SAE.from_pretrained(release, sae_id)
+x = torch.randn(5, 64)
+one = saes.dictionary(ours)
+mine, own = one.encode(x), theirs.encode(x)
+same = all(torch.equal(ours.state_dict()[name], value) for name, value in theirs.state_dict().items())
+fields = "d_in d_sae dtype apply_b_dec_to_input normalize_activations reshape_activations".split()
+fields = all(getattr(ours.cfg, name) == getattr(theirs.cfg, name) for name in fields) and ours.cfg.architecture() == theirs.cfg.architecture()
+hooks = ours.cfg.metadata.hook_name == theirs.cfg.metadata.hook_name and ours.cfg.metadata.hf_hook_name == theirs.cfg.metadata.hf_hook_name
+print(same, fields, hooks, float((mine - own).abs().max()) < 1e-5, bool(mine.any()))
+"""
+
+
+def test_gemma_scope_2_is_read_as_saelens_own_loader_reads_it(tmp_path):
+    files, _ = large_sae()
+    with Hub({"google/gemma-scope-2-270m-it": Repository(files)}) as hub:
+        assert fetch(tmp_path, hub.url, script=OURS_AND_THEIRS).splitlines()[-1] == "True True True True True"
+
+
+def test_a_broken_connection_in_a_data_set_is_resumed(tmp_path):
+    rows = [
+        dict(problem=f"{i} + {i}?", level="1", type="a", solution=rf"It is $\boxed{{{i}}}$" + os.urandom(40).hex())
+        for i in range(20_000)
+    ]
+    buffer = io.BytesIO()
+    pd.DataFrame(rows).to_parquet(buffer)
+    with Hub({"org/maths": Repository({TABLE: buffer.getvalue()})}, breaks=[700_000, 100_000]) as hub:
+        assert fetch(tmp_path, hub.url, "org/maths", script=FETCH_TABLE) == "20000"
+        assert len(hub.served) == 3 and len({size for *_, size in hub.served}) == 3
 
 
 @pytest.mark.parametrize(

@@ -148,3 +148,9 @@ def test_the_hash_sees_a_single_flipped_bit(toy):
     with torch.no_grad():
         weight.view(torch.int32)[0, 0] ^= 1
     assert models.weight_hash(toy.model) != before
+
+
+def test_nan_and_inf_are_named_by_where_they_are():
+    models.check_finite({"the output of layer 0": torch.ones(3)})
+    with pytest.raises(ModelError, match="the output of layer 3 holds NaN or Inf"):
+        models.check_finite({"the output of layer 2": torch.ones(3), "the output of layer 3": torch.tensor([1.0, float("inf")])})

@@ -83,8 +83,8 @@ def test_the_anchors_of_fvu():
     perfect = Dictionary(both.T, torch.zeros(16), both, torch.zeros(8), torch.zeros(16))
     test = sae_features.self_test(perfect, x)
     assert test.fvu == pytest.approx(0, abs=1e-10) and test.l0 == pytest.approx(8)
-    with pytest.raises(UserError, match="NaN or Inf"):
-        sae_features.self_test(perfect, x / 0)
+    with pytest.raises(UserError, match="a stream of width 8, the model's is 9"):
+        sae_features.check_width(2, perfect, torch.randn(5, 9))
 
 
 def test_an_sae_of_another_block_or_release_is_refused(trained):

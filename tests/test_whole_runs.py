@@ -24,9 +24,9 @@ def clone(folder):
     return folder
 
 
-def run(folder, profile="smoke"):
+def run(folder, profile="smoke", *options):
     environment = dict(os.environ, PYTHONPATH=str(folder), STETHOLIB_HOME=str(folder))
-    command = [sys.executable, "-m", "stetholib", "reproduce", "--profile", profile]
+    command = [sys.executable, "-m", "stetholib", "reproduce", "--profile", profile, *options]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stderr
@@ -119,6 +119,60 @@ def test_several_worlds_go_on_after_a_kill_and_end_as_undisturbed_ones(first, tm
     zero = table[table["world"] == 0].drop(columns="world").reset_index(drop=True)
     assert table.groupby(["claim", "contrast"])["world"].apply(list).map(lambda seen: seen == [0, 1]).all()
     assert zero[list(default)].equals(default)
+
+
+def in_batches(folder):
+    """The smoke profile with small batches, in a clone of its own: (folder, the profile's file)."""
+    text = (ROOT / "stetholib" / "profiles" / "smoke.yaml").read_text()
+    start = text.index("evaluation:")
+    path = clone(folder) / "smoke.yaml"
+    path.write_text(text[:start] + text[start:].replace("batch_size: 256", "batch_size: 4"))
+    return folder, str(path)
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory):
+    folder, profile = in_batches(tmp_path_factory.mktemp("one"))
+    run(folder, profile)
+    return folder
+
+
+def answers(folder):
+    """The names of the answers' ledgers, each with the problems it holds, in the order they were answered."""
+    store = (folder / "runs" / "smoke" / "store").glob("answers-*.jsonl")
+    return {path.name: [json.loads(line)["problem_id"] for line in path.read_text().splitlines()] for path in store}
+
+
+def records(folder):
+    return {path.name: path.read_bytes() for path in (folder / "runs" / "smoke" / "records").iterdir()}
+
+
+def test_two_processes_answer_as_one_does(one_process, tmp_path):
+    folder, profile = in_batches(tmp_path)
+    run(folder, profile, "--processes", "2")
+    shared = answers(folder)
+    assert sum(name.endswith(".1.jsonl") for name in shared) == len(shared) / 2
+    assert all(0 < len(ids) < 30 for ids in shared.values())
+    assert records(folder) == records(one_process) and made(folder) == made(one_process)
+
+
+def test_killed_while_answering_it_goes_on_and_asks_nothing_twice(one_process, tmp_path):
+    folder, profile = in_batches(tmp_path)
+    environment = dict(os.environ, PYTHONPATH=str(folder), STETHOLIB_HOME=str(folder))
+    command = [sys.executable, "-m", "stetholib", "reproduce", "--profile", profile]
+    killed = subprocess.Popen(command, cwd=folder, env=environment, stderr=subprocess.DEVNULL, start_new_session=True)
+    while sum(map(len, answers(folder).values())) < 70:  # in the middle of the third variant
+        assert killed.poll() is None
+        time.sleep(0.02)
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.wait()
+    before = answers(folder)
+    assert any(0 < len(ids) < 30 for ids in before.values())
+    run(folder, profile)
+    after = answers(folder)
+    assert all(after[name][: len(ids)] == ids for name, ids in before.items())
+    assert all(len(ids) == len(set(ids)) == 30 for ids in after.values())
+    assert records(folder) == records(one_process) and made(folder) == made(one_process)
 
 
 def test_any_notebook_can_be_opened_first(tmp_path):

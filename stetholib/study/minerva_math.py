@@ -115,7 +115,10 @@ class AnswerSteps(SelectionSteps):
 
     @cached_property
     def _prompts(self) -> dict[str, str]:
-        return minerva_math.prompts_of(self._tasks, self.base.tokenizer if self.profile.evaluation.chat_template else None)
+        p = self.profile.evaluation
+        prompts = minerva_math.prompts_of(self._tasks, self.base.tokenizer if p.chat_template else None)
+        minerva_math.check_context(self.base, prompts, p.max_new_tokens)
+        return prompts
 
     @cached_property
     def _batches(self) -> list[list[str]]:

@@ -77,6 +77,7 @@ class FeatureSteps(TaskVectorSteps):
             for batch in progress(pool, label):
                 models.run_blocks(self.base.model, batch)
                 keep = batch.scored.bool()
+                models.check_finite({f"the output of layer {layer}": taken[layer][keep] for layer in layers})
                 document = torch.tensor(batch.documents, device=keep.device).unsqueeze(1).expand_as(keep)[keep]
                 yield batch, document, {layer: taken[layer][keep].float() for layer in layers}
 
@@ -98,6 +99,7 @@ class FeatureSteps(TaskVectorSteps):
             seed = self._seed(f"sae {spec.seed} {layer}")
             saes.train(self._training_activations[layer], spec, seed, folder, self.device)
         else:
+            saes.check_release(spec.release, self.profile.model.base)
             saes.fetch(spec.release, spec.sae_id, layer, spec.revision).save_model(folder)
         return Artefact()
 
@@ -189,6 +191,7 @@ class FeatureSteps(TaskVectorSteps):
         sample = self._sample(pairs, range(max(0, group.start - 1), min(self.layers, group.stop + 1)))
         for layer in group:
             one, x = self.dictionary(layer), sample[layer]
+            sae_features.check_width(layer, one, x)
             found = sae_features.self_test(one, x)
             near = {at: sae_features.self_test(one, sample[at]).fvu for at in (layer - 1, layer + 1) if at in sample}
             if spec.release != "train":
@@ -199,7 +202,9 @@ class FeatureSteps(TaskVectorSteps):
             tests[layer]["fvu_neighbour"] = min(near.values(), default=float("nan"))
             for name, instrument in (("sae", one), ("random", double)):
                 instruments[name, layer] = instrument
-                sums[name, layer] = FeatureSums(one.d_sae, self.corpus_of, float(instrument.encode(x).max()))
+                acts = instrument.encode(x)
+                models.check_finite({f"what the {name} dictionary of layer {layer} hears": acts})
+                sums[name, layer] = FeatureSums(one.d_sae, self.corpus_of, float(acts.max()))
         return tests, instruments, sums
 
     def _token_weights(self, batch: models.Batch, matched: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -60,6 +60,7 @@ class ProjectionSteps(FeatureSteps):
                 layers = sorted(taken)
                 for layer, grad in zip(layers, torch.autograd.grad(loss, [taken[layer] for layer in layers]), strict=True):
                     g = grad[batch.attention_mask.bool()].double().cpu()
+                    models.check_finite({f"the loss gradient at layer {layer}": g})
                     moments[layer] = moments.get(layer, 0) + g.T @ g
         finally:
             embedding.requires_grad_(False)

@@ -1,0 +1,81 @@
+"""A model of one's own, small and Llama-shaped: two checkpoints, SAEs, texts and a task, and the README's profile of them."""
+
+import re
+
+import pandas as pd
+import torch
+import yaml
+from conftest import ROOT
+from rungs import SMALL
+
+from stetholib import fabricate, models, sae_features
+from stetholib.mini import stories
+
+TASK = """
+task: mine
+output_type: generate_until
+test_split: test
+doc_to_text: "Q: {{problem}}\\nA:"
+doc_to_target: "{{solution}}"
+generation_kwargs: {until: ["\\n", "Q:"], do_sample: false}
+filter_list:
+  - name: number
+    filter: [{function: regex, regex_pattern: "(-?[0-9]+)"}, {function: take_first}]
+metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
+"""
+
+
+def checkpoints(folder):
+    """An untrained Llama of four blocks with a tokenizer, and a second one that differs a little in every block."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    shape = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2)
+    config = LlamaConfig(vocab_size=1024, bos_token_id=2, eos_token_id=1, pad_token_id=0, initializer_range=0.2, **shape)
+    model = LlamaForCausalLM(config)
+    for name in ("base", "finetuned"):
+        model.save_pretrained(folder / name)
+        fabricate.tokenizer(folder / name)
+        with torch.no_grad():
+            for weight in models.edit_weights(model).values():
+                weight.add_(0.02 * torch.randn_like(weight))
+
+
+def texts(folder):
+    for subject, sign in (("sums", "+"), ("products", "*")):
+        for split, start in (("train", 0), ("test", 200)):
+            rows = [(f"What is {i} {sign} {i % 7}?", f"It is {eval(f'{i} {sign} {i % 7}')}.") for i in range(start, start + 40)]
+            fabricate._parquet(
+                pd.DataFrame(rows, columns=["problem", "solution"]), folder / "problems" / subject / f"{split}-0.parquet"
+            )
+    rows = pd.DataFrame({"text": [" ".join(stories.generate(3, i, "validation")) for i in range(120)]})
+    fabricate._parquet(rows, folder / "general" / "data" / "validation-0.parquet")
+
+
+def saes(folder):
+    """SAEs saved by SAELens itself, one folder a block, fitted to each block's activations."""
+    from sae_lens import JumpReLUSAE, JumpReLUSAEConfig
+
+    base = models.load(folder / "base")
+    pairs = [(ids, 1) for ids, _ in models.tokenize(base, [("", text) for text in stories.generate(60, 1, "train")], 160)]
+    for layer, x in fabricate._activations(base, pairs).items():
+        one = sae_features.random_dictionary(x, 128, 9.0, layer)
+        made = JumpReLUSAE(JumpReLUSAEConfig(d_in=32, d_sae=128, apply_b_dec_to_input=False))
+        made.load_state_dict({name: tensor.contiguous() for name, tensor in vars(one).items()})
+        made.save_model(folder / "saes" / f"block_{layer}")
+
+
+def profile():
+    """The README's example, word for word, with small budgets for what it leaves open."""
+    values = yaml.safe_load(re.search(r"```yaml\n(extends:.*?)```", (ROOT / "README.md").read_text(), re.S)[1])
+    for section, sizes in SMALL.items():
+        values[section] = sizes | values.get(section, {}) if isinstance(sizes, dict) else sizes
+    return values
+
+
+def world(folder):
+    """All of it below `folder/mine`, as the README's paths say."""
+    mine = folder / "mine"
+    checkpoints(mine), texts(mine), saes(mine)
+    (mine / "task.yaml").write_text(TASK)
+    return folder
