@@ -17,7 +17,7 @@ RUN := $(shell $(PYTHON) -m stetholib.environment 2>/dev/null && echo $(PYTHON) 
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help env reproduce doctor rehearse seeds test test-all mini-base lab lint readme clean
+.PHONY: help env reproduce doctor rehearse seeds test test-all faults mini-base lab lint readme clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 24
@@ -46,10 +46,13 @@ seeds: env  ## the experiment in several worlds, how often each claim holds: mak
 	@$(RUN) -m stetholib seeds --device $(DEVICE) --count $(SEEDS)
 
 test: env  ## the tests of every day: offline, at most five minutes on two cores
-	$(RUN) -m pytest -q -m "not slow" --cov=stetholib --cov-report=term
+	$(RUN) -m pytest -q -m "not slow and not campaign" --cov=stetholib --cov-report=term
 
-test-all: env  ## every test, whole runs among them: at most 45 minutes
-	$(RUN) -m pytest -q
+test-all: env  ## every test, whole runs, kills and bad input among them: at most 45 minutes
+	$(RUN) -m pytest -q -m "not campaign"
+
+faults: env  ## the campaign of kills: 20 of smoke, 5 of mini, each followed by one more run (over an hour)
+	$(RUN) -m pytest -q -m campaign -s tests/faults
 
 mini-base: env  ## train the miniature's base model anew (it ships with the package; under an hour on two cores)
 	$(RUN) -m stetholib.mini.base --device $(DEVICE)

@@ -15,6 +15,7 @@ from stetholib.profiles import Profile
 SHOT_TOKENS = 170  # of one worked example in Minerva's prompt, about
 FIXED = 10.0  # seconds of a notebook's kernel before it does anything
 EFFICIENCY = 0.4  # of the speeds that bare kernels reach
+STEP = 0.0008  # seconds a block and generated token cost whatever their size: Python, and launching kernels
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,8 @@ def seconds(p: Profile, size: Size, machine: Machine) -> dict[str, float]:
     problems = sum(p.data.test_problems.values())
     prompt = text / 3 + SHOT_TOKENS * p.evaluation.num_fewshot
     new = p.evaluation.max_new_tokens
-    answering = problems * (prompt + new) * forward + ceil(problems / p.evaluation.batch_size) * new * weights
+    answering = problems * (prompt + new) * forward
+    answering += ceil(problems / p.evaluation.batch_size) * new * (weights + STEP * size.layers)
     found = {
         "01_task_vectors": 3 * trained * text * forward + 20 * weights,
         "02_sae_features": 1.3 * documents * text * (forward + sae),

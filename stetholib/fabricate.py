@@ -105,10 +105,10 @@ def model(repo: str, folder: Path, scale: float, dtype: str, seed: int) -> None:
     made = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
     made.generation_config.eos_token_id = [1, 5]
     made.save_pretrained(folder, max_shard_size="4GB" if scale == 1 else "200KB")
-    tokenizer(folder)
+    tokenizer(folder, min(4000, text.vocab_size))
 
 
-def tokenizer(folder: Path, size: int = 1000) -> None:
+def tokenizer(folder: Path, size: int) -> None:
     """A byte-level BPE with Gemma's special tokens and the shape of its chat template."""
     from tokenizers import Tokenizer, decoders, pre_tokenizers, processors, trainers
     from tokenizers.models import BPE

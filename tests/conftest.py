@@ -17,6 +17,20 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 ROOT = Path(__file__).parent.parent
 
 
+COVERED: list[str] = []
+
+
+@pytest.fixture()
+def covered():
+    """Say in the run's last lines what a test has covered."""
+    return COVERED.append
+
+
+def pytest_terminal_summary(terminalreporter):
+    for line in COVERED:
+        terminalreporter.write_line(f"covered: {line}")
+
+
 @pytest.fixture(autouse=True)
 def offline(monkeypatch):
     connect = socket.socket.connect

@@ -133,7 +133,7 @@ def test_batches_are_the_same_whatever_is_known_and_ranks_share_them_out(tasks, 
 def test_the_chat_template_wraps_each_prompt_and_its_examples_and_leaves_bos_to_the_tokenizer(tmp_path):
     from transformers import AutoTokenizer
 
-    fabricate.tokenizer(tmp_path / "tokenizer")
+    fabricate.tokenizer(tmp_path / "tokenizer", 1000)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
     four = mm.load_tasks(tmp_path, mm.write_tasks(tmp_path, ROWS[:3], num_fewshot=4))
     plain, asked = mm.prompts_of(four), mm.prompts_of(four, tokenizer)

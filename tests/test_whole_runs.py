@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -10,30 +9,14 @@ import time
 
 import pandas as pd
 import pytest
+import runs
 from conftest import ROOT
+from runs import answers, clone, made, records, run
 
 from stetholib import reproduce
 from stetholib.workspace import CONTRACTS
 
 pytestmark = pytest.mark.slow
-
-
-def clone(folder):
-    for part in ("stetholib", "notebooks"):
-        shutil.copytree(ROOT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__"))
-    return folder
-
-
-def run(folder, profile="smoke", *options):
-    environment = dict(os.environ, PYTHONPATH=str(folder), STETHOLIB_HOME=str(folder))
-    command = [sys.executable, "-m", "stetholib", "reproduce", "--profile", profile, *options]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stderr
-
-
-def made(folder, profile="smoke"):
-    return {path.name: path.read_bytes() for path in sorted((folder / "figures" / profile).iterdir())}
 
 
 @pytest.fixture(scope="module")
@@ -137,16 +120,6 @@ def one_process(tmp_path_factory):
     return folder
 
 
-def answers(folder):
-    """The names of the answers' ledgers, each with the problems it holds, in the order they were answered."""
-    store = (folder / "runs" / "smoke" / "store").glob("answers-*.jsonl")
-    return {path.name: [json.loads(line)["problem_id"] for line in path.read_text().splitlines()] for path in store}
-
-
-def records(folder):
-    return {path.name: path.read_bytes() for path in (folder / "runs" / "smoke" / "records").iterdir()}
-
-
 def test_two_processes_answer_as_one_does(one_process, tmp_path):
     folder, profile = in_batches(tmp_path)
     run(folder, profile, "--processes", "2")
@@ -158,14 +131,10 @@ def test_two_processes_answer_as_one_does(one_process, tmp_path):
 
 def test_killed_while_answering_it_goes_on_and_asks_nothing_twice(one_process, tmp_path):
     folder, profile = in_batches(tmp_path)
-    environment = dict(os.environ, PYTHONPATH=str(folder), STETHOLIB_HOME=str(folder))
-    command = [sys.executable, "-m", "stetholib", "reproduce", "--profile", profile]
-    killed = subprocess.Popen(command, cwd=folder, env=environment, stderr=subprocess.DEVNULL, start_new_session=True)
-    while sum(map(len, answers(folder).values())) < 70:  # in the middle of the third variant
-        assert killed.poll() is None
-        time.sleep(0.02)
-    os.killpg(killed.pid, signal.SIGKILL)
-    killed.wait()
+    killed = runs.start(folder, profile)
+    # in the middle of the third variant
+    runs.wait_for(lambda: sum(map(len, answers(folder).values())) >= 70, killed)
+    runs.kill(killed)
     before = answers(folder)
     assert any(0 < len(ids) < 30 for ids in before.values())
     run(folder, profile)

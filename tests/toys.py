@@ -35,7 +35,7 @@ def checkpoints(folder):
     model = LlamaForCausalLM(config)
     for name in ("base", "finetuned"):
         model.save_pretrained(folder / name)
-        fabricate.tokenizer(folder / name)
+        fabricate.tokenizer(folder / name, 1000)
         with torch.no_grad():
             for weight in models.edit_weights(model).values():
                 weight.add_(0.02 * torch.randn_like(weight))

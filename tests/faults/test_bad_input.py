@@ -305,6 +305,8 @@ def test_two_runs_in_one_clone_do_not_meet(tmp_path):
         first.wait()
 
 
-def test_the_list_is_as_long_as_promised():
+def test_the_list_is_as_long_as_promised(covered):
     assert len(CASES) + len(COMMANDS) >= QUANTITY
-    print(f"bad input: {len(CASES)} cases of models, SAEs, texts and tasks, {len(COMMANDS)} of commands, profiles and notebooks")
+    covered(
+        f"bad input: {len(CASES)} cases of models, SAEs, texts and tasks, {len(COMMANDS)} of commands, profiles and notebooks"
+    )

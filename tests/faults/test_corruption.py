@@ -1,0 +1,176 @@
+"""Flipped bytes, full disks and kills: nothing that was finished is lost, nothing altered is taken for good. Slow."""
+
+import os
+import random
+import resource
+import shutil
+import signal
+import time
+
+import pytest
+import runs
+
+pytestmark = pytest.mark.slow
+FLIPS = 200
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    folder = runs.clone(tmp_path_factory.mktemp("undisturbed"))
+    runs.run(folder)
+    return folder
+
+
+def study(folder):
+    from stetholib.study import Study
+
+    return Study.open("smoke", root=folder)
+
+
+def everything(folder):
+    """All tables of a study, from the store where it holds."""
+    one = study(folder)
+    one.task_vectors(), one.sae_features(), one.subspace_projection(), one.energy_or_direction(), one.layer_selection()
+    one.minerva_math(), one.checks(), one.noise(), one.significance(), one.published(), one.claims()
+    return {path.name: path.read_bytes() for path in sorted((folder / "figures" / "smoke").glob("*.csv"))}
+
+
+def test_two_hundred_flipped_bytes_are_each_noticed_or_harmless(undisturbed, tmp_path, caplog, covered):
+    """Eight rounds of 25 flips over artefacts, ledgers, records and marks; after each round all tables are the same."""
+    folder = tmp_path / "flipped"
+    shutil.copytree(undisturbed, folder)
+    wanted = everything(folder)
+    chance, noticed = random.Random(0), 0
+    for _ in range(8):
+        places = sorted(
+            p for p in (folder / "runs" / "smoke").rglob("*") if p.is_file() and p.stat().st_size and p.suffix != ".lock"
+        )
+        places = [p for p in places if "damaged-" not in str(p) and "tasks" not in p.parts[-4:-1]]
+        for path in chance.sample(places, FLIPS // 8):
+            content = bytearray(path.read_bytes())
+            content[chance.randrange(len(content))] ^= 1 << chance.randrange(8)
+            path.write_bytes(content)
+        caplog.clear()
+        assert everything(folder) == wanted
+        noticed += sum("damaged" in message for message in caplog.messages)
+    assert noticed > FLIPS // 4
+    covered(f"byte flips: {FLIPS}, of which {noticed} were noticed and made anew; all tables the same after each round")
+
+
+@pytest.mark.parametrize("place", ["artefact.json", "tensors.safetensors", "tables", "ledger"])
+def test_each_kind_of_damage_is_named_and_set_aside(undisturbed, tmp_path, caplog, place):
+    folder = tmp_path / "damaged"
+    shutil.copytree(undisturbed, folder)
+    store, wanted = folder / "runs" / "smoke" / "store", runs.made(folder)
+    found = {"tables": "significance-*/table.parquet", "ledger": "losses-*.jsonl"}.get(place, f"scores-*/{place}")
+    path = sorted(store.glob(found))[0]
+    path.write_bytes(path.read_bytes()[:-7])
+    everything(folder)
+    assert "damaged" in caplog.text and runs.made(folder) == wanted
+    assert place == "ledger" or any(p.name.startswith(f"damaged-{path.parent.name}") for p in store.iterdir())
+
+
+def test_a_table_that_was_altered_is_written_anew(undisturbed, tmp_path):
+    folder = tmp_path / "altered"
+    shutil.copytree(undisturbed, folder)
+    wanted, table = runs.made(folder), folder / "figures" / "smoke" / "04_layer_sets.csv"
+    table.write_text(table.read_text().replace("random", "rundom"))
+    (folder / "figures" / "smoke" / "05_minerva_math.png").unlink()
+    (folder / "runs" / "smoke" / "run.json").write_text("{ not json")
+    said = runs.run(folder)
+    assert said.count("unchanged") == 4 and runs.made(folder) == wanted
+
+
+@pytest.mark.parametrize(("step", "limit"), [("01", 120_000), ("02", 400_000), ("05", 1_000)])
+def test_a_full_disk_is_told_in_a_line_leaves_no_part_of_a_file_and_is_gone_on_from(undisturbed, tmp_path, step, limit):
+    """RLIMIT_FSIZE stands for the disk: no file of the run may grow above it."""
+    folder = tmp_path / "full"
+    if step == "01":
+        runs.clone(folder)
+    else:  # what came before is there, this step's is not
+        shutil.copytree(undisturbed, folder)
+        store = folder / "runs" / "smoke" / "store"
+        for path in store.iterdir():
+            names = {"02": ("sae", "dictionary", "features"), "05": ("answers", "records", "general_loss")}[step]
+            if path.name.startswith(names):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        (folder / "runs" / "smoke" / "notebooks").rename(folder / "gone")
+    before = set(runs.stages(folder))
+    process = limited(folder, limit)
+    said = process.communicate()[1]
+    lines = [line for line in said.splitlines() if line.startswith("stetholib: ")]
+    assert process.returncode == 2 and len(lines) == 1 and "Traceback" not in said, said
+    assert "File too large" in lines[0] and "free some space" in lines[0], lines
+    store = folder / "runs" / "smoke" / "store"
+    assert not [path for path in store.iterdir() if path.name.startswith(".")], "a draft was left behind"
+    assert before <= set(runs.stages(folder))
+    kept = runs.stages(folder)
+    runs.run(folder)
+    assert runs.made(folder) == runs.made(undisturbed)
+    assert all(runs.stages(folder)[name] == at for name, at in kept.items())
+
+
+def limited(folder, limit):
+    """A run none of whose files may grow above a limit, its executed notebooks and logs aside by being small."""
+
+    def lower():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    import subprocess
+    import sys
+
+    known = dict(os.environ, PYTHONPATH=str(folder), STETHOLIB_HOME=str(folder), PYTHONDONTWRITEBYTECODE="1")
+    command = [sys.executable, "-m", "stetholib", "reproduce", "--profile", "smoke"]
+    asked = dict(cwd=folder, env=known, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, preexec_fn=lower)
+    return subprocess.Popen(command, **asked)
+
+
+def test_interrupted_by_hand_it_says_so_and_goes_on(tmp_path):
+    folder = runs.clone(tmp_path)
+    process = runs.start(folder, "smoke")
+    runs.wait_for(lambda: len(runs.stages(folder)) >= 2, process)
+    os.killpg(process.pid, signal.SIGINT)
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == 130 and "what was finished is kept" in said and "Traceback" not in said
+    kept = runs.stages(folder)
+    runs.run(folder)
+    assert all(runs.stages(folder)[name] == at for name, at in kept.items())
+
+
+def campaign(folder, undisturbed, profile, moments):
+    """Kill a cold run at each of the moments, run it once more, and hold the end against an undisturbed one."""
+    ends = []
+    for number, seconds in enumerate(moments):
+        one = runs.clone(folder / str(number))
+        was_killed = runs.killed_after(one, profile, seconds)
+        stages, asked = runs.stages(one, profile), runs.answers(one, profile)
+        started = time.monotonic()
+        runs.run(one, profile)
+        again, answered = runs.stages(one, profile), runs.answers(one, profile)
+        assert runs.made(one, profile) == runs.made(undisturbed, profile), f"killed after {seconds:.1f} s"
+        assert all(again[name] == at for name, at in stages.items()), "a finished stage was made twice"
+        assert all(answered[name][: len(ids)] == ids for name, ids in asked.items()), "an answer was lost"
+        assert all(len(ids) == len(set(ids)) for ids in answered.values()), "a problem was answered twice"
+        how = f"killed after {seconds:.1f} s" if was_killed else f"had ended before {seconds:.1f} s"
+        ends.append(
+            f"{profile} {how} with {len(stages)} stages finished, then {time.monotonic() - started:.0f} s to the same end"
+        )
+        print(ends[-1], flush=True)
+        shutil.rmtree(one)
+    return ends
+
+
+def test_killed_at_two_random_moments_it_ends_as_if_it_had_not_been(undisturbed, tmp_path, covered):
+    chance = random.Random(1)
+    for end in campaign(tmp_path, undisturbed, "smoke", [chance.uniform(5, 60) for _ in range(2)]):
+        covered(end)
+
+
+@pytest.mark.campaign
+@pytest.mark.parametrize(("profile", "kills", "longest"), [("smoke", 20, 75.0), ("mini", 5, 330.0)])
+def test_the_campaign_of_kills(tmp_path, profile, kills, longest):
+    whole = runs.clone(tmp_path / "whole")
+    runs.run(whole, profile)
+    chance = random.Random(f"{profile} kills")
+    assert len(campaign(tmp_path, whole, profile, [chance.uniform(3, longest) for _ in range(kills)])) == kills

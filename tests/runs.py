@@ -1,0 +1,84 @@
+"""Whole runs of `make reproduce` in copies of the checkout, undisturbed and killed."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from conftest import ROOT
+
+
+def clone(folder: Path) -> Path:
+    """The parts of the checkout that a run needs."""
+    for part in ("stetholib", "notebooks"):
+        shutil.copytree(ROOT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__"))
+    return folder
+
+
+def start(folder: Path, profile: str, *options: str, **environment: str) -> subprocess.Popen:
+    """Begin a run in a process group of its own."""
+    known = dict(os.environ, PYTHONPATH=str(folder), STETHOLIB_HOME=str(folder)) | environment
+    command = [sys.executable, "-m", "stetholib", "reproduce", "--profile", profile, *options]
+    asked = dict(cwd=folder, env=known, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    return subprocess.Popen(command, **asked)
+
+
+def run(folder: Path, profile: str = "smoke", *options: str, **environment: str) -> str:
+    """A run to its end; returns what it said."""
+    process = start(folder, profile, *options, **environment)
+    said = process.communicate()[1]
+    assert process.returncode == 0, said
+    return said
+
+
+def kill(process: subprocess.Popen, how: signal.Signals = signal.SIGKILL) -> None:
+    """End a run and all its processes at once."""
+    os.killpg(process.pid, how)
+    process.communicate()
+
+
+def killed_after(folder: Path, profile: str, seconds: float) -> bool:
+    """Begin a run and kill it; False where it had ended by then."""
+    process = start(folder, profile)
+    try:
+        process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        kill(process)
+        return True
+    return False
+
+
+def made(folder: Path, profile: str = "smoke") -> dict[str, bytes]:
+    """Every file of `figures/<profile>/`."""
+    return {path.name: path.read_bytes() for path in sorted((folder / "figures" / profile).iterdir())}
+
+
+def stages(folder: Path, profile: str = "smoke") -> dict[str, int]:
+    """When each finished stage was made."""
+    found = (folder / "runs" / profile / "store").glob("[a-z]*/artefact.json")
+    return {path.parent.name: path.stat().st_mtime_ns for path in found if not path.parent.name.startswith("damaged")}
+
+
+def answers(folder: Path, profile: str = "smoke") -> dict[str, list[str]]:
+    """The names of the answers' ledgers, each with the problems it holds, in the order they were answered."""
+    found = {}
+    for path in (folder / "runs" / profile / "store").glob("answers-*.jsonl"):
+        lines = path.read_text(encoding="utf-8").splitlines()
+        found[path.name] = [json.loads(line)["problem_id"] for line in lines if line.endswith("}")]
+    return found
+
+
+def records(folder: Path, profile: str = "smoke") -> dict[str, bytes]:
+    """Every record file."""
+    return {path.name: path.read_bytes() for path in (folder / "runs" / profile / "records").iterdir()}
+
+
+def wait_for(condition, process: subprocess.Popen, every: float = 0.02) -> None:
+    """Wait until something is so, while the run lives."""
+    while not condition():
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(every)
