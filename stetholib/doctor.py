@@ -41,14 +41,18 @@ def examine(profile: Profile, device: str) -> Iterator[Check]:
             yield Check(name, True, said)
         except UserError as error:
             yield Check(name, False, str(error))
+    yield from _hub(len(sizes) == len(_sources(profile)) and not any(missing for missing, _ in sizes.values()))
     if "model" not in sizes:
         yield Check("needs", False, "memory and disk cannot be told before the model's files can be seen")
         return
-    weights = sizes["model"][1]
-    yield _disk(sum(missing for missing, _ in sizes.values()) + _made(profile, weights))
-    yield _memory(profile, weights, device)
-    yield _device(profile, weights, device)
-    yield _hours(profile, device)
+    try:
+        known = size(profile)
+    except UserError as error:
+        yield Check("needs", False, str(error))
+        return
+    yield _disk(sum(missing for missing, _ in sizes.values()) + _made(profile, known))
+    yield _memory(profile, known, device)
+    yield _device(profile, known, device)
 
 
 def refuse(profile: Profile, device: str) -> None:
@@ -61,9 +65,28 @@ def refuse(profile: Profile, device: str) -> None:
 def report(profile: Profile, device: str, say: Callable[[str], None]) -> bool:
     """Say every check in a line; True when all is well."""
     found = list(examine(profile, device))
+    if all(check.ok for check in found):
+        found.append(_hours(profile, device))
     for check in found:
         say(f"{'ok  ' if check.ok else 'MEND'} {check.name:9} {check.line}")
     return all(check.ok for check in found)
+
+
+def _hub(whole: bool) -> Iterator[Check]:
+    """Token and network; neither is wanted where everything is here."""
+    from huggingface_hub import get_token
+    from huggingface_hub.constants import ENDPOINT
+
+    if whole:
+        yield Check("Hub", True, "not needed: nothing is to be fetched")
+        return
+    found = get_token() is not None
+    yield Check("token", True, "a Hugging Face token is set" if found else "no Hugging Face token; gated models need one")
+    try:
+        hub.check_network("what is to be fetched")
+        yield Check("network", True, f"the Hub answers at {ENDPOINT}")
+    except UserError as error:
+        yield Check("network", False, str(error))
 
 
 def _packages() -> str:
@@ -147,33 +170,42 @@ def _config(profile: Profile) -> dict[str, Any]:
     name = profile.model.base
     folder = base.FOLDER if name in ("mini", "toy") else Path(name)
     path = folder / "config.json" if folder.is_dir() else hub.file(name, "config.json", profile.model.revision)
-    said = json.loads(path.read_text(encoding="utf-8"))
-    return {"dtype": said.get("dtype")} | said.get("text_config", said)
+    try:
+        said = json.loads(path.read_text(encoding="utf-8"))
+        found = {"dtype": said.get("dtype") or said.get("torch_dtype")} | said.get("text_config", said)
+        return {key: found[key] for key in ("dtype", "num_hidden_layers", "hidden_size", "vocab_size")}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(
+            f"model {name}: there is no config.json that names its blocks and width; give a folder as transformers saves it"
+        ) from None
 
 
 def size(profile: Profile) -> Size:
     """What the profile's time depends on, by the model's configuration and its files' sizes."""
     config, each = _config(profile), {"float32": 4, "bfloat16": 2}[profile.model.dtype]
     weights = _model_bytes(profile.model.base, profile.model.revision)[1]
-    stored = {"float32": 4}.get(config.get("dtype") or config.get("torch_dtype"), 2)
+    stored = 4 if config["dtype"] == "float32" else 2
     return Size(weights // stored, each, config["num_hidden_layers"], config["hidden_size"], profile.sae.d_sae)
 
 
 def _hours(profile: Profile, device: str) -> Check:
-    import torch
-
-    if device == "cuda" and not torch.cuda.is_available():
-        return Check("time", True, "cannot be told without the GPU")
     machine = Machine.measured(device, profile.model.dtype)
     hours = sum(estimate.seconds(profile, size(profile), machine).values()) / 3600
     said = f"about {hours:.1f} h, by the sizes and by {machine.flops / 1e12:.2g} TFLOP/s and {machine.bandwidth / GIB:.0f} GiB/s"
     return Check("time", True, f"{said} measured here; within a factor of a few, `make rehearse` tells it better")
 
 
-def _made(profile: Profile, weights: int) -> int:
-    """Bytes that a run leaves: the fine-tune's checkpoints, SAEs in the store, feature sums, records."""
-    features = profile.sae.d_sae * 4 * 6 * (7 * profile.data.feature_problems + profile.data.general_documents)
-    return int(weights * (3 if profile.finetune.finetuned is None else 0) + 40 * features + GIB // 4)
+def _sums(profile: Profile, size: Size) -> int:
+    """Bytes of one block's per-document feature sums, under both contrasts."""
+    data = profile.data
+    documents = len(data.subjects) * data.feature_problems + data.general_documents
+    return 4 * 2 * size.d_sae * (3 * documents + 48 * (1 + len(data.subjects)))
+
+
+def _made(profile: Profile, size: Size) -> int:
+    """Bytes that a run leaves: the fine-tune and its checkpoints, SAEs as saved and as plain tensors, sums, records."""
+    tuned = 0 if profile.finetune.finetuned else 3 * size.parameters * size.bytes_each
+    return tuned + size.layers * (16 * size.d_sae * size.width + _sums(profile, size)) + GIB // 4
 
 
 def _disk(wanted: int) -> Check:
@@ -183,31 +215,42 @@ def _disk(wanted: int) -> Check:
     return Check("disk", free >= wanted, line if free >= wanted else f"{line}; free {(wanted - free) / GIB:.1f} GiB")
 
 
-def _wanted_memory(profile: Profile, weights: int) -> int:
-    """Weights, the longest batch's logits with their gradient, and the sums of features."""
-    logits = 10 * 262_144 * profile.data.max_tokens * profile.finetune.batch_size if weights > GIB // 8 else GIB // 2
-    return int(1.3 * weights + logits + RUNTIME)
+def _held(profile: Profile, size: Size) -> int:
+    """Bytes of the feature sums held at once, of SAEs and their random doubles."""
+    return int(min(profile.features.memory_gib * GIB, 2 * size.layers * _sums(profile, size)))
 
 
-def _memory(profile: Profile, weights: int, device: str) -> Check:
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    wanted = int(RUNTIME + profile.features.memory_gib * GIB * min(1, weights / GIB))
-    wanted += _wanted_memory(profile, weights) if device == "cpu" else weights
+def _working(profile: Profile, size: Size) -> int:
+    """Bytes on the device beside the weights: the largest of what training, hearing and answering take."""
+    p, vocabulary = profile, _config(profile)["vocab_size"]
+    losses = 14 * vocabulary * max(p.data.max_tokens * p.finetune.batch_size, p.selection.batch_tokens)
+    trained = losses + (16 * size.parameters if p.finetune.method == "full" and not p.finetune.finetuned else GIB)
+    together = max(1, _held(p, size) // (2 * _sums(p, size)))
+    hearing = 16 * size.d_sae * size.width * together + 4 * 20_000 * size.width * (together + 2) + 5 * GIB // 4
+    answering = (
+        2 * size.layers * size.width * size.bytes_each * p.evaluation.batch_size * (900 + p.evaluation.max_new_tokens) // 2
+    )
+    return max(trained, hearing, answering) if size.parameters > 10**7 else GIB // 2
+
+
+def _memory(profile: Profile, size: Size, device: str) -> Check:
+    total, weights = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), size.parameters * size.bytes_each
+    wanted = int(RUNTIME + 2 * weights + _held(profile, size) + (_working(profile, size) if device == "cpu" else 0))
     line = f"{total / GIB:.1f} GiB, about {wanted / GIB:.1f} are wanted"
     return Check("memory", total >= wanted, line if total >= wanted else f"{line}; take a larger machine or a smaller profile")
 
 
-def _device(profile: Profile, weights: int, device: str) -> Check:
+def _device(profile: Profile, size: Size, device: str) -> Check:
+    weights = size.parameters * size.bytes_each
     if device == "cpu":
-        enough = weights < 3 * GIB
+        enough = size.parameters < 2 * 10**9
         line = f"CPU with {os.cpu_count()} cores, {profile.threads} threads are pinned"
         return Check("device", enough, line if enough else f"{line}; this model wants a GPU: DEVICE=cuda")
     import torch
 
     if not torch.cuda.is_available():
         return Check("device", False, "PyTorch sees no CUDA GPU; check the driver with nvidia-smi, or use DEVICE=cpu")
-    total, wanted = torch.cuda.get_device_properties(0).total_memory, _wanted_memory(profile, weights)
+    total, wanted = torch.cuda.get_device_properties(0).total_memory, int(1.05 * weights + _working(profile, size) + GIB)
     line = f"{torch.cuda.get_device_name(0)}, {total / GIB:.0f} GiB, about {wanted / GIB:.0f} are wanted"
-    return Check(
-        "device", total >= wanted, line if total >= wanted else f"{line}; lower finetune.batch_size or take a larger GPU"
-    )
+    mend = "lower finetune.batch_size, selection.batch_tokens or evaluation.batch_size, or take a larger GPU"
+    return Check("device", total >= wanted, line if total >= wanted else f"{line}; {mend}")

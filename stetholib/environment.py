@@ -5,6 +5,8 @@ import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+# what results depend on
+LIBRARIES = ("torch", "transformers", "sae-lens", "lm-eval", "datasets", "peft", "scipy", "numpy")
 PIN = re.compile(r"^([A-Za-z0-9._-]+)==([^\s;+]+)")
 
 

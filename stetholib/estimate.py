@@ -32,18 +32,23 @@ class Size:
 
 @dataclass(frozen=True)
 class Machine:
-    """Floating-point operations and bytes of memory a second."""
+    """Floating-point operations and bytes of memory a second, on the device; and the CPU's in float64."""
 
     flops: float
     bandwidth: float
+    cpu_flops: float
 
     @classmethod
     def measured(cls, device: str, dtype: str, size: int = 1536) -> "Machine":
         """A matrix product and a copy, timed on the device."""
         one = torch.ones(size, size, dtype=getattr(torch, dtype), device=device)
         much = torch.ones(2**26, dtype=torch.uint8, device=device)
+        wide = torch.ones(size // 2, size // 2, dtype=torch.float64)
         product, copy = _seconds(lambda: one @ one, device), _seconds(much.clone, device)
-        return cls(EFFICIENCY * 2 * size**3 / product, EFFICIENCY * 2 * len(much) / copy)
+        exact = _seconds(lambda: wide @ wide, "cpu")
+        return cls(
+            EFFICIENCY * 2 * size**3 / product, EFFICIENCY * 2 * len(much) / copy, EFFICIENCY * 2 * (size // 2) ** 3 / exact
+        )
 
 
 def _seconds(act: object, device: str, times: int = 4) -> float:
@@ -78,7 +83,7 @@ def seconds(p: Profile, size: Size, machine: Machine) -> dict[str, float]:
         "01_task_vectors": 3 * trained * text * forward + 20 * weights,
         "02_sae_features": 1.3 * documents * text * (forward + sae),
         "03_subspace_projection": 3 * subjects * p.projection.gradient_problems * text * forward
-        + 7 * size.layers * (p.projection.random_draws + 60) * size.width**3 / machine.flops,
+        + 7 * size.layers * (p.projection.random_draws + 60) * size.width**3 / machine.cpu_flops,
         "04_layer_selection": sets * (subjects * p.selection.loss_problems * text * forward + 4 * weights),
         "05_minerva_math": len(p.evaluation.variants) * (answering + 8 * weights),
         "06_significance": 0.0,

@@ -38,6 +38,7 @@ SHAPES: dict[str, dict[str, int]] = {
     ),
 }
 VOCABULARY = {"google/gemma-3-4b-it": 262208}
+RELEASED = "bfloat16"  # as the models are stored, whatever a profile computes in
 WITH_VISION = ("google/gemma-3-4b-it",)
 SAMPLE_TOKENS = 4096
 
@@ -51,7 +52,7 @@ def everything(profile: Profile, folder: Path, scale: float, seed: int = 0) -> d
     if base not in SHAPES:
         raise UserError(f"rehearsal: the shapes of {base} are not known; known are {', '.join(SHAPES)}")
     found[base] = folder / base
-    model(base, found[base], scale, profile.model.dtype, seed)
+    model(base, found[base], scale, RELEASED, seed)
     entry = saes.registered(profile.sae.release)
     found[entry.repo_id] = folder / entry.repo_id
     gemma_scope(profile, found[base], found[entry.repo_id], max(64, round(16384 * scale)), seed)
@@ -82,6 +83,19 @@ def text_config(repo: str, scale: float) -> Any:
         **shape,
         **text,
     )
+
+
+def true_shape(repo: str) -> dict[str, int]:
+    """Blocks and width of a released model."""
+    return dict(layers=SHAPES[repo]["num_hidden_layers"], width=SHAPES[repo]["hidden_size"])
+
+
+def parameters(repo: str) -> int:
+    """How many weights a released model's language half has, tied embeddings counted once."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return sum(p.numel() for p in AutoModelForCausalLM.from_config(text_config(repo, 1)).parameters())
 
 
 def model(repo: str, folder: Path, scale: float, dtype: str, seed: int) -> None:
@@ -174,13 +188,21 @@ def maths(data: Data, folder: Path, seed: int) -> None:
     splits = {"test": data.test_problems, "train": dict.fromkeys(data.subjects, data.train_problems + data.validation_problems)}
     columns = ["problem", "level", "type", "solution"]
     for split, wanted in splits.items():
-        rows = pd.DataFrame(problems.generate(split, {name: min(count, 600) for name, count in wanted.items()}, seed))
+        rows = _shortest(split, {name: min(count, 600) for name, count in wanted.items()}, seed)
         if split == "train":  # one is as long as any may be, for a fine-tune's memory peaks there
             whole = rows.loc[0, "solution"]
             rows.loc[0, "solution"] = " ".join([whole.replace("\\boxed", "")] * (data.max_tokens // 8) + [whole])
         for subject in data.subjects:
             part = rows.loc[rows["subject"] == subject, columns]
             _parquet(part, folder / subject / f"{split}-00000-of-00001.parquet")
+
+
+def _shortest(split: str, wanted: Mapping[str, int], seed: int) -> pd.DataFrame:
+    """Generated problems, the shorter half of each subject: a rehearsal's time is for what does not depend on them."""
+    rows = pd.DataFrame(problems.generate(split, {name: 2 * count for name, count in wanted.items()}, seed))
+    order = rows["solution"].str.len().sort_values(kind="stable").index
+    kept = [rows.loc[order].query("subject == @name").head(count) for name, count in wanted.items()]
+    return pd.concat(kept, ignore_index=True)
 
 
 def general(data: Data, folder: Path, seed: int) -> None:

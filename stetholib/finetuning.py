@@ -144,7 +144,7 @@ def _trainer(unfinished: Path, **arguments: Any) -> Any:
 def _arguments(spec: FineTune, unfinished: Path, seed: int, cpu: bool) -> Any:
     from transformers import TrainingArguments
 
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(unfinished),
         per_device_train_batch_size=spec.batch_size,
         gradient_accumulation_steps=spec.gradient_accumulation,
@@ -157,7 +157,7 @@ def _arguments(spec: FineTune, unfinished: Path, seed: int, cpu: bool) -> Any:
         weight_decay=0.0,
         logging_steps=0.05,
         save_strategy="no",
-        save_total_limit=1,
+        save_total_limit=2,  # the last one counts only once its hashes are written
         report_to=[],
         seed=seed,
         data_seed=seed,
@@ -166,6 +166,8 @@ def _arguments(spec: FineTune, unfinished: Path, seed: int, cpu: bool) -> Any:
         dataloader_pin_memory=False,
         remove_unused_columns=False,
     )
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # several would share each batch and change the result
+    return arguments
 
 
 def lora_deltas(model: torch.nn.Module) -> TaskVector:

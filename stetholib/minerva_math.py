@@ -195,6 +195,13 @@ def _until_stop(tokens: list[int], tokenizer: Any, stops: Sequence[str]) -> list
     return tokens
 
 
+def check_subjects(subjects: Sequence[str], task: str) -> None:
+    """Refuse subjects that Minerva Math does not have, unless a task of one's own asks them."""
+    if task == MINERVA and (odd := sorted(set(subjects) - set(SUBTASKS))):
+        known = ", ".join(SUBTASKS)
+        raise UserError(f"data.test_problems: {MINERVA} has no subject {odd[0]!r}; it has {known}; else give evaluation.task")
+
+
 def write_tasks(folder: Path, rows: Sequence[Mapping[str, str]], num_fewshot: int, task: str = MINERVA) -> list[str]:
     """Point the harness's tasks at local problems: one YAML and one JSON-lines file a subject; returns task names.
 
@@ -250,8 +257,10 @@ def _check_own(task: str, config: Any) -> None:
     metrics = [metric.get("metric") for metric in config.metric_list or []]
     if config.output_type != "generate_until" or "exact_match" not in metrics:
         raise UserError(f"evaluation.task {task}: it must have output_type generate_until and the metric exact_match")
-    if not config.generation_kwargs.get("until") or config.generation_kwargs.get("do_sample"):
-        raise UserError(f"evaluation.task {task}: generation_kwargs must have `until` and no sampling")
+    until = config.generation_kwargs.get("until")
+    listed = isinstance(until, list) and bool(until) and all(isinstance(stop, str) and stop for stop in until)
+    if not listed or config.generation_kwargs.get("do_sample"):
+        raise UserError(f"evaluation.task {task}: generation_kwargs must have `until`, a list of strings, and no sampling")
 
 
 def stops_of(loaded: Mapping[str, Any]) -> tuple[str, ...]:

@@ -97,6 +97,8 @@ def load(folder: Path, dtype: str = "float32", device: str = "cpu", attention: s
     except (OSError, ValueError, KeyError) as error:
         said = " ".join(str(error).split())[:120]
         raise ModelError(f"model {folder}: its tokenizer cannot be read ({said}); save it into the same folder") from None
+    if tokenizer.pad_token is None:  # padding is masked, so any token will do
+        tokenizer.pad_token = tokenizer.eos_token
     return LanguageModel(model.to(device).eval().requires_grad_(False), tokenizer)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from stetholib import doctor, estimate, hub, profiles, texts
+from stetholib import doctor, estimate, fabricate, hub, profiles, saes, texts
 from stetholib.errors import UserError
 from stetholib.estimate import Machine, Size
 from stetholib.minerva_math import prompt, target
@@ -22,7 +22,6 @@ from stetholib.mini.problems import SUBJECTS
 from stetholib.profiles import Profile
 from stetholib.workspace import digest_of, repository
 
-MATH_TOKENS = Size.text_tokens
 FEW: dict[str, dict[str, Any]] = {
     "data": dict(
         train_problems=3,
@@ -56,7 +55,9 @@ def rehearse(name: str, device: str, scale: float, root: Path | None = None, out
         (home / "notebooks").symlink_to(Path(__file__).parent.parent / "notebooks")
     reproduce(str(home / f"{full.name}.yaml"), device, home, out)
     run = json.loads((home / "runs" / full.name / "run.json").read_text(encoding="utf-8"))
-    for line in forecast(full, small, run, _size(small), Machine.measured(device, full.model.dtype)):
+    true = replace(doctor.size(small), parameters=fabricate.parameters(full.model.base), **fabricate.true_shape(full.model.base))
+    machine = Machine.measured(device, full.model.dtype)
+    for line in forecast((full, replace(true, d_sae=full.sae.d_sae)), (small, _size(small)), run, machine):
         print(line, file=out)
 
 
@@ -75,8 +76,6 @@ def _small(name: str, home: Path) -> Profile:
 
 def _fabricate(profile: Profile, home: Path, scale: float, out: Any) -> None:
     """Fill a cache of the Hub with fabricated repositories, at the revisions that the profile pins."""
-    from stetholib import fabricate
-
     cache, mark = home / "hub" / "hub", home / "hub" / "fabricated.json"
     made_of = digest_of(scale, profile.digest)
     if mark.is_file() and json.loads(mark.read_text())["key"] == made_of:
@@ -96,16 +95,13 @@ def _fabricate(profile: Profile, home: Path, scale: float, out: Any) -> None:
     mark.write_text(json.dumps(dict(key=made_of)))
 
 
-def forecast(full: Profile, small: Profile, run: dict[str, Any], size: Size, machine: Machine) -> list[str]:
+def forecast(full: tuple[Profile, Size], small: tuple[Profile, Size], run: dict[str, Any], machine: Machine) -> list[str]:
     """A line a step: measured seconds and peaks, and the full run's time; the last line sums up.
 
     What was measured is scaled by the ratio of what is expected of the full run and of the rehearsal.
     """
     lines, total = [], 0.0
-    wanted, tried = (
-        estimate.seconds(full, replace(size, text_tokens=MATH_TOKENS), machine),
-        estimate.seconds(small, size, machine),
-    )
+    wanted, tried = (estimate.seconds(profile, size, machine) for profile, size in (full, small))
     for step, seconds in run["seconds"].items():
         expected = seconds * wanted[step] / tried[step]
         total += expected
@@ -116,11 +112,13 @@ def forecast(full: Profile, small: Profile, run: dict[str, Any], size: Size, mac
 
 
 def _size(small: Profile) -> Size:
-    """The fabricated model's size, and the mean length of its texts."""
+    """The fabricated model's size, its SAEs' and the mean length of its texts."""
     folder = hub.snapshot(small.model.base, small.model.revision)
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     rows = texts.problems(small.data, "validation", 0)
     lengths = [len(tokenizer(prompt(row["problem"]) + target(row["solution"])).input_ids) for row in rows]
-    return replace(doctor.size(small), text_tokens=sum(lengths) / len(lengths))
+    size = doctor.size(small)
+    d_sae = saes.fetch(small.sae.release, small.sae.sae_id, 0, small.sae.revision).cfg.d_sae
+    return replace(size, d_sae=d_sae, text_tokens=sum(lengths) / len(lengths))

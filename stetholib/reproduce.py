@@ -23,6 +23,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from stetholib import doctor, profiles
+from stetholib.environment import LIBRARIES
 from stetholib.errors import UserError
 from stetholib.hub import DISK_FULL
 from stetholib.workspace import Workspace, atomic, code_text, digest_of, file_hash
@@ -202,7 +203,7 @@ def _peaks(device: str) -> Iterator[dict[str, float]]:
                 asked = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
                 with suppress(OSError, ValueError, subprocess.SubprocessError):
                     used = subprocess.run(asked, capture_output=True, text=True, timeout=5, check=True).stdout.split()
-                    found["gpu"] = max(found["gpu"], *(int(mib) / 1024 for mib in used))
+                    found["gpu"] = max([found["gpu"], *(int(mib) / 1024 for mib in used)])
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
@@ -259,7 +260,7 @@ def _code_key(profile: profiles.Profile, device: str) -> str:
     """Everything that a notebook's result depends on besides its own text."""
     package = Path(__file__).parent
     code = {str(p.relative_to(package)): code_text(p.read_text(encoding="utf-8")) for p in sorted(package.rglob("*.py"))}
-    libraries = [version(library) for library in ("torch", "transformers", "sae-lens", "lm-eval", "matplotlib")]
+    libraries = [version(library) for library in (*LIBRARIES, "matplotlib", "seaborn")]
     return digest_of(profile.digest, device, code, libraries, _local_files(profile))
 
 

@@ -10,6 +10,7 @@ Not covered: training or loading SAEs (`saes`), and scoring layers (`layer_selec
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import inf
 
 import pandas as pd
 import torch
@@ -22,6 +23,7 @@ CONTRASTS = ("corpus", "matched")
 GENERAL = "general"
 VARIANCE_FLOOR = 1e-6
 BINS = 48
+CELLS = 2**26
 CLEARLY = 0.8  # neighbouring blocks are alike; a shifted SAE explains its true one far better than this
 L0_RANGE = 3.0  # an SAE on its own site keeps its L0 within this factor on other text
 
@@ -51,6 +53,11 @@ class Dictionary:
         return self.W_dec.shape[0]
 
 
+def pieces(x: Float[Tensor, "token d_model"], d_sae: int) -> tuple[Float[Tensor, "token d_model"], ...]:
+    """Activations in parts whose feature activations take about a quarter of a gibibyte."""
+    return x.split(max(1, CELLS // d_sae))
+
+
 def random_dictionary(x: Float[Tensor, "token d_model"], d_sae: int, l0: float, seed: int) -> Dictionary:
     """A dictionary of random unit directions with the same shape and the same L0 on `x`: the instrument's zero.
 
@@ -59,32 +66,41 @@ def random_dictionary(x: Float[Tensor, "token d_model"], d_sae: int, l0: float, 
     """
     generator = torch.Generator().manual_seed(seed)
     directions = torch.nn.functional.normalize(torch.randn(d_sae, x.shape[1], generator=generator), dim=1).to(x.device)
-    mean = x.mean(0)
-    pre = (x - mean) @ directions.T
-    rank = max(1, min(pre.numel() - 1, round(l0 * x.shape[0])))
+    mean, some = x.mean(0), pieces(x, d_sae)[0]
+    pre = (some - mean) @ directions.T
+    rank = max(1, min(pre.numel() - 1, round(l0 * len(some))))
     cut = pre.flatten().topk(rank + 1).values[-1].clamp(min=0)
     draft = Dictionary(directions.T, -mean @ directions.T, directions, mean, cut.expand(d_sae).contiguous())
-    guess = draft.encode(x) @ directions
-    gain = (guess * (x - mean)).sum() / guess.square().sum().clamp(min=1e-12)
+    guesses = [(draft.encode(part) @ directions, part - mean) for part in pieces(x, d_sae)]
+    size = sum(guess.square().sum() for guess, _ in guesses)
+    gain = sum((guess * part).sum() for guess, part in guesses) / size.clamp(min=1e-12)
     return Dictionary(draft.W_enc, draft.b_enc, directions * gain, mean, draft.threshold)
 
 
 @dataclass(frozen=True)
 class SelfTest:
-    """What an SAE does on the model's own activations: fraction of variance unexplained, L0, share of features that fire."""
+    """What an SAE does on the model's own activations: fraction of variance unexplained, L0, share of features that fire,
+    and the largest feature activation."""
 
     fvu: float
     l0: float
     alive: float
+    largest: float
 
 
 def self_test(dictionary: Dictionary, x: Float[Tensor, "token d_model"]) -> SelfTest:
     """FVU is 0 for a perfect reconstruction and 1 for always answering the mean; L0 is active features a token."""
-    acts = dictionary.encode(x)
-    residual = (x - dictionary.decode(acts)).double().square().sum()
-    total = (x - x.mean(0)).double().square().sum()
-    fires = acts > 0
-    return SelfTest(float(residual / total), float(fires.double().sum(1).mean()), float(fires.any(0).double().mean()))
+    residual, active, largest = 0.0, 0, -inf
+    alive = torch.zeros(dictionary.d_sae, dtype=torch.bool, device=x.device)
+    for part in pieces(x, dictionary.d_sae):
+        acts = dictionary.encode(part)
+        residual += float((part - dictionary.decode(acts)).double().square().sum())
+        active += int((acts > 0).sum())
+        alive |= (acts > 0).any(0)
+        value = float(acts.max())
+        largest = max(largest, value) if value == value else value  # NaN is handed on
+    total = float((x - x.mean(0)).double().square().sum())
+    return SelfTest(residual / total, active / len(x), float(alive.double().mean()), largest)
 
 
 def check_width(layer: int, dictionary: Dictionary, x: Float[Tensor, "token d_model"]) -> None:
@@ -155,8 +171,7 @@ class DocumentSums:
     """Per-document sums of one block's features under one contrast's token weights.
 
     weight [doc], total / squares / fires [doc, d_sae]: sums over the document's content tokens of w, w*a, w*a^2 and
-    w*(a > 0). histogram [corpus, bin, d_sae]: weighted counts of activations in fixed bins, for AUROC. tokens [doc]:
-    unweighted.
+    w*(a > 0). histogram [corpus, bin, d_sae]: weighted counts of activations in fixed bins, for AUROC.
     """
 
     weight: Float[Tensor, " doc"]

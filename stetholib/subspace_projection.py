@@ -84,6 +84,13 @@ def second_moment(vector: TaskVector, layer: int, side: str) -> Float[Tensor, "d
     return torch.stack(parts).sum(0).cpu()
 
 
+def singular_energies(delta: Float[Tensor, "d_out d_in"]) -> Float[Tensor, " rank"]:
+    """Squared singular values, largest first, from the smaller Gram matrix: a decomposition of the whole takes hours."""
+    wide = delta.double()
+    gram = wide @ wide.T if wide.shape[0] <= wide.shape[1] else wide.T @ wide
+    return torch.linalg.eigvalsh(gram).flip(0).clamp(min=0).cpu()
+
+
 def own_svd(vector: TaskVector, layer: int) -> dict[str, Basis]:
     """The best single subspace for a block's readers, and for its writers: the ceiling, by side."""
     return {side: principal(second_moment(vector, layer, side)) for side in ("reader", "writer")}
@@ -133,9 +140,7 @@ def measure(
             cell = dict(layer=where, matrix=matrix, side=side)
             kept = {name: energy_by_rank(delta, basis, side) for name, basis in sites[layer].by_name.items()}
             kept["own_svd"] = energy_by_rank(delta, best[side], side)
-            kept["own_svd_matrix"] = (
-                torch.linalg.svdvals(delta.double()).square().cumsum(0).cpu() / delta.double().square().sum().cpu()
-            )
+            kept["own_svd_matrix"] = singular_energies(delta).cumsum(0) / delta.double().square().sum().cpu()
             draws = torch.stack(
                 [energy_by_rank(delta, random_basis(width, max(ranks.grid), generator), side) for _ in range(random_draws)]
             )

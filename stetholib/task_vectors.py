@@ -17,7 +17,7 @@ from torch import Tensor
 
 from stetholib.models import MATRICES, SIDE, Checkpoint, Key, ModelError, weight_names
 
-TIED = {"lm_head.weight"}  # a copy of the embeddings, which some checkpoints hold and some do not
+TIED = {"lm_head.weight"}  # where it is a copy of the embeddings, some checkpoints hold it and some do not
 Weights = Mapping[Key, Float[Tensor, "d_out d_in"]]
 
 
@@ -60,10 +60,11 @@ class TaskVector:
     deltas: Weights
 
     @classmethod
-    def between(cls, base: Mapping[str, Tensor], finetuned: Mapping[str, Tensor]) -> "TaskVector":
+    def between(cls, base: Mapping[str, Tensor], finetuned: Mapping[str, Tensor], same_dtype: bool = True) -> "TaskVector":
         """theta_1 - theta_0 of two checkpoints or state dicts, read one matrix at a time.
 
-        Raises ModelError where names, shapes or dtypes differ: a vector between unlike models means nothing.
+        Raises ModelError where names, shapes or dtypes differ: a vector between unlike models means nothing, and one
+        between unlike precisions holds the rounding of one of them.
         """
         names, others = weight_names(base), weight_names(finetuned)
         if set(names) != set(others):
@@ -71,7 +72,7 @@ class TaskVector:
             raise ModelError(f"task vector: {odd[1]} of layer {odd[0]} is in only one of the two checkpoints")
         for where, name in names.items():
             before, after = _described(base, name), _described(finetuned, others[where])
-            if before != after:
+            if before != after and (same_dtype or before.rsplit(" ", 1)[0] != after.rsplit(" ", 1)[0]):
                 raise ModelError(
                     f"task vector: {name} is {before} in the base and {after} in the fine-tune; both must be of one model and precision"
                 )
@@ -246,11 +247,18 @@ def energy_elsewhere(base: Mapping[str, Tensor], finetuned: Mapping[str, Tensor]
     """
     check_same_tensors(base, finetuned)
     edited, energies = set(weight_names(base).values()), {"embeddings": 0.0, "norms": 0.0, "other": 0.0}
-    for name in sorted((set(base) & set(finetuned)) - edited - TIED):
-        kind = "embeddings" if "embed" in name else "norms" if "norm" in name else "other"
+    for name in sorted((set(base) & set(finetuned)) - edited - _copies(base)):
+        kind = "embeddings" if "embed" in name or name in TIED else "norms" if "norm" in name else "other"
         for before, after in zip(_pieces(base[name]), _pieces(finetuned[name]), strict=True):
             energies[kind] += float((after.double() - before.double()).square().sum())
     return energies
+
+
+def _copies(checkpoint: Mapping[str, Tensor]) -> set[str]:
+    """Heads that are the embeddings again."""
+    embeddings = [name for name in checkpoint if name.endswith("embed_tokens.weight")]
+    heads = [name for name in TIED & set(checkpoint) if embeddings]
+    return {name for name in heads if torch.equal(checkpoint[name], checkpoint[embeddings[0]])}
 
 
 def _pieces(tensor: Tensor) -> Iterator[Tensor]:

@@ -141,7 +141,8 @@ class Workspace:
             if (found := self._read(place, key)) is not None:
                 return found
             draft = self.store / f".{stage}-{key}.{os.getpid()}"
-            shutil.rmtree(draft, ignore_errors=True)
+            for left in self.store.glob(f".{stage}-{key}.*"):  # by a process that was killed
+                shutil.rmtree(left, ignore_errors=True)
             draft.mkdir()
             try:
                 started = time.monotonic()

@@ -8,7 +8,7 @@ from stetholib import estimate, profiles, rehearse
 from stetholib.estimate import Machine, Size
 
 SIZE = Size(parameters=10**9, bytes_each=2, layers=10, width=1000, d_sae=16_000)
-MACHINE = Machine(flops=1e13, bandwidth=1e11)
+MACHINE = Machine(flops=1e13, bandwidth=1e11, cpu_flops=1e11)
 PAPER = profiles.load("paper")
 
 
@@ -42,7 +42,7 @@ def test_more_work_takes_longer_and_a_given_fine_tune_takes_no_training():
 def test_a_forecast_scales_what_was_measured_and_sums_it_up():
     run = dict(seconds={"01_task_vectors": 20.0, "06_significance": 12.0}, peak_gib={"01_task_vectors": 3.2})
     size = replace(SIZE, text_tokens=90.0)
-    lines = rehearse.forecast(PAPER, PAPER, run, size, MACHINE)
+    lines = rehearse.forecast((PAPER, SIZE), (PAPER, size), run, MACHINE)
     assert lines[0].startswith("01_task_vectors: 20 s, peak 3.2 GiB; the full run about") and len(lines) == 3
     longer = estimate.seconds(PAPER, SIZE, MACHINE)["01_task_vectors"] / estimate.seconds(PAPER, size, MACHINE)["01_task_vectors"]
     hours = float(lines[0].split("about ")[1].split()[0])

@@ -83,9 +83,11 @@ def test_a_killed_fine_tune_goes_on_and_ends_with_the_same_bytes_and_losses(toke
     last = finetuning.last_whole(tmp_path / "killed")
     assert last.endswith("checkpoint-8")
     assert run("killed") == whole
-    kept = Path(finetuning.last_whole(tmp_path / "killed"))
-    (kept / "trainer_state.json").write_text("{}")
-    assert finetuning.last_whole(tmp_path / "killed") is None  # a damaged checkpoint is not gone on from
+    kept = [Path(finetuning.last_whole(tmp_path / "killed"))]
+    (kept[0] / "trainer_state.json").write_text("{}")  # a damaged checkpoint is not gone on from
+    kept.append(Path(finetuning.last_whole(tmp_path / "killed")))
+    (kept[1] / "trainer_state.json").unlink()
+    assert kept[0] != kept[1] and finetuning.last_whole(tmp_path / "killed") is None
 
 
 def test_the_same_seed_gives_the_same_bytes(tokens, tmp_path):

@@ -79,7 +79,7 @@ FETCH_TABLE = """
 import sys
 from dataclasses import replace
 from stetholib import profiles, texts
-data = replace(profiles.load("gemma-3-270m").data, maths=sys.argv[1], maths_revision=None, test_problems={"algebra": 10**6})
+data = replace(profiles.load("gemma-3-270m").data, maths=sys.argv[1], maths_revision=None, test_problems={"algebra": 20_000})
 print(len(texts.problems(data, "test", 0)))
 """
 
@@ -191,12 +191,17 @@ def test_the_doctor_says_what_is_cached_what_is_to_be_fetched_and_what_is_lackin
         assert all(line.startswith("ok") for line in cold.values()), cold
         assert all("are to be fetched" in cold[name] for name in ("model", "SAEs", "maths", "general"))
         assert not [file for _, file, _ in hub.served if file.endswith((".safetensors", ".parquet"))]
+        assert "token is set" in cold["token"] and hub.url in cold["network"]
         without = doctor(profile, hub.url, tmp_path / "other", token=None)
-        assert "accept its licence at" in without["model"] and "cannot be told" in without["needs"]
+        assert (
+            "no Hugging Face token" in without["token"]
+            and "accept its licence at" in without["model"]
+            and "cannot be told" in without["needs"]
+        )
         fetch(tmp_path / "cache", hub.url, "google/gemma-3-270m-it", served["google/gemma-3-270m-it"].revision, script=FETCH_ONLY)
         assert "in the cache" in doctor(profile, hub.url, tmp_path / "cache")["model"]
     gone = doctor(profile, "http://127.0.0.1:9", tmp_path / "other")
-    assert all("the Hub cannot be reached" in gone[name] for name in ("model", "SAEs", "maths", "general"))
+    assert all("the Hub cannot be reached" in gone[name] for name in ("model", "SAEs", "maths", "general", "network"))
 
 
 def test_the_doctor_finds_nothing_lacking_for_the_miniature(tmp_path):

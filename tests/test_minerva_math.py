@@ -180,6 +180,7 @@ def test_a_task_of_ones_own_is_asked_and_scored_by_the_harness(tmp_path):
         ("generate_until", "loglikelihood", "generate_until"),
         ("metric: exact_match", "metric: acc", "exact_match"),
         ("do_sample: false", "do_sample: true", "no sampling"),
+        ('["\\n", "Q:"]', '"Q:"', "a list of strings"),
     ],
 )
 def test_a_task_that_cannot_be_used_here_is_refused_in_one_line(tmp_path, old, new, said):

@@ -91,3 +91,11 @@ def test_no_code_asks_which_profile_it_serves():
     for path in profiles.FOLDER.parent.rglob("*.py"):
         text = path.read_text()
         assert "profile.name ==" not in text and 'name == "paper"' not in text
+
+
+def test_a_profile_that_extends_another_says_only_what_differs_and_claims_nothing_for_it(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("extends: paper\nname: mine\ntitle: mine\nselection: {greedy: false}\ndata: {test_problems: {algebra: 3}}\n")
+    mine, paper = profiles.load(str(path)), profiles.load("paper")
+    assert not mine.published_rung and mine.data.test_problems == {"algebra": 3} and mine.selection.greedy is False
+    assert mine.selection.random_sets == paper.selection.random_sets and mine.model == paper.model

@@ -9,9 +9,10 @@ import sys
 import pandas as pd
 import pytest
 from hub import Hub
-from rungs import environment, repositories, reproduce, small_profile
+from rungs import SCALE, SMALL, environment, repositories, reproduce, small_profile
 from safetensors.torch import load_file, save_file
 
+from stetholib import fabricate, profiles
 from stetholib.reproduce import STEPS
 from stetholib.workspace import CONTRACTS
 
@@ -38,6 +39,20 @@ def test_a_rung_runs_from_a_cold_cache_and_again_with_the_hub_gone(name, tmp_pat
     assert ("reproduced" in set(claims["verdict"])) == (name == "paper")
     said = json.loads((tmp_path / "cold" / "figures" / name / "manifest.json").read_text())
     assert said["model"]["revision"] and said["data"]["maths_revision"]
+
+
+def test_a_rung_with_its_chat_template_answers_and_scores(tmp_path):
+    from stetholib.study import Study, Variant
+
+    profile = small_profile(
+        "gemma-3-270m", tmp_path, evaluation=SMALL["evaluation"] | dict(chat_template=True, variants=["base"])
+    )
+    for name, place in fabricate.everything(profiles.load(str(profile)), tmp_path / "made", SCALE).items():
+        profile.write_text(profile.read_text().replace(f" {name}\n", f" {place}\n"))
+    study = Study.open(str(profile), root=tmp_path)
+    assert all(text.startswith("<start_of_turn>user\nProblem:") for text in study._prompts.values())
+    records = study.records(Variant("base")).tables["records"]
+    assert len(records) == 14 and records["prompt_tokens"].min() > 100 and set(records["stopped_by"]) <= {"length", "eos", "stop"}
 
 
 def test_a_wrong_sae_set_is_refused_before_any_result(tmp_path):

@@ -2,7 +2,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from stetholib import fabricate, models, task_vectors
+from stetholib import fabricate, models, subspace_projection, task_vectors
 from stetholib.editing import Edit, edited, matched_scales
 from stetholib.models import Checkpoint, ModelError
 from stetholib.task_vectors import TaskVector, energy_elsewhere, measure, stable_rank
@@ -72,6 +72,8 @@ def test_unlike_checkpoints_are_refused_with_what_differs():
     other["model.layers.0.self_attn.q_proj.weight"] = torch.zeros(3, 3)
     with pytest.raises(ModelError, match="and .3, 3. float32 in the fine-tune"):
         TaskVector.between(state(), other).energy()
+    halves = {name: tensor.bfloat16() for name, tensor in state(seed=1).items()}
+    assert TaskVector.between(state(), halves, same_dtype=False).energy() > 0
     with pytest.raises(ModelError, match="extra.weight is in only one"):
         task_vectors.check_same_tensors(state(), state() | {"extra.weight": torch.zeros(2)})
     with pytest.raises(ModelError, match="layer 2 is in only one"):
@@ -247,3 +249,19 @@ def test_a_vector_between_two_bfloat16_checkpoints_survives_bfloat16_whole():
     shares = task_vectors.survival_shares(task_vectors.survival(vector, task_vectors.rounded(base, vector, torch.bfloat16)))
     assert shares["energy_kept"] == 1 and shares["cosine"] == pytest.approx(1)
     assert shares["unmoved"] == float((tuned == base[0, "q"]).double().mean()) > 0.1
+
+
+def test_a_head_counts_as_embeddings_unless_it_is_a_copy_of_them():
+    base, tuned = state(seed=0), state(seed=1)
+    once = energy_elsewhere(base, tuned)["embeddings"]
+    tied = [{**s, "lm_head.weight": s["model.embed_tokens.weight"]} for s in (base, tuned)]
+    assert energy_elsewhere(*tied)["embeddings"] == once
+    own = [{**s, "lm_head.weight": s["model.embed_tokens.weight"] * 3} for s in (base, tuned)]
+    assert energy_elsewhere(*own)["embeddings"] == pytest.approx(10 * once)
+
+
+def test_squared_singular_values_are_those_of_the_whole_decomposition():
+    for shape in ((30, 12), (12, 30)):
+        delta = torch.randn(*shape, generator=torch.Generator().manual_seed(1))
+        whole = torch.linalg.svdvals(delta.double()).square()
+        assert torch.allclose(subspace_projection.singular_energies(delta), whole, rtol=1e-9)

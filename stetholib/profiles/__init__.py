@@ -146,7 +146,7 @@ class Evaluation:
     chat_template: bool = key()
     variants: tuple[str, ...] = key()
     general_documents: int = key(1)
-    noise_problems: int = key(0)
+    noise_problems: int = key(1)
 
 
 @dataclass(frozen=True)
@@ -219,7 +219,11 @@ def read(name: str) -> dict[str, Any]:
         raise ProfileError(
             f"{path.name}: extends {values['extends']!r}, which does not ship with the package; there are: {known}"
         )
-    whole = read(values.pop("extends"))
+    if missing := [name for name in ("name", "title") if name not in values]:
+        raise ProfileError(
+            f"{path.name}: missing key {missing[0]!r}; a profile that extends another has a name and title of its own"
+        )
+    whole = read(values.pop("extends")) | {"published_rung": False}
     for section, given in values.items():
         inner = isinstance(given, dict) and isinstance(whole.get(section), dict)
         whole[section] = whole[section] | given if inner else given

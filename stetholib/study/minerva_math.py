@@ -1,6 +1,6 @@
 """Wiring of step 05: variants, their answers and records. The test split is first read here."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
@@ -10,6 +10,7 @@ from typing import Any
 
 import pandas as pd
 import torch
+from filelock import FileLock, Timeout
 
 from stetholib import (
     editing,
@@ -22,9 +23,10 @@ from stetholib import (
     texts,
 )
 from stetholib.editing import Edit, edited
+from stetholib.errors import UserError
 from stetholib.models import LanguageModel
 from stetholib.study.layer_selection import SelectionSteps
-from stetholib.study.stages import wiring
+from stetholib.study.stages import library_versions, wiring
 from stetholib.study.subspace_projection import ProjectionSteps
 from stetholib.workspace import Artefact, append_json, atomic, digest_of, json_lines, progress, read_json_lines, source_hash
 
@@ -100,18 +102,20 @@ class AnswerSteps(SelectionSteps):
         return self.problems("test")
 
     @cached_property
+    def _asked_key(self) -> str:
+        """Identity of the test: every row of every problem, and the task that asks and scores it."""
+        return digest_of([dict(row) for row in self.test_problems], _content(self.profile.evaluation.task))
+
+    @cached_property
     def _tasks(self) -> Any:
         """The harness's tasks on the local test problems."""
         p = self.profile.evaluation
-        key = digest_of(
-            [row["problem"] + row["solution"] for row in self.test_problems],
-            p.num_fewshot,
-            _content(p.task),
-            version("lm-eval"),
-        )
+        key = digest_of(self._asked_key, p.num_fewshot, version("lm-eval"))
         folder = self.workspace.runs / "tasks" / key
-        names = minerva_math.write_tasks(folder, self.test_problems, p.num_fewshot, p.task)
-        return minerva_math.load_tasks(folder, names, p.task)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.with_suffix(".lock")):
+            names = minerva_math.write_tasks(folder, self.test_problems, p.num_fewshot, p.task)
+            return minerva_math.load_tasks(folder, names, p.task)
 
     @cached_property
     def _prompts(self) -> dict[str, str]:
@@ -133,8 +137,9 @@ class AnswerSteps(SelectionSteps):
         asked = {
             name: value for name, value in asdict(p).items() if name not in ("variants", "general_documents", "noise_problems")
         }
-        params = [asked, _content(p.task), self.device, self.profile.threads]
-        key = digest_of(self._variant_key(variant), params, source_hash([minerva_math, models]))
+        params = [asked, self.device, self.profile.threads]
+        prompts = [[(name, self._prompts[name]) for name in batch] for batch in self._batches]
+        key = digest_of(self._variant_key(variant), params, prompts, library_versions(), source_hash([minerva_math, models]))
         files = sorted(self.workspace.store.glob(f"answers-{key}*.jsonl"))
         known = {row["problem_id"]: minerva_math.Answer(**row) for path in files for row in read_json_lines(path)}
         missing = [batch for batch in self._batches[rank::world] if not known.keys() >= set(batch)]
@@ -146,10 +151,23 @@ class AnswerSteps(SelectionSteps):
                 append_json(path, [asdict(answer) for answer in new])
                 known.update({answer.problem_id: answer for answer in new})
 
-            with self.edited_model(variant) as model:
+            with self._only_writer(path), self.edited_model(variant) as model:
                 watched = progress(missing, f"05 {variant.name}")
                 minerva_math.answer_all(model, self._prompts, watched, p.max_new_tokens, keep, self._stops)
         return known
+
+    @contextmanager
+    def _only_writer(self, path: Path) -> Iterator[None]:
+        """Hold a ledger for this process; raises UserError where one that was left behind still writes it."""
+        lock = FileLock(path.with_suffix(".lock"), timeout=0)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise UserError(f"{path.name} is being written by another process; end it, or wait for it") from None
+        try:
+            yield
+        finally:
+            lock.release()
 
     @property
     def _stops(self) -> tuple[str, ...]:
@@ -165,7 +183,7 @@ class AnswerSteps(SelectionSteps):
 
     def records(self, variant: Variant) -> Artefact:
         """Scored records of one variant; also written as the contract's JSON lines."""
-        upstream = [self._variant_key(variant), digest_of([row["problem"] for row in self.test_problems])]
+        upstream = [self._variant_key(variant), self._asked_key]
         make = partial(self._make_records, variant)
         found = self._stage("records", [variant.name, asdict(self.profile.evaluation)], upstream, [minerva_math, models], make)
         path = self.workspace.records / f"{variant.name}.jsonl"
@@ -224,7 +242,8 @@ class AnswerSteps(SelectionSteps):
         stethoscope = self.variants()["stethoscope"]
         params = [self.profile.evaluation.noise_problems, asdict(self.profile.evaluation), self.profile.seed]
         modules = [minerva_math, models, editing]
-        return self._stage("checks", params, [self._variant_key(stethoscope), *self._feature_keys], modules).values
+        upstream = [self._variant_key(stethoscope), self._asked_key, *self._feature_keys]
+        return self._stage("checks", params, upstream, modules).values
 
     def _make_checks(self, folder: Path) -> Artefact:
         """Answers twice, scores twice, weights before and after; parameters and FLOPs of base and edited model."""
@@ -247,20 +266,19 @@ class AnswerSteps(SelectionSteps):
         )
 
     def noise(self) -> pd.DataFrame:
-        """The noise floor: how many of the base model's verdicts flip with another batch size or precision."""
+        """The noise floor: how many of the base model's verdicts flip with another batch size, and in bfloat16.
+
+        The latter only where the profile computes in float32.
+        """
         p = self.profile.evaluation
-        return self._stage("noise", asdict(p), [self.base_key, digest_of(sorted(self._prompts))], [minerva_math, models]).tables[
-            "noise"
-        ]
+        return self._stage("noise", asdict(p), [self.base_key, self._asked_key], [minerva_math, models]).tables["noise"]
 
     def _make_noise(self, folder: Path) -> Artefact:
         p = self.profile.evaluation
         kept = self.records(self.variants()["base"]).tables["records"].set_index("problem_id")["exact_match"]
-        rows = []
-        for what, dtype, batch_size in (
-            ("batch size", self.profile.model.dtype, max(1, p.batch_size // 8)),
-            ("bfloat16", "bfloat16", p.batch_size),
-        ):
+        rows, ours = [], self.profile.model.dtype
+        changes = [("batch size", ours, max(1, p.batch_size // 8)), ("bfloat16", "bfloat16", p.batch_size)]
+        for what, dtype, batch_size in changes if ours != "bfloat16" else changes[:1]:
             with self.instead_of_base(self.base_folder, dtype) as model:
                 found = {answer.problem_id: answer for answer in self._answered(model, batch_size)}
             verdicts, _ = minerva_math.score(self._tasks, found, some=True, task=p.task)

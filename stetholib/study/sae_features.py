@@ -24,6 +24,7 @@ from stetholib.study.task_vectors import TaskVectorSteps
 from stetholib.workspace import Artefact, progress
 
 SELF_TEST_TOKENS = 20_000
+NEIGHBOUR_TOKENS = 2_000
 
 
 class FeatureSteps(TaskVectorSteps):
@@ -86,10 +87,16 @@ class FeatureSteps(TaskVectorSteps):
         from stetholib import saes
 
         p = self.profile
-        params = [asdict(p.sae), self.data_key, p.seed, layer]
-        own = Path(p.sae.release) / (p.sae.sae_id or "").format(layer=layer)
-        upstream = [self.base_key, *files_key(own, "*.safetensors")]
-        return self._stage("sae", params, upstream, [saes, models, *self._text_code], partial(self._make_sae, layer))
+        params = [asdict(p.sae), self.data_key, p.selection.batch_tokens, p.seed, layer]
+        modules = [saes, models, minerva_math, *self._text_code]
+        return self._stage("sae", params, [self.base_key, *self._own_saes[layer]], modules, partial(self._make_sae, layer))
+
+    @cached_property
+    def _own_saes(self) -> list[list[str]]:
+        """Hashes of the files of each block's SAE, where they are in a folder of one's own."""
+        spec = self.profile.sae
+        places = [Path(spec.release) / (spec.sae_id or "").format(layer=layer) for layer in range(self.layers)]
+        return [files_key(place, "*") for place in places]
 
     def _make_sae(self, layer: int, folder: Path) -> Artefact:
         from stetholib import saes
@@ -193,18 +200,19 @@ class FeatureSteps(TaskVectorSteps):
             one, x = self.dictionary(layer), sample[layer]
             sae_features.check_width(layer, one, x)
             found = sae_features.self_test(one, x)
-            near = {at: sae_features.self_test(one, sample[at]).fvu for at in (layer - 1, layer + 1) if at in sample}
+            some = {at: sample[at][:NEIGHBOUR_TOKENS] for at in (layer - 1, layer + 1) if at in sample}
+            near = {at: sae_features.self_test(one, there).fvu for at, there in some.items()}
             if spec.release != "train":
                 sae_features.check_site(layer, found, near, saes.expected_l0(spec.release, spec.sae_id, layer))
             double = sae_features.random_dictionary(x, one.d_sae, found.l0, self._seed(f"random dictionary {layer}"))
             tests[layer] = dict(layer=layer, d_sae=one.d_sae) | asdict(found)
-            tests[layer] |= {f"{name}_random": value for name, value in asdict(sae_features.self_test(double, x)).items()}
+            chance = sae_features.self_test(double, x)
+            tests[layer] |= {f"{name}_random": value for name, value in asdict(chance).items()}
             tests[layer]["fvu_neighbour"] = min(near.values(), default=float("nan"))
-            for name, instrument in (("sae", one), ("random", double)):
+            for name, instrument, said in (("sae", one, found), ("random", double, chance)):
+                models.check_finite({f"what the {name} dictionary of layer {layer} hears": torch.tensor(said.largest)})
                 instruments[name, layer] = instrument
-                acts = instrument.encode(x)
-                models.check_finite({f"what the {name} dictionary of layer {layer} hears": acts})
-                sums[name, layer] = FeatureSums(one.d_sae, self.corpus_of, float(acts.max()))
+                sums[name, layer] = FeatureSums(one.d_sae, self.corpus_of, said.largest)
         return tests, instruments, sums
 
     def _token_weights(self, batch: models.Batch, matched: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:

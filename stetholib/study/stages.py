@@ -22,16 +22,17 @@ import torch
 from stetholib import (
     figures,
     hub,
+    minerva_math,
     models,
     profiles,
     texts,
 )
+from stetholib.environment import LIBRARIES
 from stetholib.models import Checkpoint, LanguageModel
 from stetholib.workspace import Artefact, Workspace, digest_of, file_hash, source_hash
 
 HASH = re.compile("[0-9a-f]{64}")
 PARAMETERS = ("profile", "device", "overrides")
-LIBRARIES = ("torch", "transformers", "sae-lens", "lm-eval", "datasets", "peft", "scipy", "numpy")
 
 
 @cache
@@ -62,6 +63,7 @@ class Stages:
             raise profiles.ProfileError("device cuda: PyTorch sees no CUDA GPU on this machine; use DEVICE=cpu")
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         profile = profiles.load(name, overrides)
+        minerva_math.check_subjects(profile.data.subjects, profile.evaluation.task)
         study = cls(profile, device, root)
         if overrides:
             study.workspace = Workspace(f"{profile.name}-{profile.digest}", root)
@@ -141,14 +143,14 @@ class Stages:
 
     @cached_property
     def base_key(self) -> str:
-        """Identity of the base model: its name and revision, and the bytes of its weights."""
-        return digest_of(asdict(self.profile.model), files_key(self.base_folder, "*.safetensors"))
+        """Identity of the base model: its name and revision, and the bytes of its files."""
+        return digest_of(asdict(self.profile.model), files_key(self.base_folder, *hub.MODEL_FILES))
 
     @cached_property
     def data_key(self) -> str:
-        """Identity of the texts: what the profile says of them, and the bytes of local ones."""
-        data = self.profile.data
-        return digest_of(asdict(data), [files_key(Path(place), "**/*.parquet") for place in (data.maths, data.general)])
+        """Identity of the texts: what the profile says of them and of targets, and the bytes of local ones."""
+        data, target = self.profile.data, self.profile.finetune.target
+        return digest_of(asdict(data), target, [files_key(Path(place), "**/*.parquet") for place in (data.maths, data.general)])
 
     @cached_property
     def base(self) -> LanguageModel:
@@ -172,9 +174,11 @@ class Stages:
         base: LanguageModel | None = vars(self).get("base")
         if base:
             base.model.to("cpu")
+        other = self._load(folder, dtype)
         try:
-            yield self._load(folder, dtype)
+            yield other
         finally:
+            other.model.to("meta")  # whoever still holds it, its memory is free
             if base:
                 base.model.to(self.device)
 
@@ -198,7 +202,8 @@ def wiring(kind: type) -> list[ModuleType]:
     return [sys.modules[base.__module__] for base in kind.__mro__ if base is not object]
 
 
-def files_key(folder: Path, pattern: str) -> list[str]:
+def files_key(folder: Path, *patterns: str) -> list[str]:
     """Hashes of a folder's files; those of the Hub's cache are named by theirs, so they need not be read."""
-    found = [(path.name, path.resolve()) for path in sorted(folder.glob(pattern))]
+    paths = {path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
+    found = [(path.name, path.resolve()) for path in sorted(paths)]
     return [f"{name} {real.name if HASH.fullmatch(real.name) else file_hash(real)}" for name, real in found]

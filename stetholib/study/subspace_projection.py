@@ -77,8 +77,8 @@ class ProjectionSteps(FeatureSteps):
             dictionary, covariance = self.dictionary(layer), self.features(layer).tensors
             found[layer] = Directions(
                 {
-                    "sae_decoder": subspace_projection.orthonormal(dictionary.W_dec[top]),
-                    "sae_encoder": subspace_projection.orthonormal(dictionary.W_enc[:, top].T),
+                    "sae_decoder": subspace_projection.orthonormal(dictionary.W_dec[top].cpu()),
+                    "sae_encoder": subspace_projection.orthonormal(dictionary.W_enc[:, top].T.cpu()),
                     "activation_pca": subspace_projection.principal(covariance[f"activation_covariance.{layer}"])[:, :count],
                     "gradient_pca": subspace_projection.principal(gradient[f"gradient_moment.{layer}"])[:, :count],
                 }

@@ -1,6 +1,5 @@
 """Wiring of step 01: the fine-tune and its task vector."""
 
-from contextlib import contextmanager
 from dataclasses import asdict
 from functools import cached_property
 from math import prod
@@ -11,6 +10,7 @@ import pandas as pd
 import torch
 
 from stetholib import (
+    hub,
     minerva_math,
     models,
     task_vectors,
@@ -40,17 +40,14 @@ class TaskVectorSteps(Stages):
     @cached_property
     def _finetuned_files(self) -> list[str]:
         p = self.profile.finetune
-        return files_key(self._folder(str(p.finetuned), p.finetuned_revision), "*.safetensors")
+        return files_key(self._folder(str(p.finetuned), p.finetuned_revision), *hub.MODEL_FILES)
 
     def _make_finetuned(self, folder: Path) -> Artefact:
         """theta_1, and how much of the exact change is left once it is stored in the model's dtype."""
         from stetholib.finetuning import finetune
 
         p, full = self.profile, self.profile.finetune.method == "full"  # full updates would be lost in bfloat16
-        with (
-            self.instead_of_base(self.base_folder, "float32" if full else None) as base,
-            trainer_progress("01 fine-tune") as callbacks,
-        ):
+        with self.instead_of_base(self.base_folder, "float32" if full else None) as base:
             tuned = finetune(
                 base,
                 self.problems("train"),
@@ -58,7 +55,7 @@ class TaskVectorSteps(Stages):
                 self.workspace.unfinished(folder),
                 self._seed("finetune"),
                 p.data.max_tokens,
-                callbacks,
+                [trainer_progress("01 fine-tune")],
             )
             stored = self._survival(tuned.exact, p.model.dtype)
             base.model.to(getattr(torch, p.model.dtype)).save_pretrained(folder)
@@ -99,7 +96,8 @@ class TaskVectorSteps(Stages):
         base, tuned = Checkpoint(self.base_folder), Checkpoint(self.finetuned().folder)
         models.check_stored(base), models.check_stored(tuned)
         task_vectors.check_same_tensors(base, tuned)
-        vector = TaskVector.between(base, tuned)
+        # one made here is stored in the model's dtype, whatever dtype the base was released in
+        vector = TaskVector.between(base, tuned, same_dtype=self.profile.finetune.finetuned is not None)
         if not any(delta.any() for delta in vector.deltas.values()):
             raise models.ModelError("task vector: the two models are the same; mend finetune.finetuned, or train for longer")
         size = 4 * sum(prod(base.shape(name)) for name in models.weight_names(base).values())
@@ -121,7 +119,6 @@ class TaskVectorSteps(Stages):
         return task_vectors.energy_elsewhere(Checkpoint(self.base_folder), Checkpoint(self.finetuned().folder))
 
 
-@contextmanager
 def trainer_progress(label: str) -> Any:
     """A transformers callback that reports steps through `progress`."""
     from transformers import TrainerCallback
@@ -133,4 +130,4 @@ def trainer_progress(label: str) -> Any:
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             next(self.steps, None)
 
-    yield [Report()]
+    return Report()

@@ -154,6 +154,7 @@ CASES = {
     "solutions without a boxed answer": (key("finetune.target", "minerva"), "02", "are wanted; lower data|no .boxed answer"),
     "texts longer than the context": (key("data.max_tokens", 10**6), "02", "context is 2048; lower data.max_tokens"),
     "answers longer than the context": (key("evaluation.max_new_tokens", 5000), "05", "exceed the model's context"),
+    "subjects that Minerva Math does not have": (key("evaluation.task", "minerva_math"), "01", "has no subject 'products'"),
     "a variant that does not exist": (key("evaluation.variants", ["base", "ful"]), "05", "unknown variant 'ful'"),
     "a task file that is not there": (key("evaluation.task", "mine/tusk.yaml"), "05", "there is no file"),
     "a task without exact_match": (files(lambda m: (m / "task.yaml").write_text(toys.TASK.replace("metric: exact_match", "metric: acc"))), "05", "the metric exact_match"),
@@ -230,7 +231,8 @@ COMMANDS = {
     "a profile that is no YAML": (MINE, profile_text("a: [1, 2"), "not a readable YAML"),
     "a profile in another encoding": (MINE, profile_text("name: é".encode("latin-1")), "not a readable YAML"),
     "a profile that extends nothing": (MINE, profile_text("extends: minni\n"), "does not ship with the package"),
-    "a subject that is not generated": (MINE, profile_text(values_of(data__test_problems={"alchemy": 3})), "no generated problems of 'alchemy'"),
+    "a profile without a name of its own": (MINE, profile_text("extends: mini\ntitle: t\n"), "missing key 'name'"),
+    "a subject that is not generated": (MINE, profile_text(values_of(data__test_problems={"alchemy": 3})), "has no subject 'alchemy'"),
     "a GPU that is not there": ([*SMOKE, "--device", "cuda"], None, "no CUDA GPU"),
     "an unknown device": ([*SMOKE, "--device", "tpu"], None, "invalid choice: 'tpu'"),
     "no processes": ([*SMOKE, "--processes", "0"], None, "1 or more"),
@@ -242,7 +244,7 @@ COMMANDS = {
     "a notebook without parameters": (SMOKE, notebook(lambda cells: parameters(cells)["metadata"].clear()), "no cell tagged `parameters`"),
     "a notebook with an unknown parameter": (SMOKE, notebook(lambda cells: parameters(cells)["source"].append("\nprofil = 1")), "mend 'profil'"),
     "a notebook out of order": (SMOKE, notebook(swap), "out of order"),
-    "too little memory": (MINE, profile_text(values_of(features__memory_gib=10.0**6)), "take a larger machine"),
+    "too little memory": (MINE, profile_text(values_of(features__memory_gib=10.0**6, sae__d_sae=10**9)), "take a larger machine"),
     "a place that cannot be written": (SMOKE, lambda f: (f / "runs").write_text("a file"), "runs"),
 }  # fmt: skip
 
