@@ -31,6 +31,16 @@ def pytest_terminal_summary(terminalreporter):
         terminalreporter.write_line(f"covered: {line}")
 
 
+@pytest.fixture(scope="session")
+def undisturbed(tmp_path_factory):
+    """A clone in which the smoke profile ran to its end; to be read and copied only."""
+    import runs
+
+    folder = runs.clone(tmp_path_factory.mktemp("undisturbed"))
+    runs.run(folder)
+    return folder
+
+
 @pytest.fixture(autouse=True)
 def offline(monkeypatch):
     connect = socket.socket.connect

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,10 +21,8 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def first(tmp_path_factory):
-    folder = clone(tmp_path_factory.mktemp("first"))
-    run(folder)
-    return folder
+def first(undisturbed, tmp_path_factory):
+    return shutil.copytree(undisturbed, tmp_path_factory.mktemp("first") / "clone")
 
 
 def test_a_run_leaves_every_contract_file_and_a_picture_for_each_step(first):

@@ -14,6 +14,7 @@ from itertools import pairwise
 
 import pandas as pd
 import pytest
+import runs
 import torch
 import toys
 import yaml
@@ -278,18 +279,10 @@ def test_an_error_within_a_notebook_reaches_the_command_line_as_one_line(sound, 
     assert (tmp_path / "figures" / "mine" / "01_task_vectors.csv").is_file()  # what was finished is kept
 
 
-def test_a_foreign_locale_an_odd_path_and_a_home_that_cannot_be_written_change_nothing(tmp_path):
-    tables = []
-    for folder, changes in (
-        (tmp_path / "plain", {}),
-        (tmp_path / "mit Lücke é", dict(LC_ALL="de_DE.UTF-8", LANG="de_DE.UTF-8", HOME="/proc/nowhere", OMP_NUM_THREADS="1")),
-    ):
-        folder.mkdir()
-        shutil.copytree(ROOT / "notebooks", folder / "notebooks")
-        done = command(folder, SMOKE, **changes)
-        assert done.returncode == 0, done.stderr
-        tables.append({path.name: path.read_bytes() for path in (folder / "figures" / "smoke").iterdir()})
-    assert tables[0] == tables[1] and len(tables[0]) > 20
+def test_a_foreign_locale_an_odd_path_other_threads_and_a_home_that_cannot_be_written_change_nothing(undisturbed, tmp_path):
+    folder = runs.clone(tmp_path / "mit Lücke é")
+    runs.run(folder, LC_ALL="de_DE.UTF-8", LANG="de_DE.UTF-8", HOME="/proc/nowhere", OMP_NUM_THREADS="1")
+    assert runs.made(folder) == runs.made(undisturbed) and len(runs.made(folder)) > 20
 
 
 def test_two_runs_in_one_clone_do_not_meet(tmp_path):
