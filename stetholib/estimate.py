@@ -5,6 +5,7 @@ the caller measured.
 """
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import ceil
 
@@ -44,19 +45,20 @@ class Machine:
         one = torch.ones(size, size, dtype=getattr(torch, dtype), device=device)
         much = torch.ones(2**26, dtype=torch.uint8, device=device)
         wide = torch.ones(size // 2, size // 2, dtype=torch.float64)
-        product, copy = _seconds(lambda: one @ one, device), _seconds(much.clone, device)
+        other = torch.empty_like(much)
+        product, copy = _seconds(lambda: one @ one, device), _seconds(lambda: other.copy_(much), device)
         exact = _seconds(lambda: wide @ wide, "cpu")
         return cls(
             EFFICIENCY * 2 * size**3 / product, EFFICIENCY * 2 * len(much) / copy, EFFICIENCY * 2 * (size // 2) ** 3 / exact
         )
 
 
-def _seconds(act: object, device: str, times: int = 4) -> float:
+def _seconds(act: Callable[[], object], device: str, times: int = 4) -> float:
     """The shortest of a few runs after a first one."""
     found = []
     for _ in range(1 + times):
         started = time.perf_counter()
-        act()  # type: ignore[operator]
+        act()
         if device == "cuda":
             torch.cuda.synchronize()
         found.append(time.perf_counter() - started)

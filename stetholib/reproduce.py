@@ -6,6 +6,7 @@ of its prose finds everything in the store.
 """
 
 import json
+import logging
 import os
 import platform
 import re
@@ -115,6 +116,8 @@ def _execute(path: Path, workspace: Workspace, parameters: dict[str, str], out: 
     from nbclient.exceptions import DeadKernelError
 
     workspace.executed.mkdir(parents=True, exist_ok=True)
+    for name in ("asyncio", "papermill", "traitlets"):  # after an interruption they would print tracebacks of their own
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     with _progress(workspace.runs / "progress.log", out):
         try:
             papermill.execute_notebook(
@@ -137,7 +140,7 @@ def _told(error: Any, executed: Path) -> str:
     said = f"{error.ename}: {' '.join(str(error.evalue).split())}"
     if error.ename.endswith(("UserError", "ProfileError", "ModelError", "HubError", "WorkspaceError")):
         return said
-    if any(f"[Errno {number}]" in said for number in DISK_FULL):
+    if any(f"[Errno {number}]" in said or f"os error {number})" in said for number in DISK_FULL):
         return f"{said}; the disk is full: free some space, then run the same command again, what is finished is kept"
     return f"{said}; the traceback is in {executed}"
 

@@ -33,6 +33,7 @@ from stetholib.models import Checkpoint
 T = TypeVar("T")
 LOG = logging.getLogger("stetholib")
 CHECK = "check"
+INDEX = "artefact.json"  # of a stage's folder; it tells how long the stage took, so no two are alike
 
 # file stem -> (key columns, further columns); more columns may follow
 CONTRACTS: dict[str, tuple[list[str], list[str]]] = {
@@ -163,7 +164,7 @@ class Workspace:
         if not place.is_dir():
             return None
         try:
-            index = json.loads((place / "artefact.json").read_text(encoding="utf-8"))
+            index = json.loads((place / INDEX).read_text(encoding="utf-8"))
             for name, expected in index["files"].items():
                 if file_hash(place / name) != expected:
                     raise WorkspaceError(f"{name} was altered")
@@ -228,7 +229,7 @@ def _write_artefact(folder: Path, artefact: Artefact, stage: str, key: str, seco
     files = {str(p.relative_to(folder)): file_hash(p) for p in sorted(folder.rglob("*")) if p.is_file()}
     index = dict(stage=stage, key=key, files=files, tables=sorted(artefact.tables), tensors=bool(artefact.tensors))
     index |= dict(values=artefact.values, seconds=round(seconds, 3))
-    (folder / "artefact.json").write_text(json.dumps(index, indent=1, sort_keys=True), encoding="utf-8")
+    (folder / INDEX).write_text(json.dumps(index, indent=1, sort_keys=True), encoding="utf-8")
 
 
 def json_lines(rows: Iterable[Mapping[str, Any]]) -> str:

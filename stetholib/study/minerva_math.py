@@ -187,9 +187,9 @@ class AnswerSteps(SelectionSteps):
         make = partial(self._make_records, variant)
         found = self._stage("records", [variant.name, asdict(self.profile.evaluation)], upstream, [minerva_math, models], make)
         path = self.workspace.records / f"{variant.name}.jsonl"
-        text = (found.folder / "records.jsonl").read_text(encoding="utf-8")
-        if not path.is_file() or path.read_text(encoding="utf-8") != text:
-            atomic(path, lambda draft: draft.write_text(text, encoding="utf-8"))
+        content = (found.folder / "records.jsonl").read_bytes()
+        if not path.is_file() or path.read_bytes() != content:
+            atomic(path, lambda draft: draft.write_bytes(content))
         return found
 
     def _make_records(self, variant: Variant, folder: Path) -> Artefact:

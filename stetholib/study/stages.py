@@ -29,7 +29,7 @@ from stetholib import (
 )
 from stetholib.environment import LIBRARIES
 from stetholib.models import Checkpoint, LanguageModel
-from stetholib.workspace import Artefact, Workspace, digest_of, file_hash, source_hash
+from stetholib.workspace import INDEX, Artefact, Workspace, digest_of, file_hash, source_hash
 
 HASH = re.compile("[0-9a-f]{64}")
 PARAMETERS = ("profile", "device", "overrides")
@@ -204,6 +204,6 @@ def wiring(kind: type) -> list[ModuleType]:
 
 def files_key(folder: Path, *patterns: str) -> list[str]:
     """Hashes of a folder's files; those of the Hub's cache are named by theirs, so they need not be read."""
-    paths = {path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
+    paths = {path for pattern in patterns for path in folder.glob(pattern) if path.is_file() and path.name != INDEX}
     found = [(path.name, path.resolve()) for path in sorted(paths)]
     return [f"{name} {real.name if HASH.fullmatch(real.name) else file_hash(real)}" for name, real in found]

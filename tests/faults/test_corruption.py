@@ -159,7 +159,7 @@ def test_killed_at_a_random_moment_it_ends_as_if_it_had_not_been(undisturbed, tm
         covered(end)
 
 
-@pytest.mark.campaign
+@pytest.mark.campaign  # and so neither in `make test` nor in `make test-all`
 @pytest.mark.parametrize(("profile", "kills", "longest"), [("smoke", 20, 75.0), ("mini", 5, 330.0)])
 def test_the_campaign_of_kills(tmp_path, profile, kills, longest):
     whole = runs.clone(tmp_path / "whole")
