@@ -165,13 +165,15 @@ class Workspace:
             return None
         try:
             index = json.loads((place / INDEX).read_text(encoding="utf-8"))
+            if index.pop(CHECK) != digest_of(index):
+                raise WorkspaceError(f"{INDEX} was altered")
             for name, expected in index["files"].items():
                 if file_hash(place / name) != expected:
                     raise WorkspaceError(f"{name} was altered")
             tables = {n: pd.read_parquet(place / f"{n}.parquet") for n in index["tables"]}
             tensors = Checkpoint(place) if index["tensors"] else {}
             return Artefact(tensors, tables, index["values"], place, key)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             aside = place.with_name(f"damaged-{place.name}-{time.time_ns()}")
             os.replace(place, aside)
             LOG.warning("store: %s is damaged (%s); set aside as %s, made anew", place.name, error, aside.name)
@@ -229,6 +231,7 @@ def _write_artefact(folder: Path, artefact: Artefact, stage: str, key: str, seco
     files = {str(p.relative_to(folder)): file_hash(p) for p in sorted(folder.rglob("*")) if p.is_file()}
     index = dict(stage=stage, key=key, files=files, tables=sorted(artefact.tables), tensors=bool(artefact.tensors))
     index |= dict(values=artefact.values, seconds=round(seconds, 3))
+    index |= {CHECK: digest_of(json.loads(json.dumps(index)))}
     (folder / INDEX).write_text(json.dumps(index, indent=1, sort_keys=True), encoding="utf-8")
 
 
