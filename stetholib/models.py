@@ -284,6 +284,11 @@ class Checkpoint(Mapping[str, Tensor]):
         with safe_open(self._file[name], framework="pt") as handle:
             return handle.get_tensor(name)
 
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Part of a tensor along its first dimension; what lies outside is not read."""
+        with safe_open(self._file[name], framework="pt") as handle:
+            return handle.get_slice(name)[start:stop]
+
     def shape(self, name: str) -> tuple[int, ...]:
         """A tensor's shape, without reading it."""
         with safe_open(self._file[name], framework="pt") as handle:

@@ -7,6 +7,7 @@ for, so a vector of two checkpoints on disk never has to fit in memory. Energy i
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from math import prod
 
 import numpy as np
 import pandas as pd
@@ -249,7 +250,7 @@ def energy_elsewhere(base: Mapping[str, Tensor], finetuned: Mapping[str, Tensor]
     edited, energies = set(weight_names(base).values()), {"embeddings": 0.0, "norms": 0.0, "other": 0.0}
     for name in sorted((set(base) & set(finetuned)) - edited - _copies(base)):
         kind = "embeddings" if "embed" in name or name in TIED else "norms" if "norm" in name else "other"
-        for before, after in zip(_pieces(base[name]), _pieces(finetuned[name]), strict=True):
+        for before, after in zip(_pieces(base, name), _pieces(finetuned, name), strict=True):
             energies[kind] += float((after.double() - before.double()).square().sum())
     return energies
 
@@ -261,6 +262,13 @@ def _copies(checkpoint: Mapping[str, Tensor]) -> set[str]:
     return {name for name in heads if torch.equal(checkpoint[name], checkpoint[embeddings[0]])}
 
 
-def _pieces(tensor: Tensor) -> Iterator[Tensor]:
-    """A tensor in parts small enough that float64 copies of them cost little memory."""
-    return iter(tensor.flatten().split(2**22))
+def _pieces(checkpoint: Mapping[str, Tensor], name: str) -> Iterator[Tensor]:
+    """A tensor in parts small enough that float64 copies of them cost little memory, read one by one from a disk."""
+    on_disk = isinstance(checkpoint, Checkpoint)
+    shape = checkpoint.shape(name) if on_disk else tuple(checkpoint[name].shape)
+    if not shape:
+        yield checkpoint[name]
+        return
+    step = max(1, 2**22 // max(1, prod(shape[1:])))
+    for start in range(0, shape[0], step):
+        yield checkpoint.rows(name, start, start + step) if on_disk else checkpoint[name][start : start + step]
