@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stetholib import environment, estimate, hub
+from stetholib import environment, estimate, hub, sae_features
 from stetholib.errors import UserError
 from stetholib.estimate import Machine, Size
 from stetholib.profiles import Profile
@@ -199,7 +199,7 @@ def _sums(profile: Profile, size: Size) -> int:
     """Bytes of one block's per-document feature sums, under both contrasts."""
     data = profile.data
     documents = len(data.subjects) * data.feature_problems + data.general_documents
-    return 4 * 2 * size.d_sae * (3 * documents + 48 * (1 + len(data.subjects)))
+    return sae_features.sums_bytes(size.d_sae, documents, 1 + len(data.subjects))
 
 
 def _made(profile: Profile, size: Size) -> int:

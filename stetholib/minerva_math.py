@@ -94,11 +94,10 @@ def plan(tokenizer: Any, prompts: Mapping[str, str], batch_size: int) -> list[li
 
 def check_context(model: LanguageModel, prompts: Mapping[str, str], max_new_tokens: int) -> None:
     """Refuse prompts that leave no room in the model's context for the answer."""
-    room = getattr(model.model.config.get_text_config(), "max_position_embeddings", None)
     longest = max(len(model.tokenizer(text).input_ids) for text in prompts.values())
-    if room is not None and longest + max_new_tokens > room:
+    if model.context is not None and longest + max_new_tokens > model.context:
         raise UserError(
-            f"evaluation: a prompt of {longest} tokens and {max_new_tokens} new ones exceed the model's context of {room}; "
+            f"evaluation: a prompt of {longest} tokens and {max_new_tokens} new ones exceed the model's context of {model.context}; "
             "lower evaluation.num_fewshot or evaluation.max_new_tokens"
         )
 

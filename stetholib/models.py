@@ -50,6 +50,11 @@ class LanguageModel:
         """Where the weights are."""
         return next(self.model.parameters()).device
 
+    @property
+    def context(self) -> int | None:
+        """The longest sequence it was made for, in tokens; None where its configuration does not say."""
+        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -90,8 +95,7 @@ def load(folder: Path, dtype: str = "float32", device: str = "cpu", attention: s
         if odd := sorted(info[what], key=str):
             name = odd[0] if isinstance(odd[0], str) else odd[0][0]
             raise ModelError(f"model {folder}: {name} {said}; take the checkpoint as it was released, or save it again")
-    if bad := next((name for name, p in model.named_parameters() if not torch.isfinite(p).all()), None):
-        raise ModelError(f"model {folder}: {bad} holds NaN or Inf; fetch or save the checkpoint again")
+    check_finite({f"model {folder}: {name}": weight for name, weight in model.named_parameters()})
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, padding_side="left")
     except (OSError, ValueError, KeyError) as error:

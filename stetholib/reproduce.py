@@ -21,13 +21,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from stetholib import doctor, profiles
 from stetholib.environment import LIBRARIES
 from stetholib.errors import UserError
 from stetholib.hub import DISK_FULL
-from stetholib.workspace import Workspace, atomic, code_text, digest_of, file_hash
+from stetholib.workspace import Workspace, atomic, code_text, digest_of, file_hash, held
 
 STEPS = (
     "01_task_vectors",
@@ -61,16 +59,9 @@ def reproduce(name: str, device: str, root: Path | None = None, out: Any = sys.s
 @contextmanager
 def alone(workspace: Workspace, name: str) -> Iterator[None]:
     """Hold the one lock of a profile's runs; raises UserError where another run holds it."""
-    workspace.runs.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(workspace.runs / "reproduce.lock", timeout=0)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise UserError(f"another run of profile {name} is under way in this folder; wait for it or use a second clone") from None
-    try:
+    busy = f"another run of profile {name} is under way in this folder; wait for it or use a second clone"
+    with held(workspace.runs / "reproduce.lock", busy):
         yield
-    finally:
-        lock.release()
 
 
 def _run_all(

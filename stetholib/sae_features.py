@@ -181,6 +181,11 @@ class DocumentSums:
     histogram: Float[Tensor, "corpus bin d_sae"]
 
 
+def sums_bytes(d_sae: int, documents: int, corpora: int) -> int:
+    """Bytes of one block's `DocumentSums` in float32 under both contrasts."""
+    return 4 * d_sae * (3 * documents + corpora * BINS) * len(CONTRASTS)
+
+
 class FeatureSums:
     """Accumulates `DocumentSums` of one block, for every contrast, as batches of activations pass by."""
 

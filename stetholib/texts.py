@@ -80,16 +80,15 @@ def _parquet(repo: str, config: str | None, revision: str | None, split: str, co
     if not files:
         raise UserError(f"data: {repo} has no {pattern}; mend data.maths or data.general")
     try:
-        if not any(read_metadata(file).num_rows for file in files):
-            raise UserError(f"data: {repo}: {pattern} holds no rows; fetch or make it again")
-        rows = load_dataset("parquet", data_files=files, split="train")
-    except UserError:
-        raise
+        empty = not any(read_metadata(file).num_rows for file in files)
+        rows = None if empty else load_dataset("parquet", data_files=files, split="train")
     except (DatasetGenerationError, OSError, ValueError) as error:
         cause = " ".join(str(error.__cause__ or error).split())[:120]
         raise UserError(
             f"data: {repo}: {Path(files[0]).name} is not a whole parquet file ({cause}); fetch or make it again"
         ) from None
+    if rows is None:
+        raise UserError(f"data: {repo}: {pattern} holds no rows; fetch or make it again")
     if absent := [name for name in columns if name not in rows.column_names]:
         raise UserError(f"data: {repo}: {pattern} has no column {absent[0]!r}, only {', '.join(rows.column_names)}")
     return rows

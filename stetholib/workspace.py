@@ -23,7 +23,7 @@ from types import ModuleType
 from typing import Any, TypeVar
 
 import pandas as pd
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -209,6 +209,18 @@ class Workspace:
         atomic(path, write)
         self.written.append(path)
         return path
+
+
+@contextmanager
+def held(lock: Path, otherwise: str) -> Iterator[None]:
+    """Hold a lock file for this process; raises UserError, saying `otherwise`, where another process holds it."""
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        acquired = FileLock(lock, timeout=0).acquire()
+    except Timeout:
+        raise UserError(otherwise) from None
+    with acquired:
+        yield
 
 
 def atomic(path: Path, write: Callable[[Path], Any]) -> None:

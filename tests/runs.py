@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from conftest import ROOT
@@ -19,12 +20,18 @@ def clone(folder: Path) -> Path:
     return folder
 
 
-def start(folder: Path, profile: str, *options: str, **environment: str) -> subprocess.Popen:
-    """Begin a run in a process group of its own."""
+def launch(
+    folder: Path, arguments: Sequence[str], before: Callable[[], None] | None = None, **environment: str
+) -> subprocess.Popen:
+    """Begin a command of the package in a process group of its own; `before` runs in it first."""
     known = dict(os.environ, PYTHONPATH=str(folder), STETHOLIB_HOME=str(folder)) | environment
-    command = [sys.executable, "-m", "stetholib", "reproduce", "--profile", profile, *options]
     asked = dict(cwd=folder, env=known, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    return subprocess.Popen(command, **asked)
+    return subprocess.Popen([sys.executable, "-m", "stetholib", *arguments], preexec_fn=before, **asked)
+
+
+def start(folder: Path, profile: str, *options: str, **environment: str) -> subprocess.Popen:
+    """Begin a run."""
+    return launch(folder, ["reproduce", "--profile", profile, *options], **environment)
 
 
 def run(folder: Path, profile: str = "smoke", *options: str, **environment: str) -> str:

@@ -1,6 +1,7 @@
 import pandas as pd
 import pytest
 import torch
+from toys import TASK
 
 from stetholib import fabricate
 from stetholib import minerva_math as mm
@@ -144,23 +145,9 @@ def test_the_chat_template_wraps_each_prompt_and_its_examples_and_leaves_bos_to_
         assert tokenizer(text).input_ids.count(tokenizer.bos_token_id) == 1
 
 
-OWN = """
-task: own
-output_type: generate_until
-test_split: test
-doc_to_text: "Q: {{problem}}\\nA:"
-doc_to_target: "{{solution}}"
-generation_kwargs: {until: ["\\n", "Q:"], do_sample: false}
-filter_list:
-  - name: number
-    filter: [{function: regex, regex_pattern: "(-?[0-9]+)"}, {function: take_first}]
-metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
-"""
-
-
 def test_a_task_of_ones_own_is_asked_and_scored_by_the_harness(tmp_path):
     path = tmp_path / "own.yaml"
-    path.write_text(OWN)
+    path.write_text(TASK)
     rows = [dict(subject="sums", problem=f"{i} + {i}", solution=str(2 * i), hint="add") for i in range(4)]
     loaded = mm.load_tasks(tmp_path / "t", mm.write_tasks(tmp_path / "t", rows, 0, str(path)), str(path))
     prompts = mm.prompts_of(loaded)
@@ -185,7 +172,7 @@ def test_a_task_of_ones_own_is_asked_and_scored_by_the_harness(tmp_path):
 )
 def test_a_task_that_cannot_be_used_here_is_refused_in_one_line(tmp_path, old, new, said):
     path = tmp_path / "own.yaml"
-    path.write_text(OWN.replace(old, new))
+    path.write_text(TASK.replace(old, new))
     names = mm.write_tasks(tmp_path / "t", [dict(subject="sums", problem="1", solution="1")], 0, str(path))
     with pytest.raises(UserError, match=said):
         mm.load_tasks(tmp_path / "t", names, str(path))

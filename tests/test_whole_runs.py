@@ -3,9 +3,6 @@
 import json
 import os
 import shutil
-import signal
-import subprocess
-import sys
 import time
 
 import pandas as pd
@@ -75,25 +72,22 @@ def test_two_clones_give_the_same_bytes(first, tmp_path):
 
 def test_several_worlds_go_on_after_a_kill_and_end_as_undisturbed_ones(first, tmp_path):
     def start(folder):
-        environment = dict(os.environ, PYTHONPATH=str(folder), STETHOLIB_HOME=str(folder))
-        command = [sys.executable, "-m", "stetholib", "seeds", "--profile", "smoke", "--count", "2"]
-        return subprocess.Popen(command, cwd=folder, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
+        return runs.launch(folder, ["seeds", "--profile", "smoke", "--count", "2"])
 
     folder = clone(tmp_path)
     killed = start(folder)
     for line in killed.stderr:
         if line.startswith("world 1"):
             time.sleep(4)
-            os.killpg(killed.pid, signal.SIGKILL)
+            runs.kill(killed)
             break
-    killed.wait()
-    kept = {path: path.stat().st_mtime_ns for path in (folder / "runs" / "smoke" / "store").glob("[a-z]*/artefact.json")}
+    kept = runs.stages(folder)
     assert kept and not (folder / "figures" / "seeds").exists()
     for where in (folder, first):
         done = start(where)
         said = done.stderr.read()
         assert done.wait() == 0, said
-    assert all(path.stat().st_mtime_ns == made_at for path, made_at in kept.items())
+    assert kept.items() <= runs.stages(folder).items()
     one, other = ({path.name: path.read_bytes() for path in (where / "figures" / "seeds").iterdir()} for where in (folder, first))
     assert one == other and set(one) == {"claims.csv", "worlds.csv", "stability.csv", "seeds.png", "seeds.svg"}
     table = pd.read_csv(folder / "figures" / "seeds" / "claims.csv", keep_default_na=False)
@@ -168,9 +162,9 @@ def test_no_test_problem_is_read_before_step_05(tmp_path, monkeypatch):
 
     real = texts.problems
 
-    def guarded(spec, split, seed):
+    def guarded(spec, split, *rest):
         assert split != "test", "a test problem was read before step 05"
-        return real(spec, split, seed)
+        return real(spec, split, *rest)
 
     monkeypatch.setattr(texts, "problems", guarded)
     study = Study.open("smoke", root=tmp_path)
@@ -187,7 +181,8 @@ def test_no_family_of_problems_is_nearly_solved_by_the_shipped_base(mini):
     rows = Study.open("mini").problems("test")  # the very problems that the default world is measured on
     by_id = {mm.problem_id(row["subject"], row["problem"]): row for row in rows}
     found = []
-    mm.answer_all(mini, {name: mm.prompt(row["problem"]) for name, row in by_id.items()}, 96, 256, found.extend)
+    prompts = {name: mm.prompt(row["problem"]) for name, row in by_id.items()}
+    mm.answer_all(mini, prompts, mm.plan(mini.tokenizer, prompts, 96), 256, found.extend)
     closing = "The final answer is $"
     right = pd.DataFrame(
         dict(

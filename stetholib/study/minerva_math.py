@@ -1,6 +1,6 @@
 """Wiring of step 05: variants, their answers and records. The test split is first read here."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
@@ -10,7 +10,7 @@ from typing import Any
 
 import pandas as pd
 import torch
-from filelock import FileLock, Timeout
+from filelock import FileLock
 
 from stetholib import (
     editing,
@@ -23,12 +23,11 @@ from stetholib import (
     texts,
 )
 from stetholib.editing import Edit, edited
-from stetholib.errors import UserError
 from stetholib.models import LanguageModel
 from stetholib.study.layer_selection import SelectionSteps
 from stetholib.study.stages import library_versions, wiring
 from stetholib.study.subspace_projection import ProjectionSteps
-from stetholib.workspace import Artefact, append_json, atomic, digest_of, json_lines, progress, read_json_lines, source_hash
+from stetholib.workspace import Artefact, append_json, atomic, digest_of, held, json_lines, progress, read_json_lines, source_hash
 
 
 @dataclass(frozen=True)
@@ -128,6 +127,11 @@ class AnswerSteps(SelectionSteps):
     def _batches(self) -> list[list[str]]:
         return minerva_math.plan(self.base.tokenizer, self._prompts, self.profile.evaluation.batch_size)
 
+    @cached_property
+    def _plan_key(self) -> str:
+        """Identity of every prompt and of the batches that they are answered in."""
+        return digest_of([[(name, self._prompts[name]) for name in batch] for batch in self._batches])
+
     def answers(self, variant: Variant, rank: int = 0, world: int = 1) -> dict[str, minerva_math.Answer]:
         """Every answer of a variant, by problem id; each was asked once and is on disk.
 
@@ -138,8 +142,8 @@ class AnswerSteps(SelectionSteps):
             name: value for name, value in asdict(p).items() if name not in ("variants", "general_documents", "noise_problems")
         }
         params = [asked, self.device, self.profile.threads]
-        prompts = [[(name, self._prompts[name]) for name in batch] for batch in self._batches]
-        key = digest_of(self._variant_key(variant), params, prompts, library_versions(), source_hash([minerva_math, models]))
+        code = source_hash([minerva_math, models])
+        key = digest_of(self._variant_key(variant), params, self._plan_key, library_versions(), code)
         files = sorted(self.workspace.store.glob(f"answers-{key}*.jsonl"))
         known = {row["problem_id"]: minerva_math.Answer(**row) for path in files for row in read_json_lines(path)}
         missing = [batch for batch in self._batches[rank::world] if not known.keys() >= set(batch)]
@@ -151,23 +155,11 @@ class AnswerSteps(SelectionSteps):
                 append_json(path, [asdict(answer) for answer in new])
                 known.update({answer.problem_id: answer for answer in new})
 
-            with self._only_writer(path), self.edited_model(variant) as model:
+            busy = f"{path.name} is being written by another process; end it, or wait for it"
+            with held(path.with_suffix(".lock"), busy), self.edited_model(variant) as model:
                 watched = progress(missing, f"05 {variant.name}")
                 minerva_math.answer_all(model, self._prompts, watched, p.max_new_tokens, keep, self._stops)
         return known
-
-    @contextmanager
-    def _only_writer(self, path: Path) -> Iterator[None]:
-        """Hold a ledger for this process; raises UserError where one that was left behind still writes it."""
-        lock = FileLock(path.with_suffix(".lock"), timeout=0)
-        try:
-            lock.acquire()
-        except Timeout:
-            raise UserError(f"{path.name} is being written by another process; end it, or wait for it") from None
-        try:
-            yield
-        finally:
-            lock.release()
 
     @property
     def _stops(self) -> tuple[str, ...]:

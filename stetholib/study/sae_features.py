@@ -131,8 +131,7 @@ class FeatureSteps(TaskVectorSteps):
     @cached_property
     def _groups(self) -> list[range]:
         """Blocks whose sums fit into memory together: of the SAE and its random double, under both contrasts."""
-        features, documents = self.dictionary(0).d_sae, len(self.documents)
-        each = 4 * features * (3 * documents + len(self.corpora) * sae_features.BINS) * 2 * len(CONTRASTS)
+        each = 2 * sae_features.sums_bytes(self.dictionary(0).d_sae, len(self.documents), len(self.corpora))
         size = max(1, int(self.profile.features.memory_gib * 2**30 / each))
         return [range(start, min(start + size, self.layers)) for start in range(0, self.layers, size)]
 

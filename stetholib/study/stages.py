@@ -156,10 +156,7 @@ class Stages:
     def base(self) -> LanguageModel:
         """theta_0 with its tokenizer."""
         loaded = self._load(self.base_folder)
-        room, longest = (
-            getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None),
-            self.profile.data.max_tokens,
-        )
+        room, longest = loaded.context, self.profile.data.max_tokens
         if room is not None and longest > room:
             raise profiles.ProfileError(f"data.max_tokens is {longest}, the model's context is {room}; lower data.max_tokens")
         return loaded

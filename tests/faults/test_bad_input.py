@@ -5,11 +5,8 @@ one's own, up to the step that must refuse them. Slow.
 """
 
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 from itertools import pairwise
 
 import pandas as pd
@@ -250,9 +247,10 @@ COMMANDS = {
 }  # fmt: skip
 
 
-def command(folder, arguments, **environment):
-    known = dict(os.environ, PYTHONPATH=str(ROOT), STETHOLIB_HOME=str(folder), CUDA_VISIBLE_DEVICES="") | environment
-    return subprocess.run([sys.executable, "-m", "stetholib", *arguments], cwd=folder, env=known, capture_output=True, text=True)
+def command(folder, arguments):
+    """What a command says to the end, with its exit status."""
+    process = runs.launch(folder, arguments, PYTHONPATH=str(ROOT), CUDA_VISIBLE_DEVICES="")
+    return process.communicate()[1], process.returncode
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -261,9 +259,9 @@ def test_bad_commands_profiles_and_notebooks_are_refused_in_one_line(tmp_path, n
     shutil.copytree(ROOT / "notebooks", tmp_path / "notebooks")
     if change:
         change(tmp_path)
-    done = command(tmp_path, arguments)
-    assert done.returncode == 2 and "Traceback" not in done.stderr
-    (line,) = [line for line in done.stderr.splitlines() if line.startswith("stetholib: ")]
+    told, status = command(tmp_path, arguments)
+    assert status == 2 and "Traceback" not in told
+    (line,) = [line for line in told.splitlines() if line.startswith("stetholib: ")]
     assert re.search(said, line), line
     assert not list(tmp_path.glob("figures/*/*.csv"))
 
@@ -273,9 +271,9 @@ def test_an_error_within_a_notebook_reaches_the_command_line_as_one_line(sound, 
     shutil.copytree(ROOT / "notebooks", tmp_path / "notebooks")
     CASES["SAEs shifted by one block"][0](tmp_path / "mine", {})
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(toys.profile()))
-    done = command(tmp_path, MINE)
-    assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert [line for line in done.stderr.splitlines() if "better than its own" in line and line.startswith("stetholib: 02_")]
+    said, status = command(tmp_path, MINE)
+    assert status == 2 and "Traceback" not in said
+    assert [line for line in said.splitlines() if "better than its own" in line and line.startswith("stetholib: 02_")]
     assert (tmp_path / "figures" / "mine" / "01_task_vectors.csv").is_file()  # what was finished is kept
 
 
@@ -287,17 +285,13 @@ def test_a_foreign_locale_an_odd_path_other_threads_and_a_home_that_cannot_be_wr
 
 def test_two_runs_in_one_clone_do_not_meet(tmp_path):
     shutil.copytree(ROOT / "notebooks", tmp_path / "notebooks")
-    known = dict(os.environ, PYTHONPATH=str(ROOT), STETHOLIB_HOME=str(tmp_path))
-    first = subprocess.Popen(
-        [sys.executable, "-m", "stetholib", *SMOKE], cwd=tmp_path, env=known, stderr=subprocess.PIPE, text=True
-    )
+    first = runs.launch(tmp_path, SMOKE, PYTHONPATH=str(ROOT))
     try:
         assert "running" in first.stderr.readline()
-        done = command(tmp_path, SMOKE)
-        assert done.returncode == 2 and "another run of profile smoke is under way" in done.stderr
+        said, status = command(tmp_path, SMOKE)
+        assert status == 2 and "another run of profile smoke is under way" in said
     finally:
-        first.kill()
-        first.wait()
+        runs.kill(first)
 
 
 def test_the_list_is_as_long_as_promised(covered):
