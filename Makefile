@@ -3,6 +3,7 @@ DEVICE ?= cpu
 SEEDS ?= 5
 SCALE ?= 1
 PROCESSES ?= 1
+WORLDS ?= $(if $(filter mini,$(PROFILE)),seeds,seeds-$(notdir $(basename $(PROFILE))))
 ENV ?= auto
 PYTHON ?= python3
 VENV := .venv/bin/python
@@ -43,7 +44,7 @@ rehearse: env  ## a profile's notebooks on fabricated weights, for time and memo
 	@$(RUN) -m stetholib rehearse --profile $(PROFILE) --device $(DEVICE) --scale $(SCALE)
 
 seeds: env  ## the experiment in several worlds, how often each claim holds: make seeds [SEEDS=5]
-	@$(RUN) -m stetholib seeds --device $(DEVICE) --count $(SEEDS)
+	@$(RUN) -m stetholib seeds --profile $(PROFILE) --device $(DEVICE) --count $(SEEDS) --into $(WORLDS)
 
 test: env  ## the tests of every day: offline, at most five minutes on two cores
 	$(RUN) -m pytest -q -m "not slow and not campaign" --cov=stetholib --cov-report=term
@@ -51,7 +52,7 @@ test: env  ## the tests of every day: offline, at most five minutes on two cores
 test-all: env  ## every test, whole runs, kills and bad input among them: at most 45 minutes
 	$(RUN) -m pytest -q -m "not campaign"
 
-faults: env  ## the campaign of kills: 20 of smoke, 5 of mini, each followed by one more run (over an hour)
+faults: env  ## the campaign: 20 kills of smoke and 5 of mini, each followed by one more run, and three worlds (two hours)
 	$(RUN) -m pytest -q -m campaign -s tests/faults
 
 mini-base: env  ## train the miniature's base model anew (it ships with the package; under an hour on two cores)

@@ -4,8 +4,10 @@ import argparse
 import sys
 from typing import NoReturn
 
+from safetensors import SafetensorError
+
 from stetholib.errors import UserError
-from stetholib.hub import DISK_FULL
+from stetholib.hub import DISK_FULL, full_disk
 
 
 class Parser(argparse.ArgumentParser):
@@ -51,8 +53,11 @@ def main(arguments: list[str] | None = None) -> int:
     except UserError as error:
         print(f"stetholib: {error}", file=sys.stderr)
         return 2
-    except OSError as error:
-        mend = "free some space" if error.errno in DISK_FULL else "give this folder room and rights to write"
+    except (OSError, SafetensorError) as error:
+        full = full_disk(str(error)) or (isinstance(error, OSError) and error.errno in DISK_FULL)
+        if isinstance(error, SafetensorError) and not full:
+            raise
+        mend = "free some space" if full else "give this folder room and rights to write"
         print(f"stetholib: {error}; {mend}, then run the same command again: what is finished is kept", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

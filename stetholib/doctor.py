@@ -3,19 +3,19 @@
 Needs are rules of thumb from the sizes of the weights: they err on the safe side and say what they assume.
 """
 
-import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stetholib import environment, estimate, hub, sae_features
+from stetholib import environment, estimate, hub, sae_features, texts
 from stetholib.errors import UserError
 from stetholib.estimate import Machine, Size
 from stetholib.profiles import Profile
-from stetholib.workspace import repository
+from stetholib.workspace import Workspace, repository
 
 GIB = hub.GIB
 RUNTIME = 1.5 * GIB  # Python with PyTorch and the notebook's kernel
@@ -30,8 +30,8 @@ class Check:
     line: str
 
 
-def examine(profile: Profile, device: str) -> Iterator[Check]:
-    """Every check of a profile, the quick ones first."""
+def examine(profile: Profile, device: str, processes: int = 1) -> Iterator[Check]:
+    """Every check of a profile, the quick ones first; `processes` answer the test together."""
     yield Check("packages", True, _packages())
     sizes: dict[str, tuple[int, int]] = {}
     for name, ask in _sources(profile).items():
@@ -50,14 +50,14 @@ def examine(profile: Profile, device: str) -> Iterator[Check]:
     except UserError as error:
         yield Check("needs", False, str(error))
         return
-    yield _disk(sum(missing for missing, _ in sizes.values()) + _made(profile, known))
-    yield _memory(profile, known, device)
-    yield _device(profile, known, device)
+    yield _memory(profile, known, device, processes)
+    yield from _disks(sum(missing for missing, _ in sizes.values()), _made(profile, known))
+    yield from _devices(profile, known, device, processes)
 
 
-def refuse(profile: Profile, device: str) -> None:
+def refuse(profile: Profile, device: str, processes: int = 1) -> None:
     """Raise UserError with the first thing that is lacking; nothing has been computed or fetched by then."""
-    for check in examine(profile, device):
+    for check in examine(profile, device, processes):
         if not check.ok:
             raise UserError(f"{check.name}: {check.line}")
 
@@ -109,7 +109,8 @@ def _sources(profile: Profile) -> dict[str, Callable[[], tuple[int, int]]]:
     data = profile.data
     for name, repo, revision in (("maths", data.maths, data.maths_revision), ("general", data.general, data.general_revision)):
         if repo != "generated":
-            found[name] = lambda repo=repo, revision=revision: _repo_bytes(repo, revision, ["*.parquet"], "dataset")
+            files = texts.patterns(data)[name]
+            found[name] = lambda repo=repo, revision=revision, files=files: _repo_bytes(repo, revision, files, "dataset")
     return found
 
 
@@ -130,11 +131,11 @@ def _repo_bytes(name: str, revision: str | None, files: Sequence[str], kind: str
         return 0, _folder_bytes(Path(name))
     with hub.explained(name, revision, kind):
         cached = hub.cached_folder(name, revision, files, kind)
-        if cached is not None and not hub.missing_files(cached):
+        if cached is not None and not hub.missing_files(cached, files):
             return 0, _folder_bytes(cached)
         hub.check_network(name)
         if kind == "model":
-            hub.file(name, "config.json", revision)  # a gated repository shows its sizes to all, its files only to some
+            hub.check_access(name, revision)
         return hub.to_fetch(name, revision, files, kind)
 
 
@@ -145,15 +146,16 @@ def _sae_bytes(profile: Profile) -> tuple[int, int]:
     if Path(spec.release).is_dir():
         return 0, sum(path.stat().st_size for path in Path(spec.release).rglob("*.safetensors"))
     entry = saes.registered(spec.release)
-    names = [(spec.sae_id or "").format(layer=layer) for layer in range(_layers(profile))]
+    names = [saes.id_of(spec.sae_id, layer) for layer in range(_layers(profile))]
     if absent := [name for name in names if name not in entry.saes_map]:
         raise UserError(f"release {spec.release} has no {absent[0]!r}; mend sae.sae_id or model.base")
     paths = [entry.saes_map[name] for name in names]
     with hub.explained(entry.repo_id, spec.revision):
         files = [f"{path}/*" for path in paths]
         cached = hub.cached_folder(entry.repo_id, spec.revision, files, "model")
-        if cached is not None and all((cached / path / "params.safetensors").is_file() for path in paths):
-            return 0, sum((cached / path / "params.safetensors").stat().st_size for path in paths)
+        weights = [list((cached / path).glob("*.safetensors")) for path in paths] if cached else [[]]
+        if all(weights):
+            return 0, sum(file.stat().st_size for found in weights for file in found)
         hub.check_network(entry.repo_id)
         return hub.to_fetch(entry.repo_id, spec.revision, files)
 
@@ -170,10 +172,13 @@ def _config(profile: Profile) -> dict[str, Any]:
     name = profile.model.base
     folder = base.FOLDER if name in ("mini", "toy") else Path(name)
     path = folder / "config.json" if folder.is_dir() else hub.file(name, "config.json", profile.model.revision)
+    from transformers import AutoConfig
+
     try:
-        said = json.loads(path.read_text(encoding="utf-8"))
-        found = {"dtype": said.get("dtype") or said.get("torch_dtype")} | said.get("text_config", said)
-        return {key: found[key] for key in ("dtype", "num_hidden_layers", "hidden_size", "vocab_size")}
+        whole = AutoConfig.from_pretrained(path.parent, local_files_only=True)  # it knows the defaults that files leave out
+        text = whole.get_text_config()
+        found = {key: int(getattr(text, key)) for key in ("num_hidden_layers", "hidden_size", "vocab_size")}
+        return found | {"dtype": str(whole.dtype or text.dtype).removeprefix("torch.")}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise UserError(
             f"model {name}: there is no config.json that names its blocks and width; give a folder as transformers saves it"
@@ -203,16 +208,29 @@ def _sums(profile: Profile, size: Size) -> int:
 
 
 def _made(profile: Profile, size: Size) -> int:
-    """Bytes that a run leaves: the fine-tune and its checkpoints, SAEs as saved and as plain tensors, sums, records."""
+    """Bytes that a run has yet to leave: fine-tune and checkpoints, SAEs as saved and as plain tensors, sums, records."""
     tuned = 0 if profile.finetune.finetuned else 3 * size.parameters * size.bytes_each
-    return tuned + size.layers * (16 * size.d_sae * size.width + _sums(profile, size)) + GIB // 4
+    whole = tuned + size.layers * (16 * size.d_sae * size.width + _sums(profile, size))
+    store = Workspace(profile.name).store
+    return max(0, whole - sum(path.stat().st_size for path in store.rglob("*") if path.is_file())) + GIB // 4
 
 
-def _disk(wanted: int) -> Check:
-    place = repository()
+def _disks(fetched: int, made: int) -> Iterator[Check]:
+    """Room for what is fetched and made, on one disk or on two."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    cache, here = hub.existing(Path(HF_HUB_CACHE)), repository()
+    if cache.stat().st_dev == here.stat().st_dev:
+        yield _disk("disk", here, fetched + made, "what is fetched and made")
+        return
+    yield _disk("disk", here, made, "what is made")
+    yield _disk("cache", cache, fetched, "what is fetched")
+
+
+def _disk(name: str, place: Path, wanted: int, purpose: str) -> Check:
     free = shutil.disk_usage(place).free
-    line = f"{free / GIB:.1f} GiB are free, about {wanted / GIB:.1f} are wanted for what is fetched and made"
-    return Check("disk", free >= wanted, line if free >= wanted else f"{line}; free {(wanted - free) / GIB:.1f} GiB")
+    line = f"{free / GIB:.1f} GiB are free, about {wanted / GIB:.1f} are wanted for {purpose}"
+    return Check(name, free >= wanted, line if free >= wanted else f"{line}; free {(wanted - free) / GIB:.1f} GiB in {place}")
 
 
 def _held(profile: Profile, size: Size) -> int:
@@ -233,24 +251,44 @@ def _working(profile: Profile, size: Size) -> int:
     return max(trained, hearing, answering) if size.parameters > 10**7 else GIB // 2
 
 
-def _memory(profile: Profile, size: Size, device: str) -> Check:
-    total, weights = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), size.parameters * size.bytes_each
-    wanted = int(RUNTIME + 2 * weights + _held(profile, size) + (_working(profile, size) if device == "cpu" else 0))
+def _main_memory() -> int:
+    """Bytes of main memory that this process may have: the machine's, or less by a container's limit."""
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    with suppress(OSError):
+        for line in Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines():
+            _, kinds, below = line.split(":", 2)
+            root = Path("/sys/fs/cgroup", "memory" if "memory" in kinds else "")
+            for place in (root / below.strip("/"), root):
+                for name in ("memory.max", "memory.limit_in_bytes"):
+                    with suppress(OSError, ValueError):
+                        limits.append(int((place / name).read_text(encoding="utf-8")))
+    return min(limits)
+
+
+def _memory(profile: Profile, size: Size, device: str, processes: int) -> Check:
+    total, weights = _main_memory(), size.parameters * size.bytes_each
+    alone = RUNTIME + 2 * weights + _held(profile, size) + (_working(profile, size) if device == "cpu" else 0)
+    together = processes * (RUNTIME + 2 * weights) if processes > 1 else 0  # each holds the model and the fine-tune
+    wanted = int(max(alone, together))
     line = f"{total / GIB:.1f} GiB, about {wanted / GIB:.1f} are wanted"
     return Check("memory", total >= wanted, line if total >= wanted else f"{line}; take a larger machine or a smaller profile")
 
 
-def _device(profile: Profile, size: Size, device: str) -> Check:
+def _devices(profile: Profile, size: Size, device: str, processes: int) -> Iterator[Check]:
     weights = size.parameters * size.bytes_each
     if device == "cpu":
         enough = size.parameters < 2 * 10**9
         line = f"CPU with {os.cpu_count()} cores, {profile.threads} threads are pinned"
-        return Check("device", enough, line if enough else f"{line}; this model wants a GPU: DEVICE=cuda")
+        yield Check("device", enough, line if enough else f"{line}; this model wants a GPU: DEVICE=cuda")
+        return
     import torch
 
     if not torch.cuda.is_available():
-        return Check("device", False, "PyTorch sees no CUDA GPU; check the driver with nvidia-smi, or use DEVICE=cpu")
-    total, wanted = torch.cuda.get_device_properties(0).total_memory, int(1.05 * weights + _working(profile, size) + GIB)
-    line = f"{torch.cuda.get_device_name(0)}, {total / GIB:.0f} GiB, about {wanted / GIB:.0f} are wanted"
+        yield Check("device", False, "PyTorch sees no CUDA GPU; check the driver with nvidia-smi, or use DEVICE=cpu")
+        return
+    wanted = int(1.05 * weights + _working(profile, size) + GIB)
     mend = "lower finetune.batch_size, selection.batch_tokens or evaluation.batch_size, or take a larger GPU"
-    return Check("device", total >= wanted, line if total >= wanted else f"{line}; {mend}")
+    for index in range(processes):
+        total = torch.cuda.get_device_properties(index).total_memory
+        line = f"{torch.cuda.get_device_name(index)}, {total / GIB:.0f} GiB, about {wanted / GIB:.0f} are wanted"
+        yield Check("device", total >= wanted, line if total >= wanted else f"{line}; {mend}")

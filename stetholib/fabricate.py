@@ -5,6 +5,7 @@ before anything is fetched. Their numbers mean nothing. Shapes are those of the 
 """
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from itertools import islice
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 
 import pandas as pd
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from stetholib import models, sae_features, saes
 from stetholib.errors import UserError
@@ -34,7 +35,13 @@ SHAPES: dict[str, dict[str, int]] = {
         num_hidden_layers=26, hidden_size=1152, intermediate_size=6912, num_attention_heads=4, num_key_value_heads=1
     ),
     "google/gemma-3-4b-it": dict(
-        num_hidden_layers=34, hidden_size=2560, intermediate_size=10240, num_attention_heads=8, num_key_value_heads=4
+        num_hidden_layers=34,
+        hidden_size=2560,
+        intermediate_size=10240,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        sliding_window=1024,
+        max_position_embeddings=131072,
     ),
 }
 VOCABULARY = {"google/gemma-3-4b-it": 262208}
@@ -66,22 +73,21 @@ def text_config(repo: str, scale: float) -> Any:
     """The text half's configuration; a fraction keeps heads, grouping and layer types and shrinks the rest."""
     from transformers import Gemma3TextConfig
 
-    shape, vocabulary = dict(SHAPES[repo]), VOCABULARY.get(repo, 262144)
+    shape, vocabulary = TEXT | SHAPES[repo], VOCABULARY.get(repo, 262144)
     if scale < 1:
         shape["num_hidden_layers"] = max(6, round(shape["num_hidden_layers"] * scale))
         for key in ("hidden_size", "intermediate_size"):
             shape[key] = max(32, 16 * round(shape[key] * scale / 16))
         vocabulary = max(1024, round(vocabulary * scale))
-    text = TEXT | (dict(head_dim=16) if scale < 1 else {})
+        shape["head_dim"] = 16
     return Gemma3TextConfig(
         vocab_size=vocabulary,
-        query_pre_attn_scalar=text["head_dim"],
+        query_pre_attn_scalar=shape["head_dim"],
         pad_token_id=0,
         eos_token_id=1,
         bos_token_id=2,
         initializer_range=0.02 if scale == 1 else 0.25,
         **shape,
-        **text,
     )
 
 
@@ -111,7 +117,7 @@ def model(repo: str, folder: Path, scale: float, dtype: str, seed: int) -> None:
             vision = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=56)
         config = Gemma3Config(
             text_config=text.to_dict(),
-            vision_config=SiglipVisionConfig(patch_size=14, **vision).to_dict(),
+            vision_config=SiglipVisionConfig(patch_size=14, vision_use_head=False, **vision).to_dict(),
             mm_tokens_per_image=256 if scale == 1 else 4,
         )
     logging.disable_progress_bar()
@@ -119,7 +125,30 @@ def model(repo: str, folder: Path, scale: float, dtype: str, seed: int) -> None:
     made = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
     made.generation_config.eos_token_id = [1, 5]
     made.save_pretrained(folder, max_shard_size="4GB" if scale == 1 else "200KB")
+    if repo in WITH_VISION:
+        _as_released(folder)
     tokenizer(folder, min(4000, text.vocab_size))
+
+
+def _as_released(folder: Path) -> None:
+    """Rewrite what transformers saved today as the release has it: a configuration that leaves out whatever is the
+    default of its class, and a vision tower under its older names.
+    """
+    from transformers import Gemma3TextConfig, SiglipVisionConfig
+
+    said = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    for half, plain in (("text_config", Gemma3TextConfig().to_dict()), ("vision_config", SiglipVisionConfig().to_dict())):
+        said[half] = {key: value for key, value in said[half].items() if key == "model_type" or plain.get(key, ...) != value}
+    said["text_config"]["rope_scaling"] = dict(factor=8.0, rope_type="linear")
+    said["torch_dtype"] = said.pop("dtype")
+    (folder / "config.json").write_text(json.dumps(said, indent=2), encoding="utf-8")
+    older = lambda name: re.sub(r"^vision_tower\.(?!vision_model\.)", "vision_tower.vision_model.", name)  # noqa: E731
+    for path in folder.glob("*.safetensors"):
+        save_file({older(name): tensor for name, tensor in load_file(path).items()}, path, metadata={"format": "pt"})
+    for path in folder.glob("*.index.json"):
+        index = json.loads(path.read_text(encoding="utf-8"))
+        index["weight_map"] = {older(name): shard for name, shard in index["weight_map"].items()}
+        path.write_text(json.dumps(index, indent=2), encoding="utf-8")
 
 
 def tokenizer(folder: Path, size: int) -> None:
@@ -210,6 +239,8 @@ def general(data: Data, folder: Path, seed: int) -> None:
     texts = stories.generate(6 * data.general_documents + 60, seed, "validation")
     lines = [line for text in texts for line in ("", f" = {text.split()[0]} = \n", f" {text} \n")]
     _parquet(pd.DataFrame({"text": lines}), folder / str(data.general_config) / "validation-00000-of-00001.parquet")
+    for other in (f"{data.general_config}/train-00000-of-00002", "another-config/validation-00000-of-00001"):
+        _parquet(pd.DataFrame({"text": ["what no run reads"]}), folder / f"{other}.parquet")
 
 
 def _parquet(table: pd.DataFrame, path: Path) -> None:

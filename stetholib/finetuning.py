@@ -23,6 +23,7 @@ from stetholib.workspace import atomic, file_hash
 
 SAVE_EVERY = 300.0  # seconds
 WHOLE = "whole.json"
+ORDERS = "order-*.json"
 
 
 class Examples(torch.utils.data.Dataset):
@@ -101,7 +102,7 @@ def finetune(
         callbacks=[*callbacks, _saving(unfinished, save_every)],
     )
     trainer.remove_callback(PrinterCallback)
-    trainer.train(resume_from_checkpoint=last_whole(unfinished))
+    trainer.train(resume_from_checkpoint=_goes_on_from(unfinished))
     if spec.method == "lora":
         exact = lora_deltas(model)
         model.unload()
@@ -193,9 +194,20 @@ def _saving(unfinished: Path, every: float) -> Any:
             self.last = time.monotonic()
             folder = unfinished / f"checkpoint-{state.global_step}"
             hashes = {path.name: file_hash(path) for path in sorted(folder.iterdir())}
+            hashes |= {f"../{path.name}": file_hash(path) for path in sorted(unfinished.glob(ORDERS))}
             atomic(folder / WHOLE, lambda draft: draft.write_text(json.dumps(hashes), encoding="utf-8"))
 
     return Saving()
+
+
+def _goes_on_from(unfinished: Path) -> str | None:
+    """The last whole checkpoint; orders of examples that it does not vouch for are drawn again, and are the same."""
+    found = last_whole(unfinished)
+    known = json.loads(Path(found, WHOLE).read_text(encoding="utf-8")) if found else {}
+    for order in unfinished.glob(ORDERS):
+        if f"../{order.name}" not in known:
+            order.unlink()
+    return found
 
 
 def last_whole(unfinished: Path) -> str | None:

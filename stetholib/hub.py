@@ -6,7 +6,9 @@ Not covered: what the files mean (`models`, `saes`, `texts`).
 """
 
 import errno
+import hashlib
 import json
+import os
 import re
 import shutil
 from collections.abc import Iterator, Sequence
@@ -15,7 +17,9 @@ from pathlib import Path
 
 from stetholib.errors import UserError
 
+os.environ.setdefault("HF_HUB_DISABLE_XET", "1")  # plain downloads resume where they broke off, which is proved in the tests
 GIB = 2**30
+HASH = re.compile("[0-9a-f]{64}")
 SHARD = re.compile(r"-\d{5}-of-(\d{5})\.")
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 MODEL_FILES = ("*.json", "*.safetensors", "tokenizer*", "*.jinja")
@@ -35,7 +39,7 @@ def snapshot(repo: str, revision: str | None = None, files: Sequence[str] = MODE
 
     with explained(repo, revision, kind):
         folder = cached_folder(repo, revision, files, kind)
-        if folder is not None and not missing_files(folder):
+        if folder is not None and not missing_files(folder, files):
             return folder
         check_space(repo, *to_fetch(repo, revision, files, kind)[:1])
         return Path(snapshot_download(repo, revision=revision, allow_patterns=list(files), repo_type=kind))
@@ -51,10 +55,11 @@ def cached_folder(repo: str, revision: str | None, files: Sequence[str], kind: s
     return None
 
 
-def missing_files(folder: Path) -> list[str]:
+def missing_files(folder: Path, files: Sequence[str] = ()) -> list[str]:
     """Weight or table files that a folder should hold and does not, by its index and by names like `-00001-of-00003`.
 
-    The cache alone cannot tell: a folder may be there because one small file of it was fetched.
+    files: patterns; each of a table must have a file. The cache alone cannot tell: a folder may be there because one
+    small file of it was fetched.
     """
     present = {path.name for path in (*folder.glob("*.safetensors"), *folder.rglob("*.parquet"))}
     wanted = set()
@@ -64,7 +69,8 @@ def missing_files(folder: Path) -> list[str]:
         if shard := SHARD.search(name):
             count = int(shard[1])
             wanted |= {SHARD.sub(f"-{part:05d}-of-{count:05d}.", name) for part in _numbered(name, count)}
-    return sorted(wanted - present) or ([] if present else ["*.safetensors or *.parquet"])
+    unmatched = [pattern for pattern in files if pattern.endswith(".parquet") and not any(folder.glob(pattern))]
+    return sorted(wanted - present) or unmatched or ([] if present else ["*.safetensors or *.parquet"])
 
 
 def _numbered(name: str, count: int) -> range:
@@ -94,17 +100,48 @@ def file(repo: str, name: str, revision: str | None = None) -> Path:
             return Path(hf_hub_download(repo, name, revision=revision, local_files_only=True))
         except FileNotFoundError:
             check_network(repo)
+            check_space(repo, to_fetch(repo, revision, [name])[0])
             return Path(hf_hub_download(repo, name, revision=revision))
+
+
+def check_access(repo: str, revision: str | None = None) -> None:
+    """Refuse a gated repository whose files this token may not have, though its sizes are shown to all."""
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+
+    with explained(repo, revision):
+        get_hf_file_metadata(hf_hub_url(repo, "config.json", revision=revision))
+
+
+def checked_hash(path: Path) -> str:
+    """SHA-256 of a file; one of the Hub's cache that is named by its own must have it. Raises HubError where it has not."""
+    real = path.resolve()
+    found = file_hash(real)
+    if HASH.fullmatch(real.name) and found != real.name:
+        raise HubError(f"{path}: its bytes are not those that the Hub gave; delete {real} and run again")
+    return found
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file's bytes."""
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def full_disk(said: str) -> bool:
+    """Whether a library's words mean a full disk; safetensors writes `os error 28` where Python says `[Errno 28]`."""
+    return any(f"[Errno {number}]" in said or f"os error {number})" in said for number in DISK_FULL)
 
 
 def check_network(repo: str) -> None:
     """Refuse at once where the Hub does not answer; its client would try again for half a minute."""
     from huggingface_hub import get_session
     from huggingface_hub.constants import ENDPOINT
-    from huggingface_hub.errors import HTTPError
+    from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
 
     try:
         get_session().get(ENDPOINT, timeout=10)
+    except OfflineModeIsEnabled:
+        raise HubError(_offline(repo)) from None
     except HTTPError as error:
         raise HubError(
             f"{repo} is not in the cache and the Hub cannot be reached at {ENDPOINT} ({_first_line(error)}); connect to the network"
@@ -115,13 +152,18 @@ def check_space(repo: str, wanted: int) -> None:
     """Refuse to begin a download that the cache's disk cannot hold."""
     from huggingface_hub.constants import HF_HUB_CACHE
 
-    place = next(p for p in (Path(HF_HUB_CACHE), *Path(HF_HUB_CACHE).parents) if p.exists())
+    place = existing(Path(HF_HUB_CACHE))
     free = shutil.disk_usage(place).free
     if wanted > free:
         raise HubError(
             f"{repo}: {wanted / GIB:.1f} GiB are to be fetched into {place} but {free / GIB:.1f} GiB are free; "
             f"free {(wanted - free) / GIB:.1f} GiB, or set HF_HOME to a larger disk"
         )
+
+
+def existing(path: Path) -> Path:
+    """A folder that is to be, or the nearest one above it that is."""
+    return next(place for place in (path, *path.parents) if place.exists())
 
 
 @contextmanager
@@ -132,6 +174,8 @@ def explained(repo: str, revision: str | None = None, kind: str = "model") -> It
 
     try:
         yield
+    except errors.OfflineModeIsEnabled:
+        raise HubError(_offline(repo)) from None
     except errors.GatedRepoError:
         if get_token() is None:
             raise HubError(
@@ -154,6 +198,10 @@ def explained(repo: str, revision: str | None = None, kind: str = "model") -> It
         if error.errno not in DISK_FULL:
             raise
         raise HubError(f"{repo}: the disk is full; free some space or set HF_HOME to a larger disk, then run again") from None
+
+
+def _offline(repo: str) -> str:
+    return f"{repo} is not whole in the cache and HF_HUB_OFFLINE is set; unset it to fetch what is missing"
 
 
 def _first_line(error: Exception) -> str:

@@ -217,7 +217,7 @@ def write_tasks(folder: Path, rows: Sequence[Mapping[str, str]], num_fewshot: in
     for subject in sorted({row["subject"] for row in rows}):
         data = folder / f"{subject}.jsonl"
         chosen = [{k: v for k, v in row.items() if k != "subject"} for row in rows if row["subject"] == subject]
-        data.write_text("".join(json.dumps(row) + "\n" for row in chosen), encoding="utf-8")
+        data.write_text("".join(json.dumps(row, default=str) + "\n" for row in chosen), encoding="utf-8")
         config = dict(
             include=str(home / f"{SUBTASKS[subject]}.yaml" if task == MINERVA else Path(task).resolve()),
             task=f"stetholib_{subject}",
@@ -390,7 +390,7 @@ def records(
     variant: str, rows: Sequence[Mapping[str, str]], answers: Mapping[str, Answer], verdicts: pd.DataFrame
 ) -> list[dict[str, Any]]:
     """The contract's records of one variant, in the order of the test set."""
-    by_id = verdicts.set_index("problem_id").to_dict("index")
+    by_id = verdicts.drop_duplicates("problem_id").set_index("problem_id").to_dict("index")
     found = []
     for row in rows:
         name = problem_id(row["subject"], row["problem"])

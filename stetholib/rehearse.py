@@ -20,7 +20,7 @@ from stetholib.estimate import Machine, Size
 from stetholib.minerva_math import prompt, target
 from stetholib.mini.problems import SUBJECTS
 from stetholib.profiles import Profile
-from stetholib.workspace import digest_of, repository
+from stetholib.workspace import digest_of, held, repository
 
 FEW: dict[str, dict[str, Any]] = {
     "data": dict(
@@ -48,7 +48,8 @@ def rehearse(name: str, device: str, scale: float, root: Path | None = None, out
     home = (root or repository()) / "runs" / f"{full.name}-rehearsal"
     small = _small(name, home)
     os.environ |= {"HF_HOME": str(home / "hub"), "HF_HUB_OFFLINE": "1", "STETHOLIB_HOME": str(home)}
-    _fabricate(small, home, scale, out)
+    with held(home / "rehearsal.lock", f"another rehearsal of {full.name} is being prepared in this folder; wait for it"):
+        _fabricate(small, home, scale, out)
     from stetholib.reproduce import reproduce
 
     if not (home / "notebooks").exists():

@@ -10,6 +10,7 @@ import logging
 import os
 import platform
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -24,7 +25,7 @@ from typing import Any
 from stetholib import doctor, profiles
 from stetholib.environment import LIBRARIES
 from stetholib.errors import UserError
-from stetholib.hub import DISK_FULL
+from stetholib.hub import full_disk
 from stetholib.workspace import Workspace, atomic, code_text, digest_of, file_hash, held
 
 STEPS = (
@@ -52,6 +53,8 @@ def reproduce(name: str, device: str, root: Path | None = None, out: Any = sys.s
         check_notebook(path)
     set_environment(profile.threads, workspace.root / "runs")
     with alone(workspace, profile.name):
+        for left in workspace.figures.glob(".[0-9]*.*"):  # by a run that was killed while it wrote
+            left.unlink()
         asked = str(Path(name).resolve()) if name.endswith((".yaml", ".yml")) else name
         _run_all(profile, dict(profile=asked, device=device), workspace, notebooks, out, processes)
 
@@ -82,7 +85,7 @@ def _run_all(
             print(f"{step}: unchanged", file=out, flush=True)
             continue
         if not times:
-            doctor.refuse(profile, parameters["device"])
+            doctor.refuse(profile, parameters["device"], processes)
         print(f"{step}: running ...", file=out, flush=True)
         started = time.monotonic()
         with _peaks(parameters["device"]) as peaks[step]:
@@ -90,7 +93,7 @@ def _run_all(
                 _answer(workspace, parameters, processes, out)
             _execute(path, workspace, parameters, out)
         times[step] = round(time.monotonic() - started, 1)
-        made = {p.name: file_hash(p) for p in _outputs(step, workspace)}
+        made = {str(p.relative_to(workspace.root)): file_hash(p) for p in _outputs(step, workspace)}
         atomic(mark, lambda draft, content=dict(key=key, files=made): draft.write_text(json.dumps(content, indent=1)))
         print(f"{step}: {times[step]:.0f} s, {len(made)} files", file=out, flush=True)
     if times:
@@ -131,7 +134,7 @@ def _told(error: Any, executed: Path) -> str:
     said = f"{error.ename}: {' '.join(str(error.evalue).split())}"
     if error.ename.endswith(("UserError", "ProfileError", "ModelError", "HubError", "WorkspaceError")):
         return said
-    if any(f"[Errno {number}]" in said or f"os error {number})" in said for number in DISK_FULL):
+    if full_disk(said):
         return f"{said}; the disk is full: free some space, then run the same command again, what is finished is kept"
     return f"{said}; the traceback is in {executed}"
 
@@ -160,7 +163,9 @@ def _answer(workspace: Workspace, parameters: dict[str, str], processes: int, ou
         said = [line for line in done.stderr.splitlines() if line.startswith("stetholib: ")]
         log = workspace.runs / "answer.log"
         log.write_text(done.stdout + done.stderr, encoding="utf-8")
-        raise UserError(said[0].removeprefix("stetholib: ") if said else f"answering in {processes} processes failed; see {log}")
+        killed = "SIGKILL" in done.stderr or done.returncode == -signal.SIGKILL
+        why = "one was killed, most often for want of memory" if killed else f"see {log}"
+        raise UserError(said[0].removeprefix("stetholib: ") if said else f"answering in {processes} processes failed: {why}")
 
 
 def answer(name: str, device: str) -> None:
@@ -267,15 +272,15 @@ def _local_files(profile: profiles.Profile) -> list[tuple[str, int, int]]:
 
 
 def _outputs(step: str, workspace: Workspace) -> list[Path]:
-    found = sorted(workspace.figures.glob(f"{step[:2]}_*"))
-    manifest = workspace.figures / "manifest.json"
-    return [*found, manifest] if step == STEPS[-1] and manifest.is_file() else found
+    """What a step left where others read it: figures and tables, the records, the manifest."""
+    further = {ANSWERING: workspace.records.glob("*.jsonl"), STEPS[-1]: workspace.figures.glob("manifest.json")}
+    return sorted([*workspace.figures.glob(f"{step[:2]}_*"), *further.get(step, ())])
 
 
 def _is_done(mark: Path, key: str, workspace: Workspace) -> bool:
     try:
         done = json.loads(mark.read_text(encoding="utf-8"))
-        intact = all(file_hash(workspace.figures / name) == known for name, known in done["files"].items())
+        intact = all(file_hash(workspace.root / name) == known for name, known in done["files"].items())
         return done["key"] == key and bool(done["files"]) and intact
     except (OSError, ValueError, KeyError, TypeError):
         return False
@@ -301,9 +306,18 @@ def check_notebook(path: Path) -> None:
     if tagged != [0]:
         what = "has no cell tagged `parameters`" if not tagged else "does not open with its one `parameters` cell"
         raise UserError(f"notebooks/{path.name} {what}; restore it with: git checkout notebooks/{path.name}")
-    names = [line.split("=")[0].strip() for line in "".join(code[0]["source"]).splitlines() if "=" in line]
+    lines = "".join(code[0]["source"]).splitlines()
+    set_to = {
+        name.strip(): value.partition("#")[0].strip() for name, _, value in (line.partition("=") for line in lines if "=" in line)
+    }
+    names = list(set_to)
     if wrong := sorted(set(names) - set(PARAMETERS)) or sorted(set(PARAMETERS) - set(names)):
         raise UserError(f"notebooks/{path.name}: the parameters cell must set {', '.join(PARAMETERS)}; mend {wrong[0]!r}")
+    if set_to["overrides"] != "{}":
+        raise UserError(
+            f"notebooks/{path.name} has overrides in its parameters cell, which make would write beside the profile's own files; "
+            "run it in JupyterLab (make lab), or put them into a profile of your own: make reproduce PROFILE=mine.yaml"
+        )
     numbered = [cell["id"] for cell in cells if re.fullmatch(rf"{path.stem[:2]}-\d\d", cell.get("id", ""))]
     if early := next((one for one, other in pairwise(numbered) if one > other), None):
         raise UserError(

@@ -111,21 +111,30 @@ def check_width(layer: int, dictionary: Dictionary, x: Float[Tensor, "token d_mo
         )
 
 
-def check_site(layer: int, found: SelfTest, neighbours: Mapping[int, float], expected_l0: float | None) -> None:
+def check_fires(layer: int, found: SelfTest) -> None:
+    """Refuse an SAE that hears nothing."""
+    if not found.largest > 0 and found.largest == found.largest:
+        raise UserError(
+            f"SAE of layer {layer}: no feature fires on these texts; it is of another model or site, mend sae.release"
+        )
+
+
+def check_site(layer: int, own: float, neighbours: Mapping[int, float], l0: float, expected_l0: float | None) -> None:
     """Refuse an SAE that cannot be this block's: one that explains a neighbour clearly better, or whose L0 is far from its own.
 
-    neighbours: FVU of the same SAE on the blocks before and after; expected_l0: what its registry says, if anything.
+    own, neighbours: FVU of the same SAE on the same tokens at this block, and at those before and after; expected_l0:
+    what its registry says, if anything.
     """
-    better = {at: fvu for at, fvu in neighbours.items() if fvu < CLEARLY * found.fvu}
+    better = {at: fvu for at, fvu in neighbours.items() if fvu < CLEARLY * own}
     if better:
         at = min(better, key=better.__getitem__)
         raise UserError(
             f"SAE of layer {layer}: it explains layer {at} better than its own (unexplained {better[at]:.2f} against "
-            f"{found.fvu:.2f}); the set is shifted or of another model, mend sae.release or sae.sae_id"
+            f"{own:.2f}); the set is shifted or of another model, mend sae.release or sae.sae_id"
         )
-    if expected_l0 and not expected_l0 / L0_RANGE <= found.l0 <= expected_l0 * L0_RANGE:
+    if expected_l0 and not expected_l0 / L0_RANGE <= l0 <= expected_l0 * L0_RANGE:
         raise UserError(
-            f"SAE of layer {layer}: {found.l0:.1f} features fire a token, its registry says {expected_l0:g}; "
+            f"SAE of layer {layer}: {l0:.1f} features fire a token, its registry says {expected_l0:g}; "
             "another release, site or model, mend sae.release or sae.sae_id"
         )
 

@@ -77,14 +77,20 @@ def load(folder: Path, device: str = "cpu") -> Any:
 
 def fetch(release: str, sae_id: str | None, layer: int, revision: str | None = None) -> Any:
     """The SAE of one block: of a SAELens release, or of a folder that holds one folder a block, by `sae_id`."""
-    if not sae_id or "{layer}" not in sae_id:
-        raise UserError(f"sae.sae_id is {sae_id!r}; it must hold {{layer}}, as in layer_{{layer}}_width_16k_l0_small")
-    name = sae_id.format(layer=layer)
+    name = id_of(sae_id, layer)
     if not Path(release).is_dir():
         return load_release(release, name, revision)
     if not (Path(release) / name / "cfg.json").is_file():
         raise UserError(f"SAE folder {release}: there is no {name}/cfg.json; save each SAE there with SAELens' save_model")
     return load(Path(release) / name)
+
+
+def id_of(sae_id: str | None, layer: int) -> str:
+    """The id of one block's SAE. Raises UserError where `sae_id` does not hold `{layer}`, or another brace."""
+    name = (sae_id or "").replace("{layer}", str(layer))
+    if name == (sae_id or "") or "{" in name or "}" in name:
+        raise UserError(f"sae.sae_id is {sae_id!r}; it must hold {{layer}}, as in layer_{{layer}}_width_16k_l0_small")
+    return name
 
 
 def check_release(release: str, base: str) -> None:
@@ -99,7 +105,7 @@ def check_release(release: str, base: str) -> None:
 
 def expected_l0(release: str, sae_id: str, layer: int) -> float | None:
     """The L0 that SAELens' registry gives for a block's SAE; None for a folder of one's own."""
-    return None if Path(release).is_dir() else registered(release).expected_l0[sae_id.format(layer=layer)]
+    return None if Path(release).is_dir() else registered(release).expected_l0[id_of(sae_id, layer)]
 
 
 def load_release(release: str, sae_id: str, revision: str | None = None) -> Any:
@@ -111,7 +117,9 @@ def load_release(release: str, sae_id: str, revision: str | None = None) -> Any:
         raise UserError(f"SAE release {release} has no {sae_id!r}{nearest(sae_id, entry.saes_map)}; mend sae.sae_id")
     if entry.conversion_func == "gemma_3":
         return SAE.from_pretrained(release, sae_id, converter=partial(gemma_scope_2, revision=revision))
-    with hub.explained(entry.repo_id, revision):
+    if revision:
+        raise UserError(f"sae.revision is {revision!r}, which SAELens' loader of {release} cannot ask for; set it to null")
+    with hub.explained(entry.repo_id):
         return SAE.from_pretrained(release, sae_id)
 
 
@@ -147,6 +155,7 @@ def gemma_scope_2(
             f"SAE {repo_id}/{folder_name}: its config says {said.get('architecture')} at {said.get('hf_hook_point_in')}, "
             f"a JumpReLU SAE at {site} is needed; fetch it again or mend sae.sae_id"
         )
+    hub.checked_hash(path)
     raw = load_file(path)
     names = dict(W_enc="w_enc", W_dec="w_dec", b_enc="b_enc", b_dec="b_dec", threshold="threshold")
     if missing := [name for name in names.values() if name not in raw]:

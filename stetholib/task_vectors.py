@@ -47,6 +47,11 @@ def weights(checkpoint: Mapping[str, Tensor]) -> Weights:
     return Lazy(names, lambda where: checkpoint[names[where]])
 
 
+def _shape(checkpoint: Mapping[str, Tensor], name: str) -> tuple[int, ...]:
+    """A weight's shape, without reading it where it is on disk."""
+    return checkpoint.shape(name) if isinstance(checkpoint, Checkpoint) else tuple(checkpoint[name].shape)
+
+
 def _described(checkpoint: Mapping[str, Tensor], name: str) -> str:
     """Shape and dtype of a weight, without reading it where it is on disk."""
     if isinstance(checkpoint, Checkpoint):
@@ -236,9 +241,14 @@ def survival_shares(sums: pd.DataFrame) -> dict[str, float]:
 
 
 def check_same_tensors(base: Mapping[str, Tensor], finetuned: Mapping[str, Tensor]) -> None:
-    """Raise ModelError where the two do not have the same tensors, tied copies aside."""
+    """Raise ModelError where the two do not have the same tensors in the same shapes, tied copies aside."""
     if odd := sorted((set(base) ^ set(finetuned)) - TIED):
         raise ModelError(f"task vector: {odd[0]} is in only one of the two checkpoints")
+    for name in sorted(set(base) & set(finetuned)):
+        if (before := _shape(base, name)) != (after := _shape(finetuned, name)):
+            raise ModelError(
+                f"task vector: {name} is {before} in the base and {after} in the fine-tune; both must be of one model"
+            )
 
 
 def energy_elsewhere(base: Mapping[str, Tensor], finetuned: Mapping[str, Tensor]) -> dict[str, float]:
@@ -264,8 +274,7 @@ def _copies(checkpoint: Mapping[str, Tensor]) -> set[str]:
 
 def _pieces(checkpoint: Mapping[str, Tensor], name: str) -> Iterator[Tensor]:
     """A tensor in parts small enough that float64 copies of them cost little memory, read one by one from a disk."""
-    on_disk = isinstance(checkpoint, Checkpoint)
-    shape = checkpoint.shape(name) if on_disk else tuple(checkpoint[name].shape)
+    on_disk, shape = isinstance(checkpoint, Checkpoint), _shape(checkpoint, name)
     if not shape:
         yield checkpoint[name]
         return

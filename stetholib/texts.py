@@ -33,14 +33,17 @@ def problems(spec: Data, split: str, seed: int, boxed: bool = True) -> list[Row]
     return _hub_problems(spec, split, wanted, boxed)
 
 
-def general(spec: Data, split: str, count: int, seed: int) -> list[str]:
-    """General documents; `train`, `validation` and `test` never share one."""
+def general(spec: Data, split: str, count: int, seed: int, or_fewer: bool = False) -> list[str]:
+    """General documents; `train`, `validation` and `test` never share one.
+
+    Raises UserError where there are not so many, unless what there is will do (`or_fewer`).
+    """
     if spec.general == "generated":
         return mini_stories.generate(count, seed, split)
     order = {"train": 0, "validation": 1, "test": 2}[split]
     rows = _parquet(spec.general, spec.general_config, spec.general_revision, "validation", ["text"])
     texts = [text for text in (row["text"] for row in rows) if len(text.split()) >= 40 and _bucket(text) % 3 == order]
-    if len(texts) < count:
+    if len(texts) < count and not or_fewer:
         raise UserError(
             f"data: {spec.general} has {len(texts)} general documents for {split}, {count} are wanted; lower data.general_documents"
         )
@@ -65,6 +68,16 @@ def _hub_problems(spec: Data, split: str, wanted: Mapping[str, int], boxed: bool
     return sorted(found, key=lambda row: _bucket(row["problem"]))
 
 
+def patterns(spec: Data) -> dict[str, list[str]]:
+    """The files that a run reads of `maths` and of `general`, as patterns below each data set's folder."""
+    maths = [_pattern(subject, split) for subject in spec.subjects for split in ("train", "test")]
+    return dict(maths=maths, general=[_pattern(spec.general_config, "validation")])
+
+
+def _pattern(config: str | None, split: str) -> str:
+    return f"{config or 'data'}/{split}-*.parquet"
+
+
 def _parquet(repo: str, config: str | None, revision: str | None, split: str, columns: Sequence[str]) -> Iterable[Row]:
     """The rows of one split of one config of a Hub data set kept as parquet, or of a folder laid out the same.
 
@@ -74,14 +87,14 @@ def _parquet(repo: str, config: str | None, revision: str | None, split: str, co
     from datasets.exceptions import DatasetGenerationError
     from pyarrow.parquet import read_metadata
 
-    pattern = f"{config or 'data'}/{split}-*.parquet"
+    pattern = _pattern(config, split)
     folder = Path(repo) if Path(repo).is_dir() else hub.snapshot(repo, revision, [pattern], kind="dataset")
     files = sorted(str(path) for path in folder.glob(pattern))
     if not files:
         raise UserError(f"data: {repo} has no {pattern}; mend data.maths or data.general")
     try:
-        empty = not any(read_metadata(file).num_rows for file in files)
-        rows = None if empty else load_dataset("parquet", data_files=files, split="train")
+        any_rows = any(read_metadata(file).num_rows for file in files)
+        rows = load_dataset("parquet", data_files=files, split="train") if any_rows else None
     except (DatasetGenerationError, OSError, ValueError) as error:
         cause = " ".join(str(error.__cause__ or error).split())[:120]
         raise UserError(
@@ -91,6 +104,8 @@ def _parquet(repo: str, config: str | None, revision: str | None, split: str, co
         raise UserError(f"data: {repo}: {pattern} holds no rows; fetch or make it again")
     if absent := [name for name in columns if name not in rows.column_names]:
         raise UserError(f"data: {repo}: {pattern} has no column {absent[0]!r}, only {', '.join(rows.column_names)}")
+    if empty := [name for name in columns if rows.data.column(name).null_count]:
+        raise UserError(f"data: {repo}: {pattern}: some rows have no {empty[0]!r}; leave them out")
     return rows
 
 

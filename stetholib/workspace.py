@@ -28,6 +28,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from stetholib.errors import UserError
+from stetholib.hub import file_hash
 from stetholib.models import Checkpoint
 
 T = TypeVar("T")
@@ -104,12 +105,6 @@ def digest_of(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file's bytes."""
-    with path.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
-
-
 def repository() -> Path:
     """The checkout that holds the notebooks, or `STETHOLIB_HOME`, or the working folder."""
     if home := os.environ.get("STETHOLIB_HOME"):
@@ -135,7 +130,7 @@ class Workspace:
         `make(folder)` may leave files of its own in the folder it is given.
         """
         place = self.store / f"{stage}-{key}"
-        if (found := self._read(place, key)) is not None:
+        if (found := self._read(place, key, set_aside=False)) is not None:
             return found
         self.store.mkdir(parents=True, exist_ok=True)
         with FileLock(self.store / f"{stage}-{key}.lock"):
@@ -159,8 +154,8 @@ class Workspace:
         """A folder beside a stage's draft that outlives a kill, for work that resumes; gone once the stage is done."""
         return draft.with_name(f"unfinished-{draft.stem.removeprefix('.')}")
 
-    def _read(self, place: Path, key: str) -> Artefact | None:
-        """The artefact at a place, or None where there is none; a damaged one is set aside."""
+    def _read(self, place: Path, key: str, set_aside: bool = True) -> Artefact | None:
+        """The artefact at a place, or None where there is no whole one; who holds the lock may set a damaged one aside."""
         if not place.is_dir():
             return None
         try:
@@ -174,6 +169,8 @@ class Workspace:
             tensors = Checkpoint(place) if index["tensors"] else {}
             return Artefact(tensors, tables, index["values"], place, key)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            if not set_aside:
+                return None
             aside = place.with_name(f"damaged-{place.name}-{time.time_ns()}")
             os.replace(place, aside)
             LOG.warning("store: %s is damaged (%s); set aside as %s, made anew", place.name, error, aside.name)

@@ -10,6 +10,7 @@ import os
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +38,13 @@ def run(name: str, device: str, count: int, into: str = "seeds", root: Path | No
         for seed in range(profile.seed, profile.seed + count):
             started = time.monotonic()
             print(f"world {seed}: running ...", file=out, flush=True)
-            with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-                found.append(pool.submit(one, name, device, seed, root).result())
+            try:
+                with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+                    found.append(pool.submit(one, name, device, seed, root).result())
+            except BrokenProcessPool:
+                raise UserError(
+                    f"world {seed}: its process was killed, most often for want of memory; finished work is kept"
+                ) from None
             print(f"world {seed}: {time.monotonic() - started:.0f} s", file=out, flush=True)
     tables = {key: pd.concat([world[key] for world in found], ignore_index=True) for key in found[0]}
     _write(profile, tables, Workspace(into, root))

@@ -6,10 +6,13 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 from conftest import ROOT
 
 
@@ -82,6 +85,28 @@ def answers(folder: Path, profile: str = "smoke") -> dict[str, list[str]]:
 def records(folder: Path, profile: str = "smoke") -> dict[str, bytes]:
     """Every record file."""
     return {path.name: path.read_bytes() for path in (folder / "runs" / profile / "records").iterdir()}
+
+
+def memory_by_world(process: subprocess.Popen) -> tuple[dict[str, float], str]:
+    """Peak memory of `make seeds` in each world, GiB of all its processes together, and what it said; waits for its end."""
+    peaks, now, said, over = {}, ["before"], [], threading.Event()
+
+    def watch() -> None:
+        while not over.wait(0.3):
+            with suppress(psutil.Error):
+                tree = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+                used = sum(one.memory_info().rss for one in tree) / 2**30
+                peaks[now[0]] = max(peaks.get(now[0], 0.0), used)
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    for line in process.stderr:
+        said.append(line)
+        if line.startswith("world ") and line.endswith(": running ...\n"):
+            now[0] = line.split(":")[0]
+    over.set()
+    thread.join()
+    return {name: peak for name, peak in peaks.items() if name.startswith("world")}, "".join(said)
 
 
 def wait_for(condition, process: subprocess.Popen, every: float = 0.02) -> None:

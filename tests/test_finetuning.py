@@ -83,6 +83,11 @@ def test_a_killed_fine_tune_goes_on_and_ends_with_the_same_bytes_and_losses(toke
     last = finetuning.last_whole(tmp_path / "killed")
     assert last.endswith("checkpoint-8")
     assert run("killed") == whole
+    order = tmp_path / "killed" / "order-0.json"
+    drawn = order.read_text()
+    order.write_text(drawn.replace("[", "[0, ", 1))  # an altered order of examples: from the start, with the order drawn again
+    assert finetuning.last_whole(tmp_path / "killed") is None
+    assert run("killed") == whole and order.read_text() == drawn
     kept = [Path(finetuning.last_whole(tmp_path / "killed"))]
     (kept[0] / "trainer_state.json").write_text("{}")  # a damaged checkpoint is not gone on from
     kept.append(Path(finetuning.last_whole(tmp_path / "killed")))

@@ -173,9 +173,41 @@ def test_a_disk_that_fills_on_the_way_is_one_line_and_leaves_no_whole_name(hub, 
     assert os.environ.get("HF_TOKEN") != LICENSED
 
 
-def doctor(profile, url, cache, token=LICENSED):
+def test_a_file_of_the_cache_that_was_altered_is_refused_by_name(hub, tmp_path):
+    script = "import sys; from stetholib import hub, models\nfrom stetholib.study.stages import files_key\nfrom stetholib.errors import UserError\n"
+    script += "try:\n    print(len(files_key(hub.snapshot(sys.argv[1]), '*.safetensors')))\nexcept UserError as error:\n    print(error)"
+    assert fetch(tmp_path, hub.url, "open/model", script=script) == "1"
+    (file,) = tmp_path.rglob("model.safetensors")
+    content = bytearray(file.read_bytes())
+    content[1_000_000] ^= 4
+    file.resolve().write_bytes(content)
+    said = fetch(tmp_path, hub.url, "open/model", script=script)
+    assert "not those that the Hub gave; delete" in said and "\n" not in said
+
+
+def test_a_data_set_of_which_another_config_is_cached_is_not_taken_for_whole(tmp_path):
+    body = io.BytesIO()
+    pd.DataFrame(dict(text=["a"])).to_parquet(body)
+    files = {f"{config}/validation-00000-of-00001.parquet": body.getvalue() for config in ("one", "other")}
+    script = "import sys; from stetholib import hub\n"
+    script += "print(len(list(hub.snapshot(sys.argv[1], None, [sys.argv[2]], 'dataset').glob(sys.argv[2]))))"
+    with Hub({"org/texts": Repository(files)}) as hub:
+        assert fetch(tmp_path, hub.url, "org/texts", "one/validation-*.parquet", script=script) == "1"
+        for tree in tmp_path.rglob("*"):  # as an older client, which kept no list of the repository's files, would leave it
+            if tree.is_file() and "snapshots" not in tree.parts and "blobs" not in tree.parts and "refs" not in tree.parts:
+                tree.unlink()
+        assert fetch(tmp_path, hub.url, "org/texts", "other/validation-*.parquet", script=script) == "1"
+
+
+def test_offline_by_choice_is_said_so(hub, tmp_path):
+    script = FETCH.replace("import sys", "import os, sys\nos.environ['HF_HUB_OFFLINE'] = '1'", 1)
+    found = fetch(tmp_path, hub.url, "open/model", script=script)
+    assert "HF_HUB_OFFLINE is set; unset it" in found and "\n" not in found and not hub.served
+
+
+def doctor(profile, url, cache, token=LICENSED, home=ROOT):
     command = [sys.executable, "-m", "stetholib", "doctor", "--profile", str(profile)]
-    done = subprocess.run(command, env=environment(ROOT, url, cache, token), capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, env=environment(home, url, cache, token), capture_output=True, text=True, timeout=120)
     assert "Traceback" not in done.stderr, done.stderr
     lines = {line[5:].split()[0]: line for line in done.stdout.splitlines()}
     assert all(line.startswith(("ok  ", "MEND")) for line in lines.values())
@@ -206,3 +238,35 @@ def test_the_doctor_says_what_is_cached_what_is_to_be_fetched_and_what_is_lackin
 
 def test_the_doctor_finds_nothing_lacking_for_the_miniature(tmp_path):
     assert all(line.startswith("ok") for line in doctor("mini", "http://127.0.0.1:9", tmp_path).values())
+
+
+def test_the_doctor_counts_what_a_run_has_left_already_and_each_disk_for_itself(tmp_path, monkeypatch):
+    from stetholib import doctor as examined
+    from stetholib import profiles
+    from stetholib.estimate import Size
+
+    monkeypatch.setenv("STETHOLIB_HOME", str(tmp_path))
+    profile, size = profiles.load("mini"), Size(10**9, 4, 26, 1152, 16384)
+    whole = examined._made(profile, size)
+    kept = tmp_path / "runs" / "mini" / "store" / "sae-1" / "weights"
+    kept.parent.mkdir(parents=True)
+    kept.write_bytes(bytes(10**6))
+    assert whole - examined._made(profile, size) == 10**6
+    (one,) = examined._disks(10**18, 10**18)
+    assert one.name == "disk" and not one.ok and "free 18" in one.line
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", "/dev/shm/hub")
+    here, cache = examined._disks(10**18, 0)
+    assert here.ok and not cache.ok and cache.name == "cache" and "/dev/shm" in cache.line
+
+
+def test_the_doctor_asks_more_memory_for_more_processes_and_knows_of_limits(monkeypatch):
+    from stetholib import doctor as examined
+    from stetholib import profiles
+    from stetholib.estimate import Size
+
+    profile, size = profiles.load("paper"), Size(4 * 10**9, 2, 34, 2560, 16384)
+    monkeypatch.setattr(examined, "_config", lambda profile: dict(vocab_size=262208))
+    monkeypatch.setattr(examined, "_main_memory", lambda: 40 * 2**30)
+    assert examined._memory(profile, size, "cuda", 1).ok and not examined._memory(profile, size, "cuda", 4).ok
+    monkeypatch.undo()
+    assert 0 < examined._main_memory() <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -93,11 +93,23 @@ def test_an_sae_of_another_block_or_release_is_refused(trained):
     generator = torch.Generator().manual_seed(1)
     turn = torch.linalg.qr(torch.randn(16, 16, generator=generator))[0]
     here, elsewhere = sae_features.self_test(ours, x), sae_features.self_test(ours, x @ turn)
-    sae_features.check_site(3, here, {2: elsewhere.fvu, 4: elsewhere.fvu}, here.l0)
+    sae_features.check_site(3, here.fvu, {2: elsewhere.fvu, 4: elsewhere.fvu}, here.l0, here.l0)
     with pytest.raises(UserError, match="layer 3: it explains layer 4 better than its own"):
-        sae_features.check_site(3, elsewhere, {4: here.fvu}, None)
+        sae_features.check_site(3, elsewhere.fvu, {4: here.fvu}, elsewhere.l0, None)
     with pytest.raises(UserError, match="its registry says 60"):
-        sae_features.check_site(3, here, {}, 60.0)
+        sae_features.check_site(3, here.fvu, {}, here.l0, 60.0)
+
+
+@pytest.mark.parametrize("sae_id", [None, "block", "block_{layer}_{width}", "block_{layer"])
+def test_an_sae_id_must_name_the_layer_and_nothing_else(sae_id):
+    assert saes.id_of("layer_{layer}_width_16k_l0_small", 3) == "layer_3_width_16k_l0_small"
+    with pytest.raises(UserError, match="it must hold {layer}"):
+        saes.id_of(sae_id, 3)
+
+
+def test_a_revision_that_a_releases_loader_cannot_ask_for_is_refused():
+    with pytest.raises(UserError, match="set it to null"):
+        saes.load_release("gpt2-small-res-jb", "blocks.0.hook_resid_pre", "a" * 40)
 
 
 def test_a_release_or_id_that_is_not_registered_names_the_nearest():

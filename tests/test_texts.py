@@ -1,5 +1,6 @@
 from dataclasses import replace
 
+import pandas as pd
 import pytest
 
 from stetholib import fabricate, texts
@@ -44,3 +45,17 @@ def test_too_little_general_text_and_a_missing_split_say_which_key_to_mend(spec,
         texts.general(spec, "test", 10_000, 0)
     with pytest.raises(UserError, match=r"has no algebra/test-\*.parquet; mend data.maths"):
         texts.problems(replace(spec, maths=str(tmp_path)), "test", 0)
+
+
+def test_rows_without_a_text_are_refused_and_fewer_texts_will_do_where_asked_so(spec, tmp_path):
+    file = tmp_path / "wiki" / str(DATA.general_config) / "validation-00000-of-00001.parquet"
+    fabricate._parquet(pd.DataFrame({"text": ["a " * 50, None]}), file)
+    with pytest.raises(UserError, match="some rows have no 'text'"):
+        texts.general(replace(spec, general=str(tmp_path / "wiki")), "train", 1, 0)
+    assert 10 < len(texts.general(spec, "train", 10_000, 0, or_fewer=True)) < 10_000
+
+
+def test_the_patterns_are_of_every_file_that_a_run_reads(spec):
+    wanted = texts.patterns(spec)
+    assert len(wanted["maths"]) == 14 and "algebra/test-*.parquet" in wanted["maths"]
+    assert wanted["general"] == [f"{DATA.general_config}/validation-*.parquet"]

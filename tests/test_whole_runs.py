@@ -85,8 +85,9 @@ def test_several_worlds_go_on_after_a_kill_and_end_as_undisturbed_ones(first, tm
     assert kept and not (folder / "figures" / "seeds").exists()
     for where in (folder, first):
         done = start(where)
-        said = done.stderr.read()
+        peaks, said = runs.memory_by_world(done)
         assert done.wait() == 0, said
+        assert set(peaks) == {"world 0", "world 1"} and max(peaks.values()) < 3
     assert kept.items() <= runs.stages(folder).items()
     one, other = ({path.name: path.read_bytes() for path in (where / "figures" / "seeds").iterdir()} for where in (folder, first))
     assert one == other and set(one) == {"claims.csv", "worlds.csv", "stability.csv", "seeds.png", "seeds.svg"}

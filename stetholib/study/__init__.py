@@ -100,7 +100,8 @@ class Study(AnswerSteps):
             device=self.device,
             libraries=library_versions(),
             model=dict(base=p.model.base, revision=p.model.revision, dtype=p.model.dtype, key=self.base_key),
-            sae=dict(release=p.sae.release, id=p.sae.sae_id, d_sae=p.sae.d_sae),
+            finetune={name: getattr(p.finetune, name) for name in ("finetuned", "finetuned_revision", "method", "lora_rank")},
+            sae=dict(release=p.sae.release, id=p.sae.sae_id, revision=p.sae.revision, d_sae=self.dictionary(0).d_sae),
             data=dict(
                 maths=p.data.maths,
                 maths_revision=p.data.maths_revision,

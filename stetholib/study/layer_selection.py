@@ -24,6 +24,7 @@ from stetholib import (
 from stetholib.editing import Edit, edited
 from stetholib.layer_selection import ScoreRule
 from stetholib.sae_features import CONTRASTS
+from stetholib.study.stages import library_versions
 from stetholib.study.subspace_projection import ProjectionSteps
 from stetholib.workspace import Artefact, append_json, digest_of, progress, read_json_lines, source_hash
 
@@ -157,7 +158,7 @@ class SelectionSteps(ProjectionSteps):
         p = self.profile
         params = [p.selection.loss_problems, p.selection.batch_tokens, self.data_key, p.finetune.target, p.seed]
         code = source_hash([models, editing, task_vectors, minerva_math, *self._text_code])
-        key = digest_of(params, code, self.base_key, self.finetuned().key, self.device, p.threads)
+        key = digest_of(params, code, library_versions(), self.base_key, self.finetuned().key, self.device, p.threads)
         path = self.workspace.store / f"losses-{key}.jsonl"
         return path, {row["set"]: row["loss"] for row in read_json_lines(path)}
 

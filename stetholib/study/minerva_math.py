@@ -29,6 +29,8 @@ from stetholib.study.stages import library_versions, wiring
 from stetholib.study.subspace_projection import ProjectionSteps
 from stetholib.workspace import Artefact, append_json, atomic, digest_of, held, json_lines, progress, read_json_lines, source_hash
 
+NEEDED = ("base", "full", "scalpel", "stethoscope", "stethoscope_matched", "random_1")
+
 
 @dataclass(frozen=True)
 class Variant:
@@ -66,6 +68,10 @@ class AnswerSteps(SelectionSteps):
                 raise profiles.ProfileError(
                     f"profile {self.profile.name}.evaluation.variants: unknown variant {name!r}; there are: {', '.join(by_name)}"
                 )
+        if absent := [name for name in NEEDED if name not in self.profile.evaluation.variants]:
+            raise profiles.ProfileError(
+                f"profile {self.profile.name}.evaluation.variants: {absent[0]} is not there; the ledger of claims needs {', '.join(NEEDED)}"
+            )
         return {name: by_name[name] for name in self.profile.evaluation.variants}
 
     def _variant_key(self, variant: Variant) -> str:
@@ -76,10 +82,8 @@ class AnswerSteps(SelectionSteps):
         if variant.vector not in ("raw", "finetuned"):
             p = self.profile
             made += [
-                *self._feature_keys,
+                self._heard_key,
                 asdict(p.projection),
-                asdict(p.features),
-                *self._sae_keys,
                 source_hash([subspace_projection, *wiring(ProjectionSteps)]),
             ]
         return digest_of(self.base_key, made, source_hash([editing, task_vectors]))
@@ -105,23 +109,28 @@ class AnswerSteps(SelectionSteps):
         """Identity of the test: every row of every problem, and the task that asks and scores it."""
         return digest_of([dict(row) for row in self.test_problems], _content(self.profile.evaluation.task))
 
-    @cached_property
+    @property
     def _tasks(self) -> Any:
         """The harness's tasks on the local test problems."""
+        return self._asked[0]
+
+    @cached_property
+    def _asked(self) -> tuple[Any, dict[str, str]]:
+        """Tasks and prompts, made under one lock: the harness keeps what it reads in a folder that another process clears."""
         p = self.profile.evaluation
         key = digest_of(self._asked_key, p.num_fewshot, version("lm-eval"))
         folder = self.workspace.runs / "tasks" / key
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.with_suffix(".lock")):
             names = minerva_math.write_tasks(folder, self.test_problems, p.num_fewshot, p.task)
-            return minerva_math.load_tasks(folder, names, p.task)
-
-    @cached_property
-    def _prompts(self) -> dict[str, str]:
-        p = self.profile.evaluation
-        prompts = minerva_math.prompts_of(self._tasks, self.base.tokenizer if p.chat_template else None)
+            loaded = minerva_math.load_tasks(folder, names, p.task)
+            prompts = minerva_math.prompts_of(loaded, self.base.tokenizer if p.chat_template else None)
         minerva_math.check_context(self.base, prompts, p.max_new_tokens)
-        return prompts
+        return loaded, prompts
+
+    @property
+    def _prompts(self) -> dict[str, str]:
+        return self._asked[1]
 
     @cached_property
     def _batches(self) -> list[list[str]]:
@@ -141,7 +150,7 @@ class AnswerSteps(SelectionSteps):
         asked = {
             name: value for name, value in asdict(p).items() if name not in ("variants", "general_documents", "noise_problems")
         }
-        params = [asked, self.device, self.profile.threads]
+        params = [asked, self._stops, self.device, self.profile.threads]
         code = source_hash([minerva_math, models])
         key = digest_of(self._variant_key(variant), params, self._plan_key, library_versions(), code)
         files = sorted(self.workspace.store.glob(f"answers-{key}*.jsonl"))
@@ -198,7 +207,7 @@ class AnswerSteps(SelectionSteps):
     def general_loss(self, variant: Variant) -> float:
         """Loss on held-out general text, nats a token."""
         p = self.profile
-        params = [p.evaluation.general_documents, self.data_key, p.seed]
+        params = [p.evaluation.general_documents, p.selection.batch_tokens, self.data_key, p.seed]
         make = partial(self._make_general_loss, variant)
         return self._stage("general_loss", params, [self._variant_key(variant)], [models, *self._text_code], make).values["loss"]
 
@@ -267,14 +276,15 @@ class AnswerSteps(SelectionSteps):
 
     def _make_noise(self, folder: Path) -> Artefact:
         p = self.profile.evaluation
-        kept = self.records(self.variants()["base"]).tables["records"].set_index("problem_id")["exact_match"]
+        verdict = lambda table: table.drop_duplicates("problem_id").set_index("problem_id")["exact_match"]  # noqa: E731
+        kept = verdict(self.records(self.variants()["base"]).tables["records"])
         rows, ours = [], self.profile.model.dtype
         changes = [("batch size", ours, max(1, p.batch_size // 8)), ("bfloat16", "bfloat16", p.batch_size)]
         for what, dtype, batch_size in changes if ours != "bfloat16" else changes[:1]:
             with self.instead_of_base(self.base_folder, dtype) as model:
                 found = {answer.problem_id: answer for answer in self._answered(model, batch_size)}
             verdicts, _ = minerva_math.score(self._tasks, found, some=True, task=p.task)
-            again = verdicts.set_index("problem_id")["exact_match"]
+            again = verdict(verdicts)
             flips = int((kept[again.index] != again).sum())
             rows.append(dict(change=what, problems=len(found), flips=flips, share=flips / len(found)))
         return Artefact(tables={"noise": pd.DataFrame(rows)})

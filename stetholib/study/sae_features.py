@@ -17,11 +17,12 @@ from stetholib import (
     sae_features,
     texts,
 )
+from stetholib.errors import UserError
 from stetholib.layer_selection import ScoreRule
 from stetholib.sae_features import CONTRASTS, Dictionary, DocumentSums, FeatureSums
-from stetholib.study.stages import files_key
+from stetholib.study.stages import files_key, wiring
 from stetholib.study.task_vectors import TaskVectorSteps
-from stetholib.workspace import Artefact, progress
+from stetholib.workspace import Artefact, digest_of, progress, source_hash
 
 SELF_TEST_TOKENS = 20_000
 NEIGHBOUR_TOKENS = 2_000
@@ -56,8 +57,8 @@ class FeatureSteps(TaskVectorSteps):
             (minerva_math.prompt(r["problem"]), minerva_math.target(r["solution"], p.finetune.target))
             for r in self.problems("train")
         ]
-        stories = [("", text) for text in texts.general(p.data, "train", len(maths), self._seed("stories"))]
-        pairs = [pair for both in zip(maths, stories, strict=True) for pair in both]
+        stories = [("", text) for text in texts.general(p.data, "train", len(maths), self._seed("stories"), or_fewer=True)]
+        pairs = [pair for both in zip(maths, stories, strict=False) for pair in both]
         tokens = [(ids, 1) for ids, _ in models.tokenize(self.base, pairs, p.data.max_tokens)]
         total, kept = 0, []
         for pair in tokens:
@@ -65,6 +66,8 @@ class FeatureSteps(TaskVectorSteps):
                 break
             kept.append(pair)
             total += len(pair[0]) - 1
+        if total < wanted:
+            raise UserError(f"sae.training_tokens is {wanted}, but the texts to train SAEs on hold {total}; lower it")
         found: dict[int, list[torch.Tensor]] = {layer: [] for layer in range(self.layers)}
         for _, _, streams in self._streams(kept, "02 activations for SAEs", range(self.layers)):
             for layer, x in streams.items():
@@ -86,17 +89,20 @@ class FeatureSteps(TaskVectorSteps):
         """One block's SAE in SAELens' own format: `folder` is what `saes.load` reads."""
         from stetholib import saes
 
-        p = self.profile
+        p, make = self.profile, partial(self._make_sae, layer)
+        if p.sae.release != "train":  # what is only fetched depends on nothing else
+            params = [p.model.base, p.sae.release, p.sae.sae_id, p.sae.revision, layer]
+            return self._stage("sae", params, self._own_saes[layer], [saes], make)
         params = [asdict(p.sae), self.data_key, p.selection.batch_tokens, p.seed, layer]
-        modules = [saes, models, minerva_math, *self._text_code]
-        return self._stage("sae", params, [self.base_key, *self._own_saes[layer]], modules, partial(self._make_sae, layer))
+        return self._stage("sae", params, [self.base_key], [saes, models, minerva_math, *self._text_code], make)
 
     @cached_property
     def _own_saes(self) -> list[list[str]]:
         """Hashes of the files of each block's SAE, where they are in a folder of one's own."""
+        from stetholib import saes
+
         spec = self.profile.sae
-        places = [Path(spec.release) / (spec.sae_id or "").format(layer=layer) for layer in range(self.layers)]
-        return [files_key(place, "*") for place in places]
+        return [files_key(Path(spec.release) / saes.id_of(spec.sae_id, layer), "*") for layer in range(self.layers)]
 
     def _make_sae(self, layer: int, folder: Path) -> Artefact:
         from stetholib import saes
@@ -135,11 +141,23 @@ class FeatureSteps(TaskVectorSteps):
         size = max(1, int(self.profile.features.memory_gib * 2**30 / each))
         return [range(start, min(start + size, self.layers)) for start in range(0, self.layers, size)]
 
+    @property
+    def _heard(self) -> list[Any]:
+        """The profile's values that what is heard depends on, however layers are scored by it."""
+        p = self.profile
+        counts = [p.data.feature_problems, p.data.general_documents, p.selection.batch_tokens]
+        return [*counts, p.features.specificity, p.features.minimum_firing, p.features.matched_minimum, self.data_key, p.seed]
+
+    @cached_property
+    def _heard_key(self) -> str:
+        """Identity of what is heard, for those who ask for directions and not for scores."""
+        code = source_hash([sae_features, models, *self._text_code, *wiring(FeatureSteps)])
+        return digest_of(self._heard, self.base_key, self._sae_keys, code)
+
     def features(self, layer: int) -> Artefact:
         """Per-document feature sums, self-tests and moments of the group of blocks that this one belongs to."""
-        p = self.profile
         group = next(group for group in self._groups if layer in group)
-        params = [asdict(p.features), self.data_key, asdict(p.selection), p.seed, [group.start, group.stop]]
+        params = [*self._heard, asdict(self._rule()), [group.start, group.stop]]
         upstream = [self.base_key, *(self.sae(at).key for at in group)]
         modules = [sae_features, layer_selection, models, *self._text_code]
         return self._stage("features", params, upstream, modules, partial(self._make_features, group))
@@ -199,10 +217,13 @@ class FeatureSteps(TaskVectorSteps):
             one, x = self.dictionary(layer), sample[layer]
             sae_features.check_width(layer, one, x)
             found = sae_features.self_test(one, x)
-            some = {at: sample[at][:NEIGHBOUR_TOKENS] for at in (layer - 1, layer + 1) if at in sample}
-            near = {at: sae_features.self_test(one, there).fvu for at, there in some.items()}
+            sae_features.check_fires(layer, found)
+            some = torch.randperm(len(x), generator=torch.Generator().manual_seed(self._seed("neighbours")))[:NEIGHBOUR_TOKENS]
+            sites = [at for at in (layer - 1, layer, layer + 1) if at in sample]
+            near = {at: sae_features.self_test(one, sample[at][some.to(x.device)]).fvu for at in sites}
+            own = near.pop(layer)
             if spec.release != "train":
-                sae_features.check_site(layer, found, near, saes.expected_l0(spec.release, spec.sae_id, layer))
+                sae_features.check_site(layer, own, near, found.l0, saes.expected_l0(spec.release, spec.sae_id, layer))
             double = sae_features.random_dictionary(x, one.d_sae, found.l0, self._seed(f"random dictionary {layer}"))
             tests[layer] = dict(layer=layer, d_sae=one.d_sae) | asdict(found)
             chance = sae_features.self_test(double, x)

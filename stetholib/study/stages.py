@@ -6,7 +6,6 @@ versions. Any notebook can therefore be opened first.
 """
 
 import os
-import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -29,9 +28,8 @@ from stetholib import (
 )
 from stetholib.environment import LIBRARIES
 from stetholib.models import Checkpoint, LanguageModel
-from stetholib.workspace import INDEX, Artefact, Workspace, digest_of, file_hash, source_hash
+from stetholib.workspace import INDEX, Artefact, Workspace, digest_of, source_hash
 
-HASH = re.compile("[0-9a-f]{64}")
 PARAMETERS = ("profile", "device", "overrides")
 
 
@@ -148,9 +146,14 @@ class Stages:
 
     @cached_property
     def data_key(self) -> str:
-        """Identity of the texts: what the profile says of them and of targets, and the bytes of local ones."""
+        """Identity of the texts: where they are from and how they are split and cut, and the bytes of local ones.
+
+        How many problems of the test, or of those that features are heard on, is the matter of who reads them.
+        """
         data, target = self.profile.data, self.profile.finetune.target
-        return digest_of(asdict(data), target, [files_key(Path(place), "**/*.parquet") for place in (data.maths, data.general)])
+        counts = ("test_problems", "feature_problems", "general_documents")
+        said = {name: value for name, value in asdict(data).items() if name not in counts} | {"subjects": data.subjects}
+        return digest_of(said, target, [files_key(Path(place), "**/*.parquet") for place in (data.maths, data.general)])
 
     @cached_property
     def base(self) -> LanguageModel:
@@ -200,7 +203,6 @@ def wiring(kind: type) -> list[ModuleType]:
 
 
 def files_key(folder: Path, *patterns: str) -> list[str]:
-    """Hashes of a folder's files; those of the Hub's cache are named by theirs, so they need not be read."""
+    """Names and hashes of a folder's files. Raises HubError where one of the Hub's cache was altered."""
     paths = {path for pattern in patterns for path in folder.glob(pattern) if path.is_file() and path.name != INDEX}
-    found = [(path.name, path.resolve()) for path in sorted(paths)]
-    return [f"{name} {real.name if HASH.fullmatch(real.name) else file_hash(real)}" for name, real in found]
+    return [f"{path.name} {hub.checked_hash(path)}" for path in sorted(paths)]

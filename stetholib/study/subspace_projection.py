@@ -72,6 +72,7 @@ class ProjectionSteps(FeatureSteps):
         count = max(self.ranks.grid)
         found = {}
         gradient = self.gradients().tensors
+        first = lambda moment: subspace_projection.principal(moment)[:, :count].contiguous()  # noqa: E731 - and frees the rest
         for layer, (values, fires) in enumerate(self.specificities("corpus")):
             top = sae_features.most_specific(values, fires, count)
             dictionary, covariance = self.dictionary(layer), self.features(layer).tensors
@@ -79,8 +80,8 @@ class ProjectionSteps(FeatureSteps):
                 {
                     "sae_decoder": subspace_projection.orthonormal(dictionary.W_dec[top].cpu()),
                     "sae_encoder": subspace_projection.orthonormal(dictionary.W_enc[:, top].T.cpu()),
-                    "activation_pca": subspace_projection.principal(covariance[f"activation_covariance.{layer}"])[:, :count],
-                    "gradient_pca": subspace_projection.principal(gradient[f"gradient_moment.{layer}"])[:, :count],
+                    "activation_pca": first(covariance[f"activation_covariance.{layer}"]),
+                    "gradient_pca": first(gradient[f"gradient_moment.{layer}"]),
                 }
             )
         return found
@@ -88,8 +89,8 @@ class ProjectionSteps(FeatureSteps):
     def subspace_projection(self) -> pd.DataFrame:
         """Step 03's table, written and returned."""
         p = self.profile
-        params = [asdict(p.projection), asdict(p.features), p.seed]
-        upstream = [self.finetuned().key, *self._feature_keys, self.gradients().key, *self._sae_keys]
+        params = [asdict(p.projection), p.seed]
+        upstream = [self.finetuned().key, self._heard_key, self.gradients().key]
         table = self._stage("projection", params, upstream, [subspace_projection, sae_features, task_vectors]).tables["table"]
         self.workspace.table("03_subspace_projection", table)
         return table
@@ -126,7 +127,7 @@ class ProjectionSteps(FeatureSteps):
 
     def rounding_of_edits(self) -> pd.DataFrame:
         """What a model in bfloat16 can carry of each edit: columns vector, unmoved, energy_kept, cosine."""
-        upstream = [self.finetuned().key, *self._feature_keys, *self._sae_keys]
+        upstream = [self.finetuned().key, self._heard_key]
         modules = [task_vectors, subspace_projection, editing]
         return self._stage("rounding_of_edits", asdict(self.profile.projection), upstream, modules).tables["table"]
 
@@ -158,8 +159,9 @@ class ProjectionSteps(FeatureSteps):
         paired interval (low, high), and the same against the variant's `rival`: for `scalpel` that is `raw_shrunk`,
         of the same energy, for `scalpel_rescaled` it is `full`.
         """
-        params = [asdict(self.profile.selection), asdict(self.profile.projection), self.profile.seed]
-        upstream = [self.finetuned().key, *self._feature_keys, *self._sae_keys]
+        p = self.profile
+        params = [p.selection.loss_problems, p.selection.batch_tokens, asdict(p.projection), p.seed]
+        upstream = [self.finetuned().key, self._heard_key]
         modules = [subspace_projection, editing, models, task_vectors, significance]
         return self._stage("energy_or_direction", params, upstream, modules).tables["table"]
 

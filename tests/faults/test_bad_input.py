@@ -5,9 +5,13 @@ one's own, up to the step that must refuse them. Slow.
 """
 
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 from itertools import pairwise
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -132,6 +136,12 @@ CASES = {
     "a fine-tune with a leftover key": (weights("finetuned", lambda t: t.update({"extra.weight": torch.ones(2)})), "01", "extra.weight is in only one"),
     "a fine-tune with NaN": (weights("finetuned", lambda t: t[GATE].fill_(float("nan"))), "01", "NaN or Inf"),
     "a fine-tune that changed nothing": (files(lambda m: shutil.copy(m / "base" / "model.safetensors", m / "finetuned")), "01", "the two models are the same"),
+    "a fine-tune with a token more": (weights("finetuned", lambda t: t.update({k: torch.cat([v, v[:1]]) for k, v in t.items() if "embed" in k or "lm_head" in k})), "01", "both must be of one model"),
+    "an SAE that never fires": (sae(1, lambda t: t["threshold"].fill_(1e9)), "02", "no feature fires"),
+    "an sae_id with another brace": (key("sae.sae_id", "block_{layer}_{width}"), "02", "must hold {layer}"),
+    "gradients that are Inf": (weights("base", lambda t: t["lm_head.weight"].mul_(1e38)), "03", "gradient at layer .* NaN or Inf"),
+    "general text with a row that is empty": (parquet(GENERAL, lambda t: t.assign(text=[None, *t["text"][1:]])), "02", "some rows have no 'text'"),
+    "a variant that the claims need": (key("evaluation.variants", ["base", "full", "scalpel"]), "05", "stethoscope is not there"),
     "SAEs of which one is missing": (files(lambda m: shutil.rmtree(m / "saes" / "block_2")), "02", "no block_2/cfg.json"),
     "SAEs of another width": (sae(1, lambda t: t.update(W_enc=torch.randn(48, 128), W_dec=torch.randn(128, 48), b_dec=torch.zeros(48))), "02", "size|width|shape"),
     "an SAE with NaN": (sae(1, lambda t: t["W_dec"].fill_(float("nan"))), "02", "W_dec holds NaN"),
@@ -242,7 +252,8 @@ COMMANDS = {
     "a notebook without parameters": (SMOKE, notebook(lambda cells: parameters(cells)["metadata"].clear()), "no cell tagged `parameters`"),
     "a notebook with an unknown parameter": (SMOKE, notebook(lambda cells: parameters(cells)["source"].append("\nprofil = 1")), "mend 'profil'"),
     "a notebook out of order": (SMOKE, notebook(swap), "out of order"),
-    "too little memory": (MINE, profile_text(values_of(features__memory_gib=10.0**6, sae__d_sae=600_000)), "take a larger machine|; free .* GiB"),
+    "a notebook with overrides": (SMOKE, notebook(lambda cells: parameters(cells).update(source=[line.replace("overrides = {}", "overrides = {'seed': 1}") for line in parameters(cells)["source"]])), "has overrides"),
+    "too little memory": (MINE, profile_text(values_of(features__memory_gib=10.0**6, data__general_documents=10**9)), "memory: .*take a larger machine"),
     "a place that cannot be written": (SMOKE, lambda f: (f / "runs").write_text("a file"), "runs"),
 }  # fmt: skip
 
@@ -279,8 +290,31 @@ def test_an_error_within_a_notebook_reaches_the_command_line_as_one_line(sound, 
 
 def test_a_foreign_locale_an_odd_path_other_threads_and_a_home_that_cannot_be_written_change_nothing(undisturbed, tmp_path):
     folder = runs.clone(tmp_path / "mit Lücke é")
-    runs.run(folder, LC_ALL="de_DE.UTF-8", LANG="de_DE.UTF-8", HOME="/proc/nowhere", OMP_NUM_THREADS="1")
+    runs.run(folder, HOME="/proc/nowhere", OMP_NUM_THREADS="1", **german(tmp_path))
     assert runs.made(folder) == runs.made(undisturbed) and len(runs.made(folder)) > 20
+    assert json.loads(runs.made(folder)["manifest.json"])["threads"] == 2  # the profile's, whatever the environment says
+
+
+def german(folder):
+    """A locale with decimal commas, built where the machine can; its name alone where it cannot."""
+    named = dict(LC_ALL="de_DE.UTF-8", LANG="de_DE.UTF-8")
+    if shutil.which("localedef") is None or not Path("/usr/share/i18n/locales/de_DE").is_file():
+        return named
+    subprocess.run(["localedef", "-i", "de_DE", "-f", "UTF-8", str(folder / "de_DE.UTF-8")], check=True, capture_output=True)
+    named |= dict(LOCPATH=str(folder))
+    point = "import locale; locale.setlocale(locale.LC_ALL, ''); print(locale.localeconv()['decimal_point'])"
+    asked = [sys.executable, "-c", point]
+    assert subprocess.run(asked, env=os.environ | named, capture_output=True, text=True).stdout.strip() == ","
+    return named
+
+
+def test_another_number_of_threads_is_another_profile_and_the_manifest_says_so(undisturbed, tmp_path):
+    folder = runs.clone(tmp_path)
+    (folder / "smoke.yaml").write_text(values_of(threads=1))
+    runs.run(folder, "smoke.yaml")
+    one, two = (json.loads(runs.made(where)["manifest.json"]) for where in (folder, undisturbed))
+    assert (one.pop("threads"), two.pop("threads")) == (1, 2) and one.pop("profile_hash") != two.pop("profile_hash")
+    assert one == two
 
 
 def test_two_runs_in_one_clone_do_not_meet(tmp_path):

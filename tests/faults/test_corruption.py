@@ -25,12 +25,14 @@ def everything(folder):
 
 
 def test_two_hundred_flipped_bytes_are_each_noticed_or_harmless(undisturbed, tmp_path, caplog, covered):
-    """Eight rounds of 25 flips over artefacts, ledgers, records and marks; after each round all tables are the same."""
+    """Eight rounds of 25 flips over artefacts, ledgers, records, marks and executed notebooks; after each round all tables
+    are the same, and after the last `make reproduce` brings back every file, records too.
+    """
     folder = tmp_path / "flipped"
     shutil.copytree(undisturbed, folder)
-    wanted = everything(folder)
+    wanted, made, records = everything(folder), runs.made(folder), runs.records(folder)
     chance, noticed = random.Random(0), 0
-    for _ in range(8):
+    for number in range(8):
         places = sorted(
             p for p in (folder / "runs" / "smoke").rglob("*") if p.is_file() and p.stat().st_size and p.suffix != ".lock"
         )
@@ -40,6 +42,9 @@ def test_two_hundred_flipped_bytes_are_each_noticed_or_harmless(undisturbed, tmp
             content[chance.randrange(len(content))] ^= 1 << chance.randrange(8)
             path.write_bytes(content)
         caplog.clear()
+        if number == 7:
+            runs.run(folder)
+            assert runs.made(folder) == made and runs.records(folder) == records
         assert everything(folder) == wanted
         noticed += sum("damaged" in message for message in caplog.messages)
     assert noticed > FLIPS // 4
@@ -66,11 +71,15 @@ def test_a_table_that_was_altered_is_written_anew(undisturbed, tmp_path):
     table.write_text(table.read_text().replace("random", "rundom"))
     (folder / "figures" / "smoke" / "05_minerva_math.png").unlink()
     (folder / "runs" / "smoke" / "run.json").write_text("{ not json")
+    (folder / "figures" / "smoke" / ".4711.left_by_a_kill.csv").write_text("half")
     said = runs.run(folder)
     assert said.count("unchanged") == 4 and runs.made(folder) == wanted
+    records = runs.records(folder)
+    (folder / "runs" / "smoke" / "records" / "full.jsonl").write_text("cut")
+    assert runs.run(folder).count("unchanged") == 5 and runs.records(folder) == records
 
 
-@pytest.mark.parametrize(("step", "limit"), [("01", 120_000), ("02", 400_000), ("05", 1_000)])
+@pytest.mark.parametrize(("step", "limit"), [("01", 120_000), ("02", 400_000), ("05", 400_000)])
 def test_a_full_disk_is_told_in_a_line_leaves_no_part_of_a_file_and_is_gone_on_from(undisturbed, tmp_path, step, limit):
     """RLIMIT_FSIZE stands for the disk: no file of the run may grow above it."""
     folder = tmp_path / "full"
@@ -78,20 +87,24 @@ def test_a_full_disk_is_told_in_a_line_leaves_no_part_of_a_file_and_is_gone_on_f
         runs.clone(folder)
     else:  # what came before is there, this step's is not
         shutil.copytree(undisturbed, folder)
-        store = folder / "runs" / "smoke" / "store"
-        for path in store.iterdir():
-            names = {"02": ("sae", "dictionary", "features"), "05": ("answers", "records", "general_loss")}[step]
+        for path in (folder / "runs" / "smoke" / "store").iterdir():
+            names = {"02": ("sae", "dictionary", "features"), "05": ("records", "general_loss")}[step]
             if path.name.startswith(names):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
-        (folder / "runs" / "smoke" / "notebooks").rename(folder / "gone")
+        for mark in (folder / "runs" / "smoke" / "notebooks").glob("*.json"):
+            if mark.name >= step:
+                mark.unlink()
+        for ledger in (folder / "runs" / "smoke" / "store").glob("answers-*.jsonl") if step == "05" else ():
+            ledger.write_bytes(b"x" * (limit - 2) + b"\n")  # a line that is no answer, up to where the disk is full
     before = set(runs.stages(folder))
     process = limited(folder, limit)
     said = process.communicate()[1]
     lines = [line for line in said.splitlines() if line.startswith("stetholib: ")]
     assert process.returncode == 2 and len(lines) == 1 and "Traceback" not in said, said
-    assert "File too large" in lines[0] and "free some space" in lines[0], lines
+    assert "File too large" in lines[0] and "free some space" in lines[0] and lines[0].startswith(f"stetholib: {step}_"), lines
     store = folder / "runs" / "smoke" / "store"
     assert not [path for path in store.iterdir() if path.name.startswith(".")], "a draft was left behind"
+    assert {path.stat().st_size for path in store.glob("answers-*.jsonl")} <= {limit - 1}, "a part of an answer was left behind"
     assert before <= set(runs.stages(folder))
     kept = runs.stages(folder)
     runs.run(folder)
@@ -147,6 +160,15 @@ def campaign(folder, undisturbed, profile, moments):
 def test_killed_at_a_random_moment_it_ends_as_if_it_had_not_been(undisturbed, tmp_path, covered):
     for end in campaign(tmp_path, undisturbed, "smoke", [random.Random(1).uniform(15, 60)]):
         covered(end)
+
+
+@pytest.mark.campaign
+def test_three_worlds_of_the_miniature_in_flat_memory(tmp_path):
+    process = runs.launch(runs.clone(tmp_path), ["seeds", "--count", "3"])
+    peaks, said = runs.memory_by_world(process)
+    print({name: f"{peak:.2f} GiB" for name, peak in peaks.items()}, flush=True)
+    assert process.wait() == 0, said
+    assert len(peaks) == 3 and max(peaks.values()) < 6 and max(peaks.values()) < 1.1 * peaks["world 0"]
 
 
 @pytest.mark.campaign  # and so neither in `make test` nor in `make test-all`
