@@ -172,6 +172,7 @@ def _config(profile: Profile) -> dict[str, Any]:
     name = profile.model.base
     folder = base.FOLDER if name in ("mini", "toy") else Path(name)
     path = folder / "config.json" if folder.is_dir() else hub.file(name, "config.json", profile.model.revision)
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     try:
@@ -179,9 +180,10 @@ def _config(profile: Profile) -> dict[str, Any]:
         text = whole.get_text_config()
         found = {key: int(getattr(text, key)) for key in ("num_hidden_layers", "hidden_size", "vocab_size")}
         return found | {"dtype": str(whole.dtype or text.dtype).removeprefix("torch.")}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
+        said = " ".join(str(error).split())[:120]
         raise UserError(
-            f"model {name}: there is no config.json that names its blocks and width; give a folder as transformers saves it"
+            f"model {name}: there is no config.json that transformers can read ({said}); give a folder as transformers saves it"
         ) from None
 
 
@@ -210,9 +212,18 @@ def _sums(profile: Profile, size: Size) -> int:
 def _made(profile: Profile, size: Size) -> int:
     """Bytes that a run has yet to leave: fine-tune and checkpoints, SAEs as saved and as plain tensors, sums, records."""
     tuned = 0 if profile.finetune.finetuned else 3 * size.parameters * size.bytes_each
-    whole = tuned + size.layers * (16 * size.d_sae * size.width + _sums(profile, size))
-    store = Workspace(profile.name).store
-    return max(0, whole - sum(path.stat().st_size for path in store.rglob("*") if path.is_file())) + GIB // 4
+    heard = size.layers * (16 * size.d_sae * size.width + _sums(profile, size))
+    left = max(0, tuned - _stored(profile, "finetuned-*", "unfinished-finetuned-*"))
+    return left + max(0, heard - _stored(profile, "sae-*", "dictionary-*", "features-*")) + GIB // 4
+
+
+def _stored(profile: Profile, *kinds: str) -> int:
+    """Bytes of some kinds of stages that the profile's store holds, whatever made them."""
+    total, store = 0, Workspace(profile.name).store
+    for path in (path for kind in kinds for path in store.glob(f"{kind}/**/*")):
+        with suppress(OSError):  # a run under way may move it
+            total += path.stat().st_size if path.is_file() else 0
+    return total
 
 
 def _disks(fetched: int, made: int) -> Iterator[Check]:
@@ -258,7 +269,8 @@ def _main_memory() -> int:
         for line in Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines():
             _, kinds, below = line.split(":", 2)
             root = Path("/sys/fs/cgroup", "memory" if "memory" in kinds else "")
-            for place in (root / below.strip("/"), root):
+            own = root / below.strip("/")
+            for place in (own, *(above for above in own.parents if above.is_relative_to(root))):
                 for name in ("memory.max", "memory.limit_in_bytes"):
                     with suppress(OSError, ValueError):
                         limits.append(int((place / name).read_text(encoding="utf-8")))

@@ -213,7 +213,7 @@ def _activations(loaded: models.LanguageModel, pairs: list[tuple[list[int], int]
 
 
 def maths(data: Data, folder: Path, seed: int) -> None:
-    """MATH's seven configs with train and test splits in parquet, the rows generated."""
+    """MATH's seven configs with train and test splits in parquet, the rows generated; one test problem is there twice."""
     splits = {"test": data.test_problems, "train": dict.fromkeys(data.subjects, data.train_problems + data.validation_problems)}
     columns = ["problem", "level", "type", "solution"]
     for split, wanted in splits.items():
@@ -223,6 +223,8 @@ def maths(data: Data, folder: Path, seed: int) -> None:
             rows.loc[0, "solution"] = " ".join([whole.replace("\\boxed", "")] * (data.max_tokens // 8) + [whole])
         for subject in data.subjects:
             part = rows.loc[rows["subject"] == subject, columns]
+            if split == "test" and subject == data.subjects[0]:
+                part = pd.concat([part.iloc[:-1], part.iloc[:1]])
             _parquet(part, folder / subject / f"{split}-00000-of-00001.parquet")
 
 

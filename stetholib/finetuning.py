@@ -5,6 +5,7 @@ frozen, so that theta_0 + tau is the fine-tuned model itself. Training goes on f
 """
 
 import json
+import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -201,9 +202,15 @@ def _saving(unfinished: Path, every: float) -> Any:
 
 
 def _goes_on_from(unfinished: Path) -> str | None:
-    """The last whole checkpoint; orders of examples that it does not vouch for are drawn again, and are the same."""
+    """The last whole checkpoint, the only one that is kept; what else there is cannot be relied on.
+
+    Orders of examples that it does not vouch for are drawn again, and are the same.
+    """
     found = last_whole(unfinished)
     known = json.loads(Path(found, WHOLE).read_text(encoding="utf-8")) if found else {}
+    for checkpoint in unfinished.glob("checkpoint-*"):
+        if str(checkpoint) != found:
+            shutil.rmtree(checkpoint)
     for order in unfinished.glob(ORDERS):
         if f"../{order.name}" not in known:
             order.unlink()

@@ -93,14 +93,14 @@ def to_fetch(repo: str, revision: str | None = None, files: Sequence[str] = MODE
 
 def file(repo: str, name: str, revision: str | None = None) -> Path:
     """One file of a repository, from the cache or the Hub."""
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
 
     with explained(repo, revision):
         try:
             return Path(hf_hub_download(repo, name, revision=revision, local_files_only=True))
         except FileNotFoundError:
             check_network(repo)
-            check_space(repo, to_fetch(repo, revision, [name])[0])
+            check_space(repo, get_hf_file_metadata(hf_hub_url(repo, name, revision=revision)).size or 0)
             return Path(hf_hub_download(repo, name, revision=revision))
 
 
@@ -163,7 +163,9 @@ def check_space(repo: str, wanted: int) -> None:
 
 def existing(path: Path) -> Path:
     """A folder that is to be, or the nearest one above it that is."""
-    return next(place for place in (path, *path.parents) if place.exists())
+    return next(
+        place for place in (path, *path.parents) if os.path.exists(place)
+    )  # which Path's own raises where it may not look
 
 
 @contextmanager

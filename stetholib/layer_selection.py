@@ -20,7 +20,7 @@ from scipy import stats
 from torch import Tensor
 
 from stetholib.errors import UserError
-from stetholib.sae_features import DocumentSums, firing, moments, one_hot, specificity
+from stetholib.sae_features import DRAWN, DocumentSums, firing, moments, one_hot, specificity
 
 LayerSet = tuple[int, ...]
 CHUNK = 2**24  # entries (draw, corpus, feature) that are scored at once
@@ -79,7 +79,8 @@ class Scores:
     """Layer scores with what they are worth; every array has one entry a layer.
 
     p_value: (1 + #) / (1 + B) over permutations of the documents' labels; p_max: against the largest score of any
-    layer; selection_share: how often the layer is among the top m when documents are resampled.
+    layer; selection_share: how often the layer is among the top m when documents are resampled. All three are NaN for
+    AUROC, whose histograms are kept by corpus and not by document, so that nothing can be drawn again.
     """
 
     score: np.ndarray
@@ -113,11 +114,12 @@ def score_layers(
     score, null, again = (np.stack(parts) for parts in zip(*found, strict=True))
     score = score[:, 0].astype(float)
     tops = [set(select(column, count)) for column in again.T]
+    drawn = 1.0 if rule.kind in DRAWN else np.nan
     return Scores(
         score=score,
-        p_value=(1 + (null >= score[:, None]).sum(1)) / (1 + permutations),
-        p_max=(1 + (null.max(0)[None] >= score[:, None]).sum(1)) / (1 + permutations),
-        selection_share=np.array([sum(layer in top for top in tops) / resamples for layer in range(len(score))]),
+        p_value=drawn * (1 + (null >= score[:, None]).sum(1)) / (1 + permutations),
+        p_max=drawn * (1 + (null.max(0)[None] >= score[:, None]).sum(1)) / (1 + permutations),
+        selection_share=drawn * np.array([sum(layer in top for top in tops) / resamples for layer in range(len(score))]),
         permuted=null,
         resampled=again,
     )

@@ -201,6 +201,12 @@ def check_subjects(subjects: Sequence[str], task: str) -> None:
         raise UserError(f"data.test_problems: {MINERVA} has no subject {odd[0]!r}; it has {known}; else give evaluation.task")
 
 
+def task_files(task: str) -> list[Path]:
+    """The files of a task of one's own: its YAML file, with those beside it that it may include or call."""
+    beside = [file for end in ("*.yaml", "*.yml", "*.py") for file in Path(task).parent.glob(end)]
+    return sorted(beside) if Path(task).is_file() else []
+
+
 def write_tasks(folder: Path, rows: Sequence[Mapping[str, str]], num_fewshot: int, task: str = MINERVA) -> list[str]:
     """Point the harness's tasks at local problems: one YAML and one JSON-lines file a subject; returns task names.
 

@@ -48,13 +48,13 @@ def rehearse(name: str, device: str, scale: float, root: Path | None = None, out
     home = (root or repository()) / "runs" / f"{full.name}-rehearsal"
     small = _small(name, home)
     os.environ |= {"HF_HOME": str(home / "hub"), "HF_HUB_OFFLINE": "1", "STETHOLIB_HOME": str(home)}
-    with held(home / "rehearsal.lock", f"another rehearsal of {full.name} is being prepared in this folder; wait for it"):
-        _fabricate(small, home, scale, out)
     from stetholib.reproduce import reproduce
 
-    if not (home / "notebooks").exists():
-        (home / "notebooks").symlink_to(Path(__file__).parent.parent / "notebooks")
-    reproduce(str(home / f"{full.name}.yaml"), device, home, out)
+    with held(home / "rehearsal.lock", f"another rehearsal of {full.name} is under way in this folder; wait for it"):
+        _fabricate(small, home, scale, out)
+        if not (home / "notebooks").exists():
+            (home / "notebooks").symlink_to(Path(__file__).parent.parent / "notebooks")
+        reproduce(str(home / f"{full.name}.yaml"), device, home, out)
     run = json.loads((home / "runs" / full.name / "run.json").read_text(encoding="utf-8"))
     true = replace(doctor.size(small), parameters=fabricate.parameters(full.model.base), **fabricate.true_shape(full.model.base))
     machine = Machine.measured(device, full.model.dtype)

@@ -22,7 +22,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from stetholib import doctor, profiles
+from stetholib import doctor, minerva_math, profiles
 from stetholib.environment import LIBRARIES
 from stetholib.errors import UserError
 from stetholib.hub import full_disk
@@ -53,8 +53,9 @@ def reproduce(name: str, device: str, root: Path | None = None, out: Any = sys.s
         check_notebook(path)
     set_environment(profile.threads, workspace.root / "runs")
     with alone(workspace, profile.name):
-        for left in workspace.figures.glob(".[0-9]*.*"):  # by a run that was killed while it wrote
-            left.unlink()
+        for folder in (workspace.figures, workspace.records):
+            for left in folder.glob(".[0-9]*.*"):  # by a run that was killed while it wrote
+                left.unlink()
         asked = str(Path(name).resolve()) if name.endswith((".yaml", ".yml")) else name
         _run_all(profile, dict(profile=asked, device=device), workspace, notebooks, out, processes)
 
@@ -136,6 +137,8 @@ def _told(error: Any, executed: Path) -> str:
         return said
     if full_disk(said):
         return f"{said}; the disk is full: free some space, then run the same command again, what is finished is kept"
+    if "[Errno 13]" in said or "[Errno 30]" in said:
+        return f"{said}; it cannot be written: give rights to this folder, then run the same command again"
     return f"{said}; the traceback is in {executed}"
 
 
@@ -267,7 +270,8 @@ def _local_files(profile: profiles.Profile) -> list[tuple[str, int, int]]:
     """Name, size and time of change of every file of one's own that a profile points at."""
     data = profile.data
     places = (profile.model.base, profile.finetune.finetuned, profile.sae.release, data.maths, data.general)
-    files = [file for place in places if place for file in sorted(Path(place).rglob("*"))] + [Path(profile.evaluation.task)]
+    files = [file for place in places if place for file in sorted(Path(place).rglob("*"))]
+    files += minerva_math.task_files(profile.evaluation.task)
     return [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file()]
 
 

@@ -282,6 +282,9 @@ def firing_log_ratio(m: Moments) -> Float[Tensor, "draw d_sae"]:
     return ((m.fires_maths + 1e-4) / (m.fires_general + 1e-4)).log()
 
 
+DRAWN = {"cohen_d": cohen_d, "firing_log_ratio": firing_log_ratio}  # definitions that follow the draws of documents
+
+
 def auroc(histogram: Float[Tensor, "corpus bin d_sae"]) -> Float[Tensor, " d_sae"]:
     """Probability that a mathematical token activates a feature more than a general one does, ties counted half.
 
@@ -294,10 +297,8 @@ def auroc(histogram: Float[Tensor, "corpus bin d_sae"]) -> Float[Tensor, " d_sae
 
 
 def specificity(kind: str, sums: DocumentSums, m: Moments) -> Float[Tensor, "draw d_sae"]:
-    """The chosen definition; `auroc` comes from the histograms and has no draws."""
-    if kind == "auroc":
-        return auroc(sums.histogram).unsqueeze(0)
-    return {"cohen_d": cohen_d, "firing_log_ratio": firing_log_ratio}[kind](m)
+    """The chosen definition; `auroc` comes from the histograms and is the same in every draw."""
+    return DRAWN[kind](m) if kind in DRAWN else auroc(sums.histogram).unsqueeze(0)
 
 
 def firing(m: Moments, minimum: float) -> Bool[Tensor, "draw d_sae"]:

@@ -92,6 +92,8 @@ def _parquet(repo: str, config: str | None, revision: str | None, split: str, co
     files = sorted(str(path) for path in folder.glob(pattern))
     if not files:
         raise UserError(f"data: {repo} has no {pattern}; mend data.maths or data.general")
+    for file in files:
+        hub.checked_hash(Path(file))
     try:
         any_rows = any(read_metadata(file).num_rows for file in files)
         rows = load_dataset("parquet", data_files=files, split="train") if any_rows else None

@@ -252,6 +252,7 @@ def test_the_doctor_counts_what_a_run_has_left_already_and_each_disk_for_itself(
     kept.parent.mkdir(parents=True)
     kept.write_bytes(bytes(10**6))
     assert whole - examined._made(profile, size) == 10**6
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     (one,) = examined._disks(10**18, 10**18)
     assert one.name == "disk" and not one.ok and "free 18" in one.line
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", "/dev/shm/hub")

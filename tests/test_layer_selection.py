@@ -1,3 +1,4 @@
+from dataclasses import replace
 from itertools import combinations
 
 import numpy as np
@@ -128,3 +129,12 @@ def test_effects_are_falls_of_the_loss():
     assert table["effect_alone"].tolist() == [0.5, -0.1]
     assert table["effect_left_out"].tolist() == pytest.approx([0.8, -0.1])
     assert table["selected"].tolist() == [1, 0]
+
+
+def test_auroc_cannot_be_drawn_again_and_says_so_instead_of_giving_a_p_value():
+    sums, corpus_of = planted_sums(layers=3, planted=1, effect=1.0, seed=0)
+    generator = torch.Generator().manual_seed(0)
+    heard = [replace(one, histogram=torch.rand(one.histogram.shape, generator=generator)) for one in sums]
+    result = ls.score_layers(heard, corpus_of, replace(RULE, kind="auroc"), False, 1, permutations=9, resamples=5, seed=0)
+    assert np.isfinite(result.score).all() and len(set(result.score)) == 3
+    assert all(np.isnan(values).all() for values in (result.p_value, result.p_max, result.selection_share))

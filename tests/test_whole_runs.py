@@ -183,7 +183,7 @@ def test_no_family_of_problems_is_nearly_solved_by_the_shipped_base(mini):
     by_id = {mm.problem_id(row["subject"], row["problem"]): row for row in rows}
     found = []
     prompts = {name: mm.prompt(row["problem"]) for name, row in by_id.items()}
-    mm.answer_all(mini, prompts, mm.plan(mini.tokenizer, prompts, 96), 256, found.extend)
+    mm.answer_all(mini, prompts, mm.plan(mini.tokenizer, prompts, 256), 96, found.extend)
     closing = "The final answer is $"
     right = pd.DataFrame(
         dict(

@@ -101,7 +101,7 @@ class Sae:
 class Features:
     """How features are heard: the specificity and the guard rails around it."""
 
-    specificity: str = key(choices=("cohen_d", "firing_log_ratio"))  # AUROC comes from histograms, which have no permutations
+    specificity: str = key(choices=("cohen_d", "firing_log_ratio", "auroc"))
     minimum_firing: float = key(0.0, 1.0)
     matched_minimum: int = key(1)
     memory_gib: float = key(0.001)

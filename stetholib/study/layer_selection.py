@@ -63,9 +63,11 @@ class SelectionSteps(ProjectionSteps):
         """Layer scores with SAEs of other seeds, in the same world: do they point at the same layers?
 
         Columns sae_seed, contrast, rho (Spearman with the default's scores), layers, common (of the default's m layers
-        chosen again) and chance (what m random layers would share).
+        chosen again) and chance (what m random layers would share). No rows where SAEs are fetched: they have one seed.
         """
         rows, m = [], self.selected_count
+        if self.profile.sae.release != "train":
+            return pd.DataFrame(columns=["contrast", "sae_seed", "rho", "layers", "common", "chance"])
         for seed in range(self.profile.sae.seed + 1, self.profile.sae.seed + 1 + draws):
             other = type(self)(replace(self.profile, sae=replace(self.profile.sae, seed=seed)), self.device, self.workspace.root)
             for contrast in CONTRASTS:

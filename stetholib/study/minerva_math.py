@@ -27,7 +27,18 @@ from stetholib.models import LanguageModel
 from stetholib.study.layer_selection import SelectionSteps
 from stetholib.study.stages import library_versions, wiring
 from stetholib.study.subspace_projection import ProjectionSteps
-from stetholib.workspace import Artefact, append_json, atomic, digest_of, held, json_lines, progress, read_json_lines, source_hash
+from stetholib.workspace import (
+    Artefact,
+    append_json,
+    atomic,
+    digest_of,
+    file_hash,
+    held,
+    json_lines,
+    progress,
+    read_json_lines,
+    source_hash,
+)
 
 NEEDED = ("base", "full", "scalpel", "stethoscope", "stethoscope_matched", "random_1")
 
@@ -107,7 +118,9 @@ class AnswerSteps(SelectionSteps):
     @cached_property
     def _asked_key(self) -> str:
         """Identity of the test: every row of every problem, and the task that asks and scores it."""
-        return digest_of([dict(row) for row in self.test_problems], _content(self.profile.evaluation.task))
+        task = self.profile.evaluation.task
+        said = [(file.name, file_hash(file)) for file in minerva_math.task_files(task)] or task
+        return digest_of([dict(row) for row in self.test_problems], said)
 
     @property
     def _tasks(self) -> Any:
@@ -288,11 +301,6 @@ class AnswerSteps(SelectionSteps):
             flips = int((kept[again.index] != again).sum())
             rows.append(dict(change=what, problems=len(found), flips=flips, share=flips / len(found)))
         return Artefact(tables={"noise": pd.DataFrame(rows)})
-
-
-def _content(task: str) -> str:
-    """A task's identity: its name, or what its file says."""
-    return Path(task).read_text(encoding="utf-8") if Path(task).is_file() else task
 
 
 def running_cost(model: LanguageModel) -> dict[str, int]:
