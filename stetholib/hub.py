@@ -58,10 +58,11 @@ def cached_folder(repo: str, revision: str | None, files: Sequence[str], kind: s
 def missing_files(folder: Path, files: Sequence[str] = ()) -> list[str]:
     """Weight or table files that a folder should hold and does not, by its index and by names like `-00001-of-00003`.
 
-    files: patterns; each of a table must have a file. The cache alone cannot tell: a folder may be there because one
-    small file of it was fetched.
+    files: patterns of what is asked for, each of a table with a file at least; all there is by default. The cache alone
+    cannot tell: a folder may be there because one small file of it was fetched.
     """
-    present = {path.name for path in (*folder.glob("*.safetensors"), *folder.rglob("*.parquet"))}
+    found = (path for pattern in files or ("*.safetensors", "**/*.parquet") for path in folder.glob(pattern))
+    present = {path.name for path in found if path.suffix in (".safetensors", ".parquet")}
     wanted = set()
     for index in folder.glob("*.safetensors.index.json"):
         wanted |= set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())

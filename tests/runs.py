@@ -27,9 +27,15 @@ def launch(
     folder: Path, arguments: Sequence[str], before: Callable[[], None] | None = None, **environment: str
 ) -> subprocess.Popen:
     """Begin a command of the package in a process group of its own; `before` runs in it first."""
+
+    def ready() -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # which whoever started the tests in the background had ignored
+        if before:
+            before()
+
     known = dict(os.environ, PYTHONPATH=str(folder), STETHOLIB_HOME=str(folder)) | environment
     asked = dict(cwd=folder, env=known, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    return subprocess.Popen([sys.executable, "-m", "stetholib", *arguments], preexec_fn=before, **asked)
+    return subprocess.Popen([sys.executable, "-m", "stetholib", *arguments], preexec_fn=ready, **asked)
 
 
 def start(folder: Path, profile: str, *options: str, **environment: str) -> subprocess.Popen:

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -197,6 +198,9 @@ def test_a_data_set_of_which_another_config_is_cached_is_not_taken_for_whole(tmp
             if tree.is_file() and "snapshots" not in tree.parts and "blobs" not in tree.parts and "refs" not in tree.parts:
                 tree.unlink()
         assert fetch(tmp_path, hub.url, "org/texts", "other/validation-*.parquet", script=script) == "1"
+        (half,) = tmp_path.rglob("one/validation-00000-of-00001.parquet")
+        shutil.copy(half, half.with_name("train-00000-of-00002.parquet"))  # a part of what nobody asks for
+    assert fetch(tmp_path, "http://127.0.0.1:9", "org/texts", "one/validation-*.parquet", script=script) == "1"
 
 
 def test_offline_by_choice_is_said_so(hub, tmp_path):

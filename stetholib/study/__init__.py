@@ -100,7 +100,12 @@ class Study(AnswerSteps):
             device=self.device,
             libraries=library_versions(),
             model=dict(base=p.model.base, revision=p.model.revision, dtype=p.model.dtype, key=self.base_key),
-            finetune={name: getattr(p.finetune, name) for name in ("finetuned", "finetuned_revision", "method", "lora_rank")},
+            finetune=dict(
+                finetuned=p.finetune.finetuned,
+                finetuned_revision=p.finetune.finetuned_revision,
+                method=None if p.finetune.finetuned else p.finetune.method,
+                lora_rank=p.finetune.lora_rank if p.finetune.method == "lora" and not p.finetune.finetuned else None,
+            ),
             sae=dict(release=p.sae.release, id=p.sae.sae_id, revision=p.sae.revision, d_sae=self.dictionary(0).d_sae),
             data=dict(
                 maths=p.data.maths,
