@@ -7,7 +7,7 @@ from typing import NoReturn
 from safetensors import SafetensorError
 
 from stetholib.errors import UserError
-from stetholib.hub import DISK_FULL, full_disk
+from stetholib.hub import full_disk
 
 
 class Parser(argparse.ArgumentParser):
@@ -54,7 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"stetholib: {error}", file=sys.stderr)
         return 2
     except (OSError, SafetensorError) as error:
-        full = full_disk(str(error)) or (isinstance(error, OSError) and error.errno in DISK_FULL)
+        full = full_disk(str(error))
         if isinstance(error, SafetensorError) and not full:
             raise
         mend = "free some space" if full else "give this folder room and rights to write"

@@ -54,9 +54,9 @@ def _shape(checkpoint: Mapping[str, Tensor], name: str) -> tuple[int, ...]:
 
 def _described(checkpoint: Mapping[str, Tensor], name: str) -> str:
     """Shape and dtype of a weight, without reading it where it is on disk."""
-    if isinstance(checkpoint, Checkpoint):
-        return f"{list(checkpoint.shape(name))} {checkpoint.dtype(name)}"
-    return f"{list(checkpoint[name].shape)} {str(checkpoint[name].dtype).removeprefix('torch.')}"
+    on_disk = isinstance(checkpoint, Checkpoint)
+    dtype = checkpoint.dtype(name) if on_disk else str(checkpoint[name].dtype).removeprefix("torch.")
+    return f"{list(_shape(checkpoint, name))} {dtype}"
 
 
 @dataclass(frozen=True)

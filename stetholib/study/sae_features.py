@@ -213,14 +213,15 @@ class FeatureSteps(TaskVectorSteps):
 
         spec, tests, instruments, sums = self.profile.sae, {}, {}, {}
         sample = self._sample(pairs, range(max(0, group.start - 1), min(self.layers, group.stop + 1)))
+        generator = torch.Generator().manual_seed(self._seed("neighbours"))
+        some = torch.randperm(len(sample[group.start]), generator=generator)[:NEIGHBOUR_TOKENS].to(self.device)
         for layer in group:
             one, x = self.dictionary(layer), sample[layer]
             sae_features.check_width(layer, one, x)
             found = sae_features.self_test(one, x)
             sae_features.check_fires(layer, found)
-            some = torch.randperm(len(x), generator=torch.Generator().manual_seed(self._seed("neighbours")))[:NEIGHBOUR_TOKENS]
             sites = [at for at in (layer - 1, layer, layer + 1) if at in sample]
-            near = {at: sae_features.self_test(one, sample[at][some.to(x.device)]).fvu for at in sites}
+            near = {at: sae_features.self_test(one, sample[at][some]).fvu for at in sites}
             own = near.pop(layer)
             if spec.release != "train":
                 sae_features.check_site(layer, own, near, found.l0, saes.expected_l0(spec.release, spec.sae_id, layer))
