@@ -9,12 +9,13 @@ PYTHON ?= python3
 VENV := .venv/bin/python
 
 export PYTHONPATH := $(CURDIR)
+export OMP_WAIT_POLICY ?= PASSIVE
 
 # The active interpreter when it satisfies the lock (or when ENV=active says so), else .venv, made from the lock.
 ifeq ($(ENV),active)
 RUN := $(PYTHON)
 else
-RUN := $(shell $(PYTHON) -m stetholib.environment 2>/dev/null && echo $(PYTHON) || echo $(VENV))
+RUN := $(shell $(PYTHON) -m stetholib.commands.environment 2>/dev/null && echo $(PYTHON) || echo $(VENV))
 endif
 
 .DEFAULT_GOAL := help
@@ -25,10 +26,10 @@ help:  ## this list
 
 env:  ## the environment alone: .venv from requirements.lock, or the active one where it satisfies the lock
 ifeq ($(ENV),active)
-	@$(RUN) -m stetholib.environment --warn || true
+	@$(RUN) -m stetholib.commands.environment --warn || true
 else ifeq ($(RUN),$(VENV))
 	@test -x $(VENV) || $(PYTHON) -m venv .venv
-	@$(VENV) -m stetholib.environment || { \
+	@$(VENV) -m stetholib.commands.environment --installed || { \
 	  echo "installing requirements.lock into .venv (once, some minutes) ..."; \
 	  $(VENV) -m pip install --quiet --disable-pip-version-check -r requirements.lock && \
 	  $(VENV) -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e . ; }
@@ -49,24 +50,26 @@ seeds: env  ## the experiment in several worlds, how often each claim holds: mak
 test: env  ## the tests of every day: offline, at most five minutes on two cores
 	$(RUN) -m pytest -q -m "not slow and not campaign" --cov=stetholib --cov-report=term
 
-test-all: env  ## every test, whole runs, kills and bad input among them: at most 45 minutes
+test-all: env  ## every test, whole runs, kills and bad input among them: at most 35 minutes
 	$(RUN) -m pytest -q -m "not campaign"
 
 faults: env  ## the campaign: 20 kills of smoke and 5 of mini, each followed by one more run, and three worlds (two hours)
 	$(RUN) -m pytest -q -m campaign -s tests/faults
 
 mini-base: env  ## train the miniature's base model anew (it ships with the package; under an hour on two cores)
-	$(RUN) -m stetholib.mini.base --device $(DEVICE)
+	$(RUN) -m stetholib.data.mini.base --device $(DEVICE)
 
 lab: env  ## JupyterLab on the notebooks
 	$(RUN) -m jupyter lab notebooks
 
-lint: env  ## ruff
-	$(RUN) -m ruff check stetholib tests
-	$(RUN) -m ruff format --check stetholib tests
+lint: env  ## style, types and declared dependencies: ruff, mypy, deptry
+	$(RUN) -m ruff check stetholib tests notebooks
+	$(RUN) -m ruff format --check stetholib tests notebooks
+	$(RUN) -m mypy stetholib
+	$(RUN) -m deptry .
 
 clean:  ## remove what runs produced (figures/mini, which is committed, stays)
 	rm -rf runs
 
 readme: env  ## write the README's ledger from figures/mini
-	@$(RUN) -m stetholib.readme
+	@$(RUN) -m stetholib.commands.readme

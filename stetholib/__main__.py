@@ -1,13 +1,42 @@
-"""The command line behind the Makefile: `python -m stetholib reproduce --profile mini`, `python -m stetholib seeds`."""
+"""The command line, `stetholib` or `python -m stetholib`; the Makefile's targets call it."""
 
 import argparse
 import sys
-from typing import NoReturn
+from importlib import import_module
+from pathlib import Path
+from typing import Any, NoReturn
 
 from safetensors import SafetensorError
 
+from stetholib.commands.environment import check_imported_from
+from stetholib.data.hub import full_disk
 from stetholib.errors import UserError
-from stetholib.hub import full_disk
+
+# command -> (a line for the list, what its own help says)
+COMMANDS = {
+    "reproduce": (
+        "run the six notebooks; every table and figure",
+        "Run the six notebooks in order and leave tables and figures in figures/<profile>/. Only what has something to do is run: "
+        "a notebook whose text, profile, code and libraries are those of its last run is passed over. What was interrupted goes "
+        "on from where it was when the same command is given again.",
+    ),
+    "doctor": (
+        "say what this machine lacks for a profile",
+        "Look at packages, models, SAEs and texts, token and network, memory, disk and device, one line each. Nothing is fetched "
+        "and nothing computed. The exit status is 0 when all is well.",
+    ),
+    "rehearse": (
+        "run a profile that fetches on fabricated weights",
+        "Run a profile's notebooks on random weights of the true shapes, with few of everything, and say how much time and memory "
+        "each step took. It needs no network and no token, and its numbers mean nothing. Everything lies in "
+        "runs/<profile>-rehearsal/.",
+    ),
+    "seeds": (
+        "run the experiment in several worlds",
+        "Repeat a profile under the seeds 0, 1, 2, ... (new data, fine-tune and SAEs) and leave in figures/<into>/ how often each "
+        "claim holds.",
+    ),
+}
 
 
 class Parser(argparse.ArgumentParser):
@@ -15,41 +44,50 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Refuse what was typed."""
-        raise UserError(f"{message}; see: make help")
+        raise UserError(f"{message}; see: {self.prog} --help")
+
+
+def parser() -> Parser:
+    """Every command with its options."""
+    top = Parser(prog="stetholib", description="A companion to 'SAEs as Stethoscopes, Not Scalpels': runs, worlds, and checks.")
+    commands = top.add_subparsers(dest="command", metavar="command", required=True)
+    made = {name: commands.add_parser(name, help=line, description=said) for name, (line, said) in COMMANDS.items()}
+    made["answer"] = commands.add_parser("answer")  # what `reproduce --processes` starts; without help it is not listed
+    for name, one in made.items():
+        default = "paper" if name == "rehearse" else "mini"
+        one.add_argument("--profile", default=default, help=f"a shipped profile's name, or a YAML file of your own ({default})")
+        one.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="where models run (cpu)")
+    processes = "how many processes answer the test, one a GPU (1)"
+    made["reproduce"].add_argument("--processes", type=int, default=1, help=processes)
+    made["rehearse"].add_argument("--scale", type=float, default=1.0, help="of the true shapes: above 0, at most 1 (1)")
+    made["seeds"].add_argument("--count", type=int, default=5, help="how many worlds (5)")
+    made["seeds"].add_argument("--into", help="folder below figures/ for what they say (seeds-<profile>)")
+    return top
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run a command, whose module is loaded only now: help and complaints need no PyTorch."""
+    module: Any = import_module(f"stetholib.commands.{'reproduce' if options.command == 'answer' else options.command}")
+    asked = options.profile, options.device
+    if options.command == "doctor":
+        return 0 if module.report(*asked, print) else 1
+    if options.command == "rehearse":
+        module.rehearse(*asked, options.scale)
+    elif options.command == "seeds":
+        module.run(*asked, options.count, options.into)
+    elif options.command == "answer":
+        module.answer(*asked)
+    else:
+        module.reproduce(*asked, processes=options.processes)
+    return 0
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command; a user's mistake is one line on standard error and exit status 2."""
-    parser = Parser(prog="stetholib", description="Run the six notebooks, or several worlds.")
-    parser.add_argument("command", choices=["reproduce", "seeds", "doctor", "rehearse", "answer"])
-    parser.add_argument("--profile", default="mini")
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--count", type=int, default=5, help="how many worlds")
-    parser.add_argument("--into", default="seeds", help="folder below figures/ for what several worlds say")
-    parser.add_argument("--scale", type=float, default=1.0, help="of the true shapes, in a rehearsal")
-    parser.add_argument("--processes", type=int, default=1, help="how many processes answer the test, one a GPU")
+    """Do what was typed; a user's mistake is one line on standard error and exit status 2."""
     try:
-        options = parser.parse_args(arguments)
-        if options.command == "doctor":
-            from stetholib import doctor, profiles
-
-            return 0 if doctor.report(profiles.load(options.profile), options.device, print) else 1
-        if options.command == "rehearse":
-            from stetholib.rehearse import rehearse
-
-            rehearse(options.profile, options.device, options.scale)
-        elif options.command == "seeds":
-            from stetholib import worlds
-
-            worlds.run(options.profile, options.device, options.count, options.into)
-        elif options.command == "answer":
-            from stetholib.reproduce import answer
-
-            answer(options.profile, options.device)
-        else:
-            from stetholib.reproduce import reproduce
-
-            reproduce(options.profile, options.device, processes=options.processes)
+        options = parser().parse_args(arguments)
+        check_imported_from(Path.cwd())
+        return run(options)
     except UserError as error:
         print(f"stetholib: {error}", file=sys.stderr)
         return 2
@@ -63,7 +101,6 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("stetholib: stopped; what was finished is kept, the same command goes on from there", file=sys.stderr)
         return 130
-    return 0
 
 
 if __name__ == "__main__":

@@ -10,9 +10,9 @@ from typing import Any
 
 import pandas as pd
 
-from stetholib.models import Key
+from stetholib.models.subspaces import split_loss
+from stetholib.models.weights import Key
 from stetholib.significance import ALL
-from stetholib.subspace_projection import split_loss
 
 NUMBER_THEORY = "number_theory"
 CONTRAST_VARIANT = {"corpus": "stethoscope", "matched": "stethoscope_matched"}
@@ -84,7 +84,7 @@ def word(holds: bool | None, published_rung: bool) -> str:
     return "reproduced" if published_rung else "consistent"
 
 
-def percent(share: float) -> str:
+def percent(share: Any) -> str:
     """A share as the paper prints it."""
     return f"{100 * share:.1f} %"
 
@@ -182,83 +182,34 @@ def _costless(e: Evidence, contrast: str) -> Finding:
 
 
 CLAIMS = (
-    Claim(
-        "C1",
-        "Projecting task vectors onto SAE feature subspaces discards most of the modification energy",
-        "about 97 %",
-        "more than 90 % discarded at the default rank; strict: and more than a random subspace of that rank discards",
-        "03_subspace_projection",
-        _discarded,
-    ),
-    Claim(
-        "C2",
-        "... and gives no statistically significant improvement over seven subjects",
-        "0 of 7",
-        "no subject improved by the harness's z, and every interval ends below the margin, else not testable; strict: Holm-corrected McNemar",
-        "06_significance",
-        _no_gain,
-    ),
-    Claim(
-        "C3",
-        "The cause is a geometric misalignment between SAE directions and weight-space task vectors",
-        "qualitative",
-        "misalignment index above 0.5 (0 the best subspace, 1 a random one); strict: on both sides, and misalignment loses more than the rank budget",
-        "03_subspace_projection",
-        _misaligned,
-    ),
-    Claim(
-        "C4",
-        "Injecting the raw task vector into SAE-selected layers lifts Number Theory",
-        "29.6 % -> 39.4 %",
-        "accuracy rises; strict: the paired interval lies above 0 and the set is better than 95 % of random sets",
-        "05_minerva_math",
-        _lifts,
-        by_contrast=True,
-    ),
-    Claim(
-        "C5",
-        "... significantly",
-        "z = +3.41, p = 0.0007",
-        "harness's z, uncorrected p < .05; strict: Holm-corrected McNemar",
-        "06_significance",
-        _significantly,
-        by_contrast=True,
-    ),
-    Claim(
-        "C6",
-        "... with subjects significantly improved",
-        "5 of 7",
-        "at least five subjects of seven improved by the harness's z, uncorrected; strict: Holm-corrected McNemar",
-        "06_significance",
-        _improved,
-        by_contrast=True,
-    ),
-    Claim(
-        "C7",
-        "... and subjects significantly degraded",
-        "0 of 7",
-        "none degraded by the harness's z, uncorrected; strict: every subject improved or no worse by the margin",
-        "06_significance",
-        _not_degraded,
-        by_contrast=True,
-    ),
-    Claim(
-        "C8",
-        "The method is fully deterministic",
-        "yes",
-        "answers, layer scores and restored weights are identical when repeated",
-        "06_significance",
-        _deterministic,
-    ),
-    Claim(
-        "C9",
-        "It costs nothing at inference",
-        "none",
-        "no parameter and no FLOP more than the base model",
-        "06_significance",
-        _costless,
-    ),
-)
+    Claim("C1", "Projecting task vectors onto SAE feature subspaces discards most of the modification energy", "about 97 %",
+          "more than 90 % discarded at the default rank; strict: and more than a random subspace of that rank discards",
+          "03_subspace_projection", _discarded),
+    Claim("C2", "... and gives no statistically significant improvement over seven subjects", "0 of 7",
+          "no subject improved by the harness's z, and every interval ends below the margin, else not testable; strict: Holm-corrected McNemar",
+          "06_significance", _no_gain),
+    Claim("C3", "The cause is a geometric misalignment between SAE directions and weight-space task vectors", "qualitative",
+          "misalignment index above 0.5 (0 the best subspace, 1 a random one); strict: on both sides, and misalignment loses more than the rank budget",
+          "03_subspace_projection", _misaligned),
+    Claim("C4", "Injecting the raw task vector into SAE-selected layers lifts Number Theory", "29.6 % -> 39.4 %",
+          "accuracy rises; strict: the paired interval lies above 0 and the set is better than 95 % of random sets",
+          "05_minerva_math", _lifts, by_contrast=True),
+    Claim("C5", "... significantly", "z = +3.41, p = 0.0007",
+          "harness's z, uncorrected p < .05; strict: Holm-corrected McNemar",
+          "06_significance", _significantly, by_contrast=True),
+    Claim("C6", "... with subjects significantly improved", "5 of 7",
+          "at least five subjects of seven improved by the harness's z, uncorrected; strict: Holm-corrected McNemar",
+          "06_significance", _improved, by_contrast=True),
+    Claim("C7", "... and subjects significantly degraded", "0 of 7",
+          "none degraded by the harness's z, uncorrected; strict: every subject improved or no worse by the margin",
+          "06_significance", _not_degraded, by_contrast=True),
+    Claim("C8", "The method is fully deterministic", "yes",
+          "answers, layer scores and restored weights are identical when repeated",
+          "06_significance", _deterministic),
+    Claim("C9", "It costs nothing at inference", "none",
+          "no parameter and no FLOP more than the base model",
+          "06_significance", _costless),
+)  # fmt: skip
 
 
 def ledger(evidence: Evidence) -> pd.DataFrame:

@@ -1,22 +1,159 @@
-"""Edits: an edit is a value, applied by a context manager that always undoes itself, byte for byte.
+"""Task vectors and edits: an edit is a value, applied by a context manager that always undoes itself, byte for byte.
 
     with edited(model, Edit(task_vector, layers=(3, 5))):
-        ...                                   # theta_0 + tau in blocks 3 and 5
+        ...                                   # theta_0 + tau in layers 3 and 5
     ...                                       # theta_0 again, the same bytes
 
-Scalpel and stethoscope differ only in the value: a projected vector in every block, or the raw one in a few. The
-unedited baseline is the empty edit through the same path.
+A task vector tau = theta_1 - theta_0 holds the seven matrices of every block, in float32 (Ilharco et al., 2023), with
+the algebra that makes it useful. Matrices are produced when asked for, so a vector of two checkpoints on disk never has
+to fit in memory. Energy is the squared Frobenius norm. Scalpel and stethoscope differ only in the value: a projected
+vector in every layer, or the raw one in a few. The unedited baseline is the empty edit through the same path.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
+import numpy as np
+import pandas as pd
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from stetholib.models import MATRICES, Key, ModelError, edit_weights
-from stetholib.task_vectors import TaskVector
+from stetholib.models.streams import Batch, document_losses
+from stetholib.models.weights import MATRICES, Checkpoint, Key, ModelError, Weights, edit_weights, weight_names
+
+K = TypeVar("K")
+V = TypeVar("V")
+
+
+class Lazy(Mapping[K, V]):
+    """A mapping whose values are computed each time they are asked for."""
+
+    def __init__(self, keys: Iterable[K], value: Callable[[K], V]) -> None:
+        """keys: all of them, in order; value: gives that of one key."""
+        self._keys, self._value = dict.fromkeys(keys), value
+
+    def __getitem__(self, where: K) -> V:
+        if where not in self._keys:
+            raise KeyError(where)
+        return self._value(where)
+
+    def __iter__(self) -> Iterator[K]:
+        return iter(self._keys)
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+
+def weights(checkpoint: Mapping[str, Tensor]) -> Weights:
+    """The seven matrices of each block of a checkpoint, by canonical name, each read when it is asked for."""
+    names = weight_names(checkpoint)
+    return Lazy(names, lambda where: checkpoint[names[where]])
+
+
+def shape_of(checkpoint: Mapping[str, Tensor], name: str) -> tuple[int, ...]:
+    """A weight's shape, without reading it where it is on disk."""
+    return checkpoint.shape(name) if isinstance(checkpoint, Checkpoint) else tuple(checkpoint[name].shape)
+
+
+def _described(checkpoint: Mapping[str, Tensor], name: str) -> str:
+    """Shape and dtype of a weight, without reading it where it is on disk."""
+    dtype = checkpoint.dtype(name) if isinstance(checkpoint, Checkpoint) else str(checkpoint[name].dtype).removeprefix("torch.")
+    return f"{list(shape_of(checkpoint, name))} {dtype}"
+
+
+@dataclass(frozen=True)
+class TaskVector:
+    """A change of weights, one matrix [d_out, d_in] in float32 for each `(layer, matrix)`."""
+
+    deltas: Weights
+
+    @classmethod
+    def between(cls, base: Mapping[str, Tensor], finetuned: Mapping[str, Tensor], same_dtype: bool = True) -> "TaskVector":
+        """theta_1 - theta_0 of two checkpoints or state dicts, read one matrix at a time.
+
+        Raises ModelError where names, shapes or dtypes differ: a vector between unlike models means nothing, and one
+        between unlike precisions holds the rounding of one of them.
+        """
+        names, others = weight_names(base), weight_names(finetuned)
+        if set(names) != set(others):
+            odd = sorted(set(names) ^ set(others))[0]
+            raise ModelError(f"task vector: {odd[1]} of layer {odd[0]} is in only one of the two checkpoints")
+        for where, name in names.items():
+            before, after = _described(base, name), _described(finetuned, others[where])
+            if before != after and (same_dtype or before.rsplit(" ", 1)[0] != after.rsplit(" ", 1)[0]):
+                raise ModelError(
+                    f"task vector: {name} is {before} in the base and {after} in the fine-tune; both must be of one model and precision"
+                )
+
+        def difference(where: Key) -> Tensor:
+            delta = finetuned[others[where]].float() - base[names[where]].float()
+            if not torch.isfinite(delta).all():
+                raise ModelError(f"task vector: {names[where]} holds NaN or Inf in one of the two checkpoints")
+            return delta
+
+        return cls(Lazy(names, difference))
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The blocks it touches, in order."""
+        return tuple(sorted({layer for layer, _ in self.deltas}))
+
+    def map(self, change: Callable[[Key, Tensor], Tensor]) -> "TaskVector":
+        """A task vector whose every matrix is `change(key, matrix)`."""
+        return TaskVector(Lazy(self.deltas, lambda where: change(where, self.deltas[where])))
+
+    def restrict(self, layers: Iterable[int], matrices: Iterable[str] = MATRICES) -> "TaskVector":
+        """Only these blocks and matrices; raises where a block is not there."""
+        layers, matrices = tuple(layers), tuple(matrices)
+        if absent := sorted(set(layers) - set(self.layers)):
+            raise ModelError(f"task vector: it has no layer {absent[0]}, only {self.layers[0]} to {self.layers[-1]}")
+        keys = [where for where in self.deltas if where[0] in layers and where[1] in matrices]
+        return TaskVector(Lazy(keys, lambda where: self.deltas[where]))
+
+    def in_memory(self) -> "TaskVector":
+        """The same, with every matrix computed once and held."""
+        return TaskVector(dict(self.deltas.items()))
+
+    def energies(self) -> dict[Key, float]:
+        """Squared Frobenius norm of each matrix, summed in float64."""
+        return {where: float(delta.double().square().sum()) for where, delta in self.deltas.items()}
+
+    def energy(self) -> float:
+        """Squared Frobenius norm of the whole."""
+        return sum(self.energies().values())
+
+    def _with(self, other: "TaskVector", sign: float) -> "TaskVector":
+        if set(self.deltas) != set(other.deltas):
+            raise ModelError("task vector: two vectors of different matrices cannot be added")
+
+        def combined(where: Key) -> Tensor:
+            mine, theirs = self.deltas[where], other.deltas[where]
+            if mine.shape != theirs.shape:
+                raise ModelError(
+                    f"task vector: {where} is {tuple(mine.shape)} in one vector and {tuple(theirs.shape)} in the other"
+                )
+            return mine + sign * theirs
+
+        return TaskVector(Lazy(self.deltas, combined))
+
+    def __add__(self, other: "TaskVector") -> "TaskVector":
+        return self._with(other, 1.0)
+
+    def __sub__(self, other: "TaskVector") -> "TaskVector":
+        return self._with(other, -1.0)
+
+    def __mul__(self, scale: float | Mapping[Key, float]) -> "TaskVector":
+        """Scaled by one number, or by one for each matrix."""
+        if isinstance(scale, Mapping):
+            return self.map(lambda where, delta: delta * scale[where])
+        return self.map(lambda where, delta: delta * scale)
+
+    __rmul__ = __mul__
+
+    def __neg__(self) -> "TaskVector":
+        return self * -1.0
 
 
 @dataclass(frozen=True)
@@ -65,3 +202,56 @@ def edited(model: nn.Module, edit: Edit) -> Iterator[nn.Module]:
 def matched_scales(wanted: Mapping[Key, float], energies: Mapping[Key, float]) -> dict[Key, float]:
     """Factors that bring each matrix from its energy to the wanted one; 0 where it has none."""
     return {where: (wanted[where] / energies[where]) ** 0.5 if energies[where] else 0.0 for where in energies}
+
+
+def rounded(base: Weights, vector: TaskVector, dtype: torch.dtype) -> TaskVector:
+    """What is left of a vector once base + vector is stored in `dtype`: what a model of that precision can carry."""
+
+    def kept(where: Key, delta: Tensor) -> Tensor:
+        before = base[where].float()
+        return (before + delta).to(dtype).float() - before.to(dtype).float()
+
+    return vector.map(kept)
+
+
+def survival(exact: TaskVector, kept: TaskVector) -> pd.DataFrame:
+    """How much of a vector is left in another, e.g. after rounding: sums, one row a layer and matrix.
+
+    weights: how many there are; unmoved: how many the kept vector leaves as they were; energy and energy_left: of the
+    exact and of the kept vector; product: their inner product.
+    """
+    rows = []
+    for (layer, matrix), before in exact.deltas.items():
+        after = kept.deltas[layer, matrix]
+        one, other = before.double(), after.double()
+        rows.append(
+            dict(
+                layer=layer,
+                matrix=matrix,
+                weights=before.numel(),
+                unmoved=int((after == 0).sum()),
+                energy=float(one.square().sum()),
+                energy_left=float(other.square().sum()),
+                product=float((one * other).sum()),
+            )
+        )
+    return pd.DataFrame(rows)
+
+
+def survival_shares(sums: pd.DataFrame) -> dict[str, float]:
+    """Of `survival` over all its rows: the share of weights unmoved, energy_kept (above 1 where rounding adds more
+    than it takes), and the cosine of the two vectors."""
+    total = sums[["weights", "unmoved", "energy", "energy_left", "product"]].sum()
+    size = (total["energy"] * total["energy_left"]) ** 0.5
+    return dict(
+        unmoved=total["unmoved"] / total["weights"],
+        energy_kept=total["energy_left"] / total["energy"] if total["energy"] else float("nan"),
+        cosine=total["product"] / size if size else float("nan"),
+    )
+
+
+def losses_by_document(model: nn.Module, edit: Edit, pool: Sequence[Batch]) -> tuple[np.ndarray, np.ndarray]:
+    """Summed loss (nats) and number of scored tokens of each document under an edit."""
+    with edited(model, edit) as changed:
+        losses, counts = document_losses(changed, pool)
+    return losses.numpy(), counts.numpy()

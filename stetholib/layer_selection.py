@@ -6,72 +6,19 @@ Sets of blocks are judged by one cheap, quiet measure, the loss of gold solution
 injection; no test problem is read here.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations
-from math import comb
-from random import Random
 
 import numpy as np
 import pandas as pd
-import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from scipy import stats
 from torch import Tensor
 
-from stetholib.errors import UserError
-from stetholib.sae_features import DRAWN, DocumentSums, firing, moments, one_hot, specificity
-
-LayerSet = tuple[int, ...]
-CHUNK = 2**24  # entries (draw, corpus, feature) that are scored at once
-
-
-@dataclass(frozen=True)
-class ScoreRule:
-    """How features become a layer's score: definition, share of the features that fire, floor on their number."""
-
-    kind: str = "cohen_d"
-    share: float = 0.02
-    minimum: int = 10
-    minimum_firing: float = 0.001
-
-    def score(
-        self, sums: DocumentSums, multiplicity: Float[Tensor, "draw corpus doc"], pool_subjects: bool
-    ) -> Float[Tensor, " draw"]:
-        """S: the mean of the largest specificities over the top share (at least `minimum`) of the features that fire."""
-        draws, corpora, _ = multiplicity.shape
-        at_once = max(1, CHUNK // (corpora * sums.total.shape[1]))
-        if draws > at_once:
-            return torch.cat([self.score(sums, part, pool_subjects) for part in multiplicity.split(at_once)])
-        m = moments(sums, multiplicity, pool_subjects)
-        eligible = firing(m, self.minimum_firing)
-        ranked = torch.where(eligible, specificity(self.kind, sums, m), -torch.inf).sort(1, descending=True).values
-        alive = eligible.sum(1)
-        if int(alive.min()) < self.minimum:
-            raise UserError(
-                f"layer score: {self.minimum} features are needed but only {int(alive.min())} fire often enough; "
-                "lower selection.score_minimum or features.minimum_firing"
-            )
-        counts = (alive * self.share).round().long().clamp(min=self.minimum)
-        kept = torch.arange(ranked.shape[1]).unsqueeze(0) < counts.unsqueeze(1)
-        return torch.where(kept, ranked, 0.0).sum(1) / counts
-
-
-def shuffled_labels(corpus_of: Int[Tensor, " doc"], draws: int, seed: int) -> Int[Tensor, "draw doc"]:
-    """Permutations of the documents' corpus labels."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.stack([corpus_of[torch.randperm(len(corpus_of), generator=generator)] for _ in range(draws)])
-
-
-def resampled(corpus_of: Int[Tensor, " doc"], corpora: int, draws: int, seed: int) -> Float[Tensor, "draw corpus doc"]:
-    """Multiplicities of documents drawn with replacement within each corpus."""
-    rng = np.random.default_rng(seed)
-    out = torch.zeros(draws, corpora, len(corpus_of))
-    for corpus in range(corpora):
-        where = torch.nonzero(corpus_of == corpus)[:, 0]
-        counts = rng.multinomial(len(where), np.full(len(where), 1 / len(where)), size=draws)
-        out[:, corpus, where] = torch.from_numpy(counts).float()
-    return out
+from stetholib.layer_sets import named_sets, select
+from stetholib.models.sums import CONTRASTS, DRAWN, DocumentSums, one_hot, resampled, shuffled_labels
+from stetholib.sae_features import ScoreRule
+from stetholib.significance import Values
 
 
 @dataclass(frozen=True)
@@ -125,96 +72,7 @@ def score_layers(
     )
 
 
-def select(scores: Sequence[float], count: int) -> LayerSet:
-    """The `count` layers with the largest scores, in order of depth; ties go to the earlier layer."""
-    if count > len(scores):
-        raise UserError(f"selection: {count} layers are wanted but the model has {len(scores)}; lower selection.layer_share")
-    ranked = sorted(range(len(scores)), key=lambda layer: (-scores[layer], layer))
-    return tuple(sorted(ranked[:count]))
-
-
-def layer_count(layers: int, share: float) -> int:
-    """m = round(L * share), at least one; a third by default, fixed before any result."""
-    return max(1, round(layers * share))
-
-
-def sampled_sets(layers: int, count: int, wanted: int, seed: int) -> list[LayerSet]:
-    """All sets of `count` layers where there are at most `wanted`, else that many different ones drawn at random."""
-    if comb(layers, count) <= wanted:
-        return list(combinations(range(layers), count))
-    rng, found = Random(f"{seed}/sets"), {}
-    while len(found) < wanted:
-        found[tuple(sorted(rng.sample(range(layers), count)))] = None
-    return list(found)
-
-
-def percentile(value: float, others: Sequence[float]) -> float:
-    """Share of the other sets whose loss change is worse (higher) than this one's, ties counted half; chance is 0.5."""
-    others = np.asarray(others)
-    return float(((others > value).sum() + 0.5 * (others == value).sum()) / len(others))
-
-
-def greedy(loss_of: Callable[[LayerSet], float], layers: int, count: int) -> LayerSet:
-    """Add, one at a time, the layer that lowers the loss most: the best set found with sight of the losses."""
-    chosen: LayerSet = ()
-    while len(chosen) < count:
-        rest = [layer for layer in range(layers) if layer not in chosen]
-        chosen = tuple(sorted((*chosen, min(rest, key=lambda layer: loss_of(tuple(sorted((*chosen, layer))))))))
-    return chosen
-
-
-def fixed_selectors(
-    scores: Mapping[str, Sequence[float]], energies: Sequence[float], small_step: Sequence[float], count: int
-) -> dict[str, tuple[str, LayerSet]]:
-    """Every rule that picks `count` layers without trying them out, as selector -> (contrast, layers).
-
-    scores: layer scores by contrast; energies: |tau_l|^2; small_step: loss change of each block at a small alpha.
-    """
-    depth = len(energies)
-    first = (depth - count) // 2
-    return {
-        "stethoscope": ("corpus", select(scores["corpus"], count)),
-        "stethoscope_matched": ("matched", select(scores["matched"], count)),
-        "least_specific": ("corpus", select([-s for s in scores["corpus"]], count)),
-        "largest_norm": ("-", select(energies, count)),
-        "middle": ("-", tuple(range(first, first + count))),
-        "last": ("-", tuple(range(depth - count, depth))),
-        "small_step": ("-", select([-s for s in small_step], count)),
-    }
-
-
-def spearman(
-    x: Sequence[float], y: Sequence[float], level: float = 0.05, resamples: int = 2000, seed: int = 0
-) -> tuple[float, float, float]:
-    """Spearman's rho with a bootstrap interval over layers: (rho, low, high)."""
-    x, y = np.asarray(x, float), np.asarray(y, float)
-    rng = np.random.default_rng(seed)
-    draws = []
-    for _ in range(resamples):
-        pick = rng.integers(0, len(x), len(x))
-        if len(set(x[pick])) > 1 and len(set(y[pick])) > 1:
-            draws.append(_pearson(stats.rankdata(x[pick]), stats.rankdata(y[pick])))
-    low, high = np.quantile(draws, [level / 2, 1 - level / 2]) if draws else (float("nan"),) * 2
-    return _pearson(stats.rankdata(x), stats.rankdata(y)), float(low), float(high)
-
-
-def partial_spearman(x: Sequence[float], y: Sequence[float], given: Sequence[Sequence[float]]) -> float:
-    """Spearman's rho of x and y with other variables held fixed: correlation of rank residuals. NaN without variation."""
-    ranks = [stats.rankdata(v).astype(float) for v in (x, y, *given)]
-    design = np.column_stack([np.ones(len(ranks[0])), *ranks[2:]])
-    residuals = [v - design @ np.linalg.lstsq(design, v, rcond=None)[0] for v in ranks[:2]]
-    if min(np.abs(r).max() for r in residuals) < 1e-9:
-        return float("nan")
-    return _pearson(*residuals)
-
-
-def _pearson(x: np.ndarray, y: np.ndarray) -> float:
-    x, y = x - x.mean(), y - y.mean()
-    scale = np.sqrt((x @ x) * (y @ y))
-    return float(x @ y / scale) if scale else float("nan")
-
-
-def measure(scores: Mapping[str, Scores], randoms: Mapping[str, Sequence[float]], count: int, sets: pd.DataFrame) -> pd.DataFrame:
+def measure(scores: Mapping[str, Scores], randoms: Mapping[str, Values], count: int, sets: pd.DataFrame) -> pd.DataFrame:
     """The table of step 04: one row a layer and contrast.
 
     sets: the table of layer sets, from which the effects come. A positive effect is a loss that falls:
@@ -241,3 +99,116 @@ def measure(scores: Mapping[str, Scores], randoms: Mapping[str, Sequence[float]]
                 )
             )
     return pd.DataFrame(rows)
+
+
+def plain_scores(
+    sums: Iterable[DocumentSums], corpus_of: Int[Tensor, " doc"], rule: ScoreRule, pool_subjects: bool
+) -> list[float]:
+    """Layer scores alone, without permutations and resamples."""
+    labels = one_hot(corpus_of, int(corpus_of.max()) + 1)
+    return [float(rule.score(one, labels, pool_subjects)[0]) for one in sums]
+
+
+def agreement(scores: Mapping[tuple[str, str], Values], count: int, default: str) -> pd.DataFrame:
+    """Layers that each definition of specificity selects, and its rank correlation with the default's scores.
+
+    scores: by (contrast, definition).
+    """
+    rows = []
+    for (contrast, kind), score in scores.items():
+        layers = " ".join(map(str, select(score, count)))
+        rho = spearman(score, scores[contrast, default])[0]
+        rows.append(dict(contrast=contrast, definition=kind, layers=layers, rho_with_default=rho))
+    return pd.DataFrame(rows)
+
+
+def stability(ours: Values, theirs: Values, count: int) -> dict[str, object]:
+    """Scores by SAEs of another seed beside ours: rho, the layers they select, how many of ours are among them, by chance."""
+    chosen = select(theirs, count)
+    layers, common = " ".join(map(str, chosen)), len(set(chosen) & set(select(ours, count)))
+    return dict(rho=spearman(ours, theirs)[0], layers=layers, common=common, chance=count * count / len(ours))
+
+
+def relations(table: pd.DataFrame, layer_energy: np.ndarray, seed: int) -> pd.DataFrame:
+    """How layer scores go with effects over layers: Spearman with an interval, and given depth and |tau_l|."""
+    depth = np.arange(len(layer_energy))
+    by_contrast = {c: table[table["contrast"] == c].sort_values("layer") for c in CONTRASTS}
+    scores = {c: rows["score"].to_numpy() for c, rows in by_contrast.items()}
+    rows = []
+    for effect in ("effect_alone", "effect_left_out"):
+        y = by_contrast["corpus"][effect]
+        for name, x in {**scores, "|tau|": layer_energy, "depth": depth}.items():
+            rho, low, high = spearman(x, y, seed=seed)
+            given = [v for other, v in (("|tau|", layer_energy), ("depth", depth)) if other != name]
+            about = dict(predictor=name, effect=effect, rho=rho, low=low, high=high)
+            rows.append(about | dict(partial=partial_spearman(x, y, given)))
+    return pd.DataFrame(rows)
+
+
+SPOKEN = {"corpus": "all tokens", "matched": "matched words"}
+
+
+def chosen_layers(table: pd.DataFrame) -> dict[str, list[int]]:
+    """The layers that each contrast selects, from the table of step 04."""
+    return {c: table[(table["contrast"] == c) & (table["selected"] == 1)]["layer"].tolist() for c in CONTRASTS}
+
+
+def summary(table: pd.DataFrame, sets: pd.DataFrame, relations: pd.DataFrame, level: float = 0.05) -> str:
+    """What step 04 saw, as Markdown; the tables of layers, of sets, and of scores against effects."""
+    chosen, share = chosen_layers(table), named_sets(sets)["percentile"]
+    named = {"corpus": "stethoscope", "matched": "stethoscope_matched"}
+    common, count = len(set(chosen["corpus"]) & set(chosen["matched"])), len(chosen["corpus"])
+    rivals = share.drop(["full", "greedy", "stethoscope"], errors="ignore").dropna()
+    better = [name.replace("_", " ") for name in rivals.index if rivals[name] > share["stethoscope"]]
+    equal = [name.replace("_", " ") for name in rivals.index.drop(named["matched"]) if rivals[name] == share["stethoscope"]]
+    by_chance = [SPOKEN[c] for c, name in named.items() if share[name] < 1 - level]
+    untold = f" On {' and on '.join(by_chance)} that is **not told from chance**, which needs {1 - level:.0%}."
+    effect = relations[relations["effect"] == "effect_alone"].set_index("predictor")
+    rho, silent = effect["rho"], [SPOKEN[c] for c in CONTRASTS if not effect["low"][c] > 0]
+    nothing = f" On {' and on '.join(silent)} **the score does not tell a layer's worth**: its interval is not above 0."
+    return f"""
+- {_heard(table, level)}
+- The layers selected are {chosen["corpus"]} on all tokens and {chosen["matched"]} on matched words: {common} of {count} in common.
+- Injected there, the raw vector does better than **{share["stethoscope"]:.0%}** of random sets (all tokens) and **{share["stethoscope_matched"]:.0%}** (matched words); chance is 50 %.{untold if by_chance else ""}
+- Rules that do better than the stethoscope: {", ".join(better) or "none"}{f"; as well as it: {', '.join(equal)}" if equal else ""}.
+- Score against effect over layers: rho = {rho["corpus"]:+.2f} (all tokens), {rho["matched"]:+.2f} (matched words), {rho["|tau|"]:+.2f} (size of the change), {rho["depth"]:+.2f} (depth).{nothing if silent else ""}
+""".strip()
+
+
+def _heard(table: pd.DataFrame, level: float) -> str:
+    """In how many layers mathematics is heard beyond chance; that it is heard nowhere is said, not counted."""
+    if table["p_max"].isna().all():
+        return "Whether a layer hears mathematics beyond chance **was not tested**: this definition of specificity cannot be permuted."
+    layers, test = table["layer"].nunique(), "(permutation, maximum over layers)"
+    corpus, matched = (int((table[table["contrast"] == c]["p_max"] < level).sum()) for c in CONTRASTS)
+    if not corpus and not matched:
+        return f"**No layer hears mathematics beyond chance**, neither on all tokens nor on matched words {test}."
+    counted = f"{corpus or '**None**'} of {layers} layers hear mathematics beyond chance on all tokens, {matched or '**none**'} on matched words {test}."
+    return f"{counted} Hearing is not the question." if corpus and matched else counted
+
+
+def spearman(x: Values, y: Values, level: float = 0.05, resamples: int = 2000, seed: int = 0) -> tuple[float, float, float]:
+    """Spearman's rho with a bootstrap interval over layers: (rho, low, high)."""
+    one, other = np.asarray(x, float), np.asarray(y, float)
+    rng = np.random.default_rng(seed)
+    picks = rng.integers(0, len(one), (resamples, len(one)))
+    ranks = zip(stats.rankdata(one[picks], axis=1), stats.rankdata(other[picks], axis=1), strict=True)  # not one by one: seconds
+    draws = [_pearson(a, b) for a, b in ranks if np.ptp(a) and np.ptp(b)]
+    low, high = np.quantile(draws, [level / 2, 1 - level / 2]) if draws else (float("nan"),) * 2
+    return _pearson(stats.rankdata(one), stats.rankdata(other)), float(low), float(high)
+
+
+def partial_spearman(x: Values, y: Values, given: Sequence[Values]) -> float:
+    """Spearman's rho of x and y with other variables held fixed: correlation of rank residuals. NaN without variation."""
+    ranks = [stats.rankdata(v).astype(float) for v in (x, y, *given)]
+    design = np.column_stack([np.ones(len(ranks[0])), *ranks[2:]])
+    residuals = [v - design @ np.linalg.lstsq(design, v, rcond=None)[0] for v in ranks[:2]]
+    if min(np.abs(r).max() for r in residuals) < 1e-9:
+        return float("nan")
+    return _pearson(*residuals)
+
+
+def _pearson(x: np.ndarray, y: np.ndarray) -> float:
+    x, y = x - x.mean(), y - y.mean()
+    scale = np.sqrt((x @ x) * (y @ y))
+    return float(x @ y / scale) if scale else float("nan")

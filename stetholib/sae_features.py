@@ -1,16 +1,14 @@
 """Step 02. Can we trust the instrument, and which features mean mathematics?
 
-A sparse autoencoder is used here as a `Dictionary` of plain tensors with JumpReLU encoding, as Gemma Scope publishes
-it and as SAELens' other architectures are saved for inference. Statistics are sums over documents, kept for every
-block, feature and document; specificity, layer scores, permutations and resamples are all computed from those sums,
-so the model reads each text once and nothing is stored per token.
-
-Not covered: training or loading SAEs (`saes`), and scoring layers (`layer_selection`).
+Statistics are sums over documents, kept for every layer, feature and document; specificity, layer scores, permutations
+and resamples are all computed from those sums, so the model reads each text once and nothing is stored per token.
+A dictionary and its self-tests are in `models.dictionary`; scoring layers is step 04's (`layer_selection`).
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from math import inf
+import random
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import pandas as pd
 import torch
@@ -18,148 +16,18 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from stetholib.errors import UserError
+from stetholib.models.dictionary import Dictionary, check_fires, check_site, check_width, random_dictionary, self_test
+from stetholib.models.loading import LanguageModel, check_finite
+from stetholib.models.streams import Batch, Watch, residual_batches, tokenize, unwatched
+from stetholib.models.sums import CONTRASTS, Covariance, DocumentSums, FeatureSums, firing, moments, one_hot, specificity
 
-CONTRASTS = ("corpus", "matched")
+SELF_TEST_TOKENS = 20_000
+NEIGHBOUR_TOKENS = 2_000
+CHUNK = 2**24  # entries (draw, corpus, feature) that are scored at once
 GENERAL = "general"
-VARIANCE_FLOOR = 1e-6
-BINS = 48
-CELLS = 2**26
-CLEARLY = 0.8  # neighbouring blocks are alike; a shifted SAE explains its true one far better than this
-L0_RANGE = 3.0  # an SAE on its own site keeps its L0 within this factor on other text
 
 
-@dataclass(frozen=True)
-class Dictionary:
-    """The weights of one SAE. `a = relu(pre) * (pre > threshold)`, `pre = x @ W_enc + b_enc`; decode `a @ W_dec + b_dec`."""
-
-    W_enc: Float[Tensor, "d_model d_sae"]
-    b_enc: Float[Tensor, " d_sae"]
-    W_dec: Float[Tensor, "d_sae d_model"]
-    b_dec: Float[Tensor, " d_model"]
-    threshold: Float[Tensor, " d_sae"]
-
-    def encode(self, x: Float[Tensor, "token d_model"]) -> Float[Tensor, "token d_sae"]:
-        """Feature activations."""
-        pre = x @ self.W_enc + self.b_enc
-        return torch.relu(pre) * (pre > self.threshold)
-
-    def decode(self, acts: Float[Tensor, "token d_sae"]) -> Float[Tensor, "token d_model"]:
-        """The reconstruction."""
-        return acts @ self.W_dec + self.b_dec
-
-    @property
-    def d_sae(self) -> int:
-        """How many features."""
-        return self.W_dec.shape[0]
-
-
-def pieces(x: Float[Tensor, "token d_model"], d_sae: int) -> tuple[Float[Tensor, "token d_model"], ...]:
-    """Activations in parts whose feature activations take about a quarter of a gibibyte."""
-    return x.split(max(1, CELLS // d_sae))
-
-
-def random_dictionary(x: Float[Tensor, "token d_model"], d_sae: int, l0: float, seed: int) -> Dictionary:
-    """A dictionary of random unit directions with the same shape and the same L0 on `x`: the instrument's zero.
-
-    Encoder and decoder are tied, inputs are centred on the mean of `x`, one threshold sets the L0, and the decoder
-    carries the one gain that reconstructs `x` best, so that its FVU is the best such a dictionary can reach.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    directions = torch.nn.functional.normalize(torch.randn(d_sae, x.shape[1], generator=generator), dim=1).to(x.device)
-    mean, some = x.mean(0), pieces(x, d_sae)[0]
-    pre = (some - mean) @ directions.T
-    rank = max(1, min(pre.numel() - 1, round(l0 * len(some))))
-    cut = pre.flatten().topk(rank + 1).values[-1].clamp(min=0)
-    draft = Dictionary(directions.T, -mean @ directions.T, directions, mean, cut.expand(d_sae).contiguous())
-    guesses = [(draft.encode(part) @ directions, part - mean) for part in pieces(x, d_sae)]
-    size = sum(guess.square().sum() for guess, _ in guesses)
-    gain = sum((guess * part).sum() for guess, part in guesses) / size.clamp(min=1e-12)
-    return Dictionary(draft.W_enc, draft.b_enc, directions * gain, mean, draft.threshold)
-
-
-@dataclass(frozen=True)
-class SelfTest:
-    """What an SAE does on the model's own activations: fraction of variance unexplained, L0, share of features that fire,
-    and the largest feature activation."""
-
-    fvu: float
-    l0: float
-    alive: float
-    largest: float
-
-
-def self_test(dictionary: Dictionary, x: Float[Tensor, "token d_model"]) -> SelfTest:
-    """FVU is 0 for a perfect reconstruction and 1 for always answering the mean; L0 is active features a token."""
-    residual, active, largest = 0.0, 0, -inf
-    alive = torch.zeros(dictionary.d_sae, dtype=torch.bool, device=x.device)
-    for part in pieces(x, dictionary.d_sae):
-        acts = dictionary.encode(part)
-        residual += float((part - dictionary.decode(acts)).double().square().sum())
-        active += int((acts > 0).sum())
-        alive |= (acts > 0).any(0)
-        value = float(acts.max())
-        largest = max(largest, value) if value == value else value  # NaN is handed on
-    total = float((x - x.mean(0)).double().square().sum())
-    return SelfTest(residual / total, active / len(x), float(alive.double().mean()), largest)
-
-
-def check_width(layer: int, dictionary: Dictionary, x: Float[Tensor, "token d_model"]) -> None:
-    """Refuse an SAE of a residual stream of another width."""
-    if (width := dictionary.W_dec.shape[1]) != x.shape[1]:
-        raise UserError(
-            f"SAE of layer {layer}: it reads a stream of width {width}, the model's is {x.shape[1]}; it is of another model, mend sae.release"
-        )
-
-
-def check_fires(layer: int, found: SelfTest) -> None:
-    """Refuse an SAE that hears nothing."""
-    if not found.largest > 0 and found.largest == found.largest:
-        raise UserError(
-            f"SAE of layer {layer}: no feature fires on these texts; it is of another model or site, mend sae.release"
-        )
-
-
-def check_site(layer: int, own: float, neighbours: Mapping[int, float], l0: float, expected_l0: float | None) -> None:
-    """Refuse an SAE that cannot be this block's: one that explains a neighbour clearly better, or whose L0 is far from its own.
-
-    own, neighbours: FVU of the same SAE on the same tokens at this block, and at those before and after; expected_l0:
-    what its registry says, if anything.
-    """
-    better = {at: fvu for at, fvu in neighbours.items() if fvu < CLEARLY * own}
-    if better:
-        at = min(better, key=better.__getitem__)
-        raise UserError(
-            f"SAE of layer {layer}: it explains layer {at} better than its own (unexplained {better[at]:.2f} against "
-            f"{own:.2f}); the set is shifted or of another model, mend sae.release or sae.sae_id"
-        )
-    if expected_l0 and not expected_l0 / L0_RANGE <= l0 <= expected_l0 * L0_RANGE:
-        raise UserError(
-            f"SAE of layer {layer}: {l0:.1f} features fire a token, its registry says {expected_l0:g}; "
-            "another release, site or model, mend sae.release or sae.sae_id"
-        )
-
-
-class Covariance:
-    """Accumulates the covariance of activations [d_model, d_model], in float64, as batches pass by."""
-
-    def __init__(self, width: int) -> None:
-        """width: d_model."""
-        self.count, self.first = 0, torch.zeros(width, dtype=torch.float64)
-        self.second = torch.zeros(width, width, dtype=torch.float64)
-
-    def add(self, x: Float[Tensor, "token d_model"]) -> None:
-        """Add a batch."""
-        wide = x.double().cpu()
-        self.count, self.first, self.second = self.count + len(x), self.first + wide.sum(0), self.second + wide.T @ wide
-
-    def value(self) -> Float[Tensor, "d_model d_model"]:
-        """E[x x'] - E[x] E[x]'."""
-        return self.second / self.count - torch.outer(self.first, self.first) / self.count**2
-
-
-def matched_weights(
-    tokens: Sequence[Int[Tensor, " token"]], is_maths: Sequence[bool], minimum: int
-) -> list[Float[Tensor, " token"]]:
+def matched_weights(tokens: Sequence[Int[Tensor, " _"]], is_maths: Sequence[bool], minimum: int) -> list[Float[Tensor, " _"]]:
     """A weight for every content token, so that both corpora hold the same words in the same amounts.
 
     tokens: ids of each document's content tokens. A surface form s that occurs at least `minimum` times in each of
@@ -175,137 +43,6 @@ def matched_weights(
     return [weight[bool(maths)][ids] for ids, maths in zip(tokens, is_maths, strict=True)]
 
 
-@dataclass(frozen=True)
-class DocumentSums:
-    """Per-document sums of one block's features under one contrast's token weights.
-
-    weight [doc], total / squares / fires [doc, d_sae]: sums over the document's content tokens of w, w*a, w*a^2 and
-    w*(a > 0). histogram [corpus, bin, d_sae]: weighted counts of activations in fixed bins, for AUROC.
-    """
-
-    weight: Float[Tensor, " doc"]
-    total: Float[Tensor, "doc d_sae"]
-    squares: Float[Tensor, "doc d_sae"]
-    fires: Float[Tensor, "doc d_sae"]
-    histogram: Float[Tensor, "corpus bin d_sae"]
-
-
-def sums_bytes(d_sae: int, documents: int, corpora: int) -> int:
-    """Bytes of one block's `DocumentSums` in float32 under both contrasts."""
-    return 4 * d_sae * (3 * documents + corpora * BINS) * len(CONTRASTS)
-
-
-class FeatureSums:
-    """Accumulates `DocumentSums` of one block, for every contrast, as batches of activations pass by."""
-
-    def __init__(self, d_sae: int, corpus_of: Int[Tensor, " doc"], ceiling: float, contrasts: Sequence[str] = CONTRASTS) -> None:
-        """corpus_of: index of each document's corpus; ceiling: the activation at which the last histogram bin begins."""
-        docs, corpora = len(corpus_of), int(corpus_of.max()) + 1
-        self.corpus_of, self.ceiling = corpus_of, ceiling
-        self.sums = {
-            name: DocumentSums(
-                torch.zeros(docs),
-                torch.zeros(docs, d_sae),
-                torch.zeros(docs, d_sae),
-                torch.zeros(docs, d_sae),
-                torch.zeros(corpora, BINS, d_sae),
-            )
-            for name in contrasts
-        }
-
-    def add(
-        self,
-        acts: Float[Tensor, "token d_sae"],
-        document: Int[Tensor, " token"],
-        weights: Mapping[str, Float[Tensor, " token"]],
-    ) -> None:
-        """Add the content tokens of a batch; `document` says which document each belongs to."""
-        fires = (acts > 0).to(acts.dtype)
-        bins = (acts * ((BINS - 2) / self.ceiling)).ceil().clamp(0, BINS - 1).long()
-        cell = (self.corpus_of.to(acts.device)[document].unsqueeze(1) * BINS + bins).cpu()
-        for name, sums in self.sums.items():
-            w = weights[name].to(acts.device).unsqueeze(1)
-            for target, values in ((sums.total, acts * w), (sums.squares, acts * acts * w), (sums.fires, fires * w)):
-                target.index_add_(0, document.cpu(), values.cpu())
-            sums.weight.index_add_(0, document.cpu(), w[:, 0].cpu())
-            flat = sums.histogram.view(-1, acts.shape[1])
-            flat.scatter_add_(0, cell, w.cpu().expand(-1, acts.shape[1]).contiguous())
-
-
-@dataclass(frozen=True)
-class Moments:
-    """Weighted mean, variance and firing rate of each feature, on mathematics and on general text: [draw, d_sae]."""
-
-    mean_maths: Float[Tensor, "draw d_sae"]
-    var_maths: Float[Tensor, "draw d_sae"]
-    fires_maths: Float[Tensor, "draw d_sae"]
-    mean_general: Float[Tensor, "draw d_sae"]
-    var_general: Float[Tensor, "draw d_sae"]
-    fires_general: Float[Tensor, "draw d_sae"]
-
-
-def moments(sums: DocumentSums, multiplicity: Float[Tensor, "draw corpus doc"], pool_subjects: bool) -> Moments:
-    """Moments of the two corpora under any weighting of the documents.
-
-    multiplicity: how often each document counts in each corpus; the last corpus is the general one. One-hot labels
-    give the observed statistic, shuffled ones a permutation, multinomial counts a resample. The subjects weigh
-    equally, whatever their token counts, unless `pool_subjects`: in the matched contrast the token weights already
-    fix the mix of words, which a second weighting would undo.
-    """
-    draws, corpora, docs = multiplicity.shape
-    flat = multiplicity.reshape(-1, docs)
-    weight = (flat @ sums.weight).view(draws, corpora, 1)
-    parts = [(flat @ part).view(draws, corpora, -1) for part in (sums.total, sums.squares, sums.fires)]
-    if pool_subjects:
-        groups = [(weight[:, :-1].sum(1), [p[:, :-1].sum(1) for p in parts]), (weight[:, -1], [p[:, -1] for p in parts])]
-        means = [[p / w.clamp(min=1e-12) for p in ps] for w, ps in groups]
-    else:
-        each = [p / weight.clamp(min=1e-12) for p in parts]
-        means = [[p[:, :-1].mean(1) for p in each], [p[:, -1] for p in each]]
-    (m1, q1, f1), (m0, q0, f0) = means
-    return Moments(m1, (q1 - m1 * m1).clamp(min=0), f1, m0, (q0 - m0 * m0).clamp(min=0), f0)
-
-
-def one_hot(corpus_of: Int[Tensor, "*draw doc"], corpora: int) -> Float[Tensor, "draw corpus doc"]:
-    """Multiplicities of plain corpus labels, observed or shuffled."""
-    labels = corpus_of if corpus_of.ndim == 2 else corpus_of.unsqueeze(0)
-    return torch.nn.functional.one_hot(labels.long(), corpora).transpose(1, 2).float()
-
-
-def cohen_d(m: Moments) -> Float[Tensor, "draw d_sae"]:
-    """d = (mean_M - mean_G) / sqrt((var_M + var_G) / 2 + 1e-6): the specificity of DESIGN 3."""
-    return (m.mean_maths - m.mean_general) / ((m.var_maths + m.var_general) / 2 + VARIANCE_FLOOR).sqrt()
-
-
-def firing_log_ratio(m: Moments) -> Float[Tensor, "draw d_sae"]:
-    """log of the ratio of firing rates, mathematics over general, each with one part in 10,000 added."""
-    return ((m.fires_maths + 1e-4) / (m.fires_general + 1e-4)).log()
-
-
-DRAWN = {"cohen_d": cohen_d, "firing_log_ratio": firing_log_ratio}  # definitions that follow the draws of documents
-
-
-def auroc(histogram: Float[Tensor, "corpus bin d_sae"]) -> Float[Tensor, " d_sae"]:
-    """Probability that a mathematical token activates a feature more than a general one does, ties counted half.
-
-    From fixed bins, corpora weighted equally among the subjects; 0.5 is chance.
-    """
-    share = histogram / histogram.sum(1, keepdim=True).clamp(min=1e-12)
-    maths, general = share[:-1].mean(0), share[-1]
-    below = general.cumsum(0) - general
-    return (maths * (below + general / 2)).sum(0)
-
-
-def specificity(kind: str, sums: DocumentSums, m: Moments) -> Float[Tensor, "draw d_sae"]:
-    """The chosen definition; `auroc` comes from the histograms and is the same in every draw."""
-    return DRAWN[kind](m) if kind in DRAWN else auroc(sums.histogram).unsqueeze(0)
-
-
-def firing(m: Moments, minimum: float) -> Bool[Tensor, "draw d_sae"]:
-    """Which features fire on at least `minimum` of the tokens, the two corpora weighing equally."""
-    return (m.fires_maths + m.fires_general) / 2 >= minimum
-
-
 def most_specific(values: Float[Tensor, " d_sae"], eligible: Bool[Tensor, " d_sae"], count: int) -> Int[Tensor, " count"]:
     """Indices of the `count` most specific features that fire, most specific first; ties by index."""
     if int(eligible.sum()) < count:
@@ -316,12 +53,242 @@ def most_specific(values: Float[Tensor, " d_sae"], eligible: Bool[Tensor, " d_sa
     return torch.sort(ranked, descending=True, stable=True).indices[:count]
 
 
-def measure(tests: Mapping[int, SelfTest], randoms: Mapping[int, SelfTest], tops: pd.DataFrame, d_sae: int) -> pd.DataFrame:
-    """The table of step 02: one row a layer and contrast; `tops` brings layer, contrast, top_feature, top_specificity."""
-    table = tops.copy()
-    table["d_sae"] = d_sae
-    for name in ("l0", "fvu", "alive"):
-        table[name] = [getattr(tests[layer], name) for layer in table["layer"]]
-    table["fvu_random"] = [randoms[layer].fvu for layer in table["layer"]]
-    table["l0_random"] = [randoms[layer].l0 for layer in table["layer"]]
-    return table
+@dataclass(frozen=True)
+class ScoreRule:
+    """How features become a layer's score: definition, share of the features that fire, floor on their number."""
+
+    kind: str = "cohen_d"
+    share: float = 0.02
+    minimum: int = 10
+    minimum_firing: float = 0.001
+
+    def score(
+        self, sums: DocumentSums, multiplicity: Float[Tensor, "draw corpus doc"], pool_subjects: bool
+    ) -> Float[Tensor, " draw"]:
+        """S: the mean of the largest specificities over the top share (at least `minimum`) of the features that fire."""
+        draws, corpora, _ = multiplicity.shape
+        at_once = max(1, CHUNK // (corpora * sums.total.shape[1]))
+        if draws > at_once:
+            return torch.cat([self.score(sums, part, pool_subjects) for part in multiplicity.split(at_once)])
+        m = moments(sums, multiplicity, pool_subjects)
+        eligible = firing(m, self.minimum_firing)
+        ranked = torch.where(eligible, specificity(self.kind, sums, m), -torch.inf).sort(1, descending=True).values
+        alive = eligible.sum(1)
+        if int(alive.min()) < self.minimum:
+            raise UserError(
+                f"layer score: {self.minimum} features are needed but only {int(alive.min())} fire often enough; "
+                "lower selection.score_minimum or features.minimum_firing"
+            )
+        counts = (alive * self.share).round().long().clamp(min=self.minimum)
+        kept = torch.arange(ranked.shape[1]).unsqueeze(0) < counts.unsqueeze(1)
+        return torch.where(kept, ranked, 0.0).sum(1) / counts
+
+
+@dataclass(frozen=True)
+class Listening:
+    """What is heard and how: texts [doc] with the corpus of each, cut at `max_tokens`, in batches of `batch_tokens`.
+
+    matched_minimum: how often a word must occur in both corpora to count in the matched contrast. seeds: of the tokens
+    that self-tests see (`sample`, `neighbours`), and by layer of the random dictionaries (`dictionary`).
+    """
+
+    texts: Sequence[str]
+    corpus_of: Sequence[int]
+    max_tokens: int
+    batch_tokens: int
+    matched_minimum: int
+    sample_seed: int
+    neighbour_seed: int
+    dictionary_seeds: Mapping[int, int]
+
+
+@dataclass(frozen=True)
+class Heard:
+    """What a group of layers heard: self-tests (one row a layer), document sums by `contrast.layer`, and the covariance
+    of activations on mathematics by layer."""
+
+    tests: pd.DataFrame
+    sums: Mapping[str, DocumentSums]
+    covariance: Mapping[int, Float[Tensor, "d_model d_model"]]
+
+
+def hear(
+    base: LanguageModel,
+    listening: Listening,
+    dictionaries: Mapping[int, Dictionary],
+    expected_l0: Mapping[int, float | None] | None,
+    rule: ScoreRule,
+    group: Sequence[int],
+    *,
+    watch: Watch = unwatched,
+) -> Heard:
+    """One pass over all documents for a group of layers: sums of their SAEs, self-tests, and moments of activations.
+
+    expected_l0: what a registry says of each layer, None for SAEs trained here, which need no check of their site.
+    Of the random dictionaries only self-tests and layer scores are kept.
+    """
+    corpus_of = torch.tensor(listening.corpus_of)
+    corpora = int(corpus_of.max()) + 1
+    pairs = [(ids, 1) for ids, _ in tokenize(base, [("", text) for text in listening.texts], listening.max_tokens)]
+    content, is_maths = [torch.tensor(ids[1:]) for ids, _ in pairs], (corpus_of < corpora - 1).tolist()
+    matched = matched_weights(content, is_maths, listening.matched_minimum)
+    tests, instruments, sums = _tested(base, listening, pairs, dictionaries, expected_l0, group)
+    moment = {layer: Covariance(instruments["sae", layer].W_dec.shape[1]) for layer in group}
+    passing = residual_batches(base, pairs, listening.batch_tokens, group, watch, "02 feature statistics")
+    for batch, document, streams in passing:
+        weights = token_weights(batch, matched)
+        maths = (corpus_of[document.cpu()] < corpora - 1).to(document.device)
+        for layer, x in streams.items():
+            for name in ("sae", "random"):
+                sums[name, layer].add(instruments[name, layer].encode(x), document, weights)
+            moment[layer].add(x[maths])
+    labels = one_hot(corpus_of, corpora)
+    for layer in group:
+        for contrast in CONTRASTS:
+            baseline = rule.score(sums["random", layer].sums[contrast], labels, contrast == "matched")
+            tests[layer][f"score_random_{contrast}"] = float(baseline[0])
+    found = {f"{contrast}.{layer}": sums["sae", layer].sums[contrast] for layer in group for contrast in CONTRASTS}
+    return Heard(pd.DataFrame([tests[layer] for layer in group]), found, {layer: moment[layer].value() for layer in group})
+
+
+def _tested(
+    base: LanguageModel,
+    listening: Listening,
+    pairs: Sequence[tuple[list[int], int]],
+    dictionaries: Mapping[int, Dictionary],
+    expected_l0: Mapping[int, float | None] | None,
+    group: Sequence[int],
+) -> tuple[dict[int, dict[str, Any]], dict[tuple[str, int], Dictionary], dict[tuple[str, int], FeatureSums]]:
+    """Self-tests of a group's SAEs, the SAEs with their random doubles, and empty sums for both.
+
+    An SAE that was not trained here is refused where it cannot be this layer's.
+    """
+    last, corpus_of = max(dictionaries), torch.tensor(listening.corpus_of)
+    near_group = range(max(0, group[0] - 1), min(last + 1, group[-1] + 2))
+    sample = _sample(base, listening, pairs, near_group)
+    generator = torch.Generator().manual_seed(listening.neighbour_seed)
+    some = torch.randperm(len(sample[group[0]]), generator=generator)[:NEIGHBOUR_TOKENS].to(base.device)
+    tests, instruments, sums = {}, {}, {}
+    for layer in group:
+        one, x = dictionaries[layer], sample[layer]
+        check_width(layer, one, x)
+        found = self_test(one, x)
+        check_fires(layer, found)
+        near = {at: self_test(one, sample[at][some]).fvu for at in (layer - 1, layer, layer + 1) if at in sample}
+        own = near.pop(layer)
+        if expected_l0 is not None:
+            check_site(layer, own, near, found.l0, expected_l0[layer])
+        double = random_dictionary(x, one.d_sae, found.l0, listening.dictionary_seeds[layer])
+        chance = self_test(double, x)
+        tests[layer] = dict(layer=layer, d_sae=one.d_sae) | asdict(found)
+        tests[layer] |= {f"{name}_random": value for name, value in asdict(chance).items()}
+        tests[layer]["fvu_neighbour"] = min(near.values(), default=float("nan"))
+        for name, instrument, said in (("sae", one, found), ("random", double, chance)):
+            check_finite({f"what the {name} dictionary of layer {layer} hears": torch.tensor(said.largest)})
+            instruments[name, layer] = instrument
+            sums[name, layer] = FeatureSums(one.d_sae, corpus_of, said.largest)
+    return tests, instruments, sums
+
+
+def token_weights(batch: Batch, matched: Sequence[Float[Tensor, " _"]]) -> dict[str, Float[Tensor, " token"]]:
+    """Weights of a batch's content tokens under each contrast."""
+    joined = torch.cat([matched[document] for document in batch.documents])
+    return {"corpus": torch.ones_like(joined), "matched": joined}
+
+
+def _sample(
+    base: LanguageModel, listening: Listening, pairs: Sequence[tuple[list[int], int]], layers: Iterable[int]
+) -> dict[int, Float[Tensor, "token d_model"]]:
+    """Activations of a random part of the documents, for self-tests and the random dictionaries."""
+    order = list(range(len(pairs)))
+    random.Random(listening.sample_seed).shuffle(order)
+    total, kept = 0, []
+    for index in order:
+        if total >= SELF_TEST_TOKENS:
+            break
+        kept.append(pairs[index])
+        total += len(pairs[index][0]) - 1
+    found: dict[int, list[Tensor]] = {layer: [] for layer in layers}
+    for _, _, streams in residual_batches(base, kept, listening.batch_tokens, found):
+        for layer, x in streams.items():
+            found[layer].append(x)
+    return {layer: torch.cat(parts) for layer, parts in found.items()}
+
+
+def specificities(
+    sums: Iterable[DocumentSums], corpus_of: Int[Tensor, " doc"], kind: str, minimum_firing: float, pool_subjects: bool
+) -> Iterator[tuple[Float[Tensor, " d_sae"], Bool[Tensor, " d_sae"]]]:
+    """(specificity, whether it fires) of every feature, layer by layer."""
+    labels = one_hot(corpus_of, int(corpus_of.max()) + 1)
+    for one in sums:
+        m = moments(one, labels, pool_subjects)
+        yield specificity(kind, one, m)[0], firing(m, minimum_firing)[0]
+
+
+def measure(tests: pd.DataFrame, heard: Mapping[str, Iterable[tuple[Tensor, Tensor]]]) -> pd.DataFrame:
+    """The table of step 02: one row a layer and contrast.
+
+    tests: self-tests, one row a layer; heard: by contrast, (specificity, fires) of every feature, layer by layer.
+    """
+    rows = []
+    for contrast, layers in heard.items():
+        for layer, (values, fires) in enumerate(layers):
+            top = int(most_specific(values, fires, 1)[0])
+            rows.append(dict(layer=layer, contrast=contrast, top_feature=top, top_specificity=float(values[top])))
+    shown = ["d_sae", "l0", "fvu", "fvu_random", "alive", "l0_random", "fvu_neighbour"]
+    return pd.DataFrame(rows).join(tests.set_index("layer")[shown], on="layer")
+
+
+def top_tokens(
+    base: LanguageModel, listening: Listening, dictionaries: Mapping[int, Dictionary], layer: int, feature: int, count: int
+) -> pd.DataFrame:
+    """The surface forms on which a feature is most active, with mean activation and occurrences (20 at least)."""
+    d, parts = dictionaries[layer], []
+    one = Dictionary(d.W_enc[:, [feature]], d.b_enc[[feature]], d.W_dec[[feature]], d.b_dec, d.threshold[[feature]])
+    pairs = [(ids, 1) for ids, _ in tokenize(base, [("", text) for text in listening.texts], listening.max_tokens)]
+    for batch, _, streams in residual_batches(base, pairs, listening.batch_tokens, [layer]):
+        ids = batch.input_ids[batch.scored.bool()].cpu()
+        parts.append(pd.DataFrame({"id": ids, "activation": one.encode(streams[layer])[:, 0].cpu()}))
+    heard = pd.concat(parts).groupby("id")["activation"].agg(["mean", "size"]).query("size >= 20")
+    best = heard.sort_values("mean", ascending=False).head(count).reset_index()
+    best.insert(0, "token", [base.tokenizer.decode([i]) for i in best["id"]])
+    return best.drop(columns="id").rename(columns={"mean": "mean_activation", "size": "occurrences"})
+
+
+def best_features(table: pd.DataFrame) -> dict[str, tuple[int, int]]:
+    """(layer, feature) of the most specific feature under each contrast, from the table of step 02."""
+    tops = {contrast: rows.nlargest(1, "top_specificity").iloc[0] for contrast, rows in table.groupby("contrast")}
+    return {contrast: (int(tops[contrast]["layer"]), int(tops[contrast]["top_feature"])) for contrast in CONTRASTS}
+
+
+FAINT = {"cohen_d": (0.0, 0.2), "firing_log_ratio": (0.0, 0.2), "auroc": (0.5, 0.05)}  # chance; what above it is hardly anything
+
+
+def summary(table: pd.DataFrame, kind: str = "cohen_d") -> str:
+    """What step 02 saw, as Markdown; table: of step 02, kind: the definition of specificity."""
+    once, tops = table[table["contrast"] == "corpus"], table.groupby("contrast")["top_specificity"].max()
+    best, (chance, faint) = best_features(table), FAINT[kind]
+    fvu = f"mean FVU {once['fvu'].mean():.2f} against {once['fvu_random'].mean():.2f}"
+    worse = once.loc[~(once["fvu"] < once["fvu_random"]), "layer"].tolist()
+    trust = f"Every SAE reconstructs better than a random dictionary of the same L0: **True** ({fvu})."
+    if worse:
+        trust = (
+            f"**{len(worse)} of {len(once)} SAEs reconstruct no better than a random dictionary of the same L0** ({fvu}), "
+            f"those of layers {', '.join(map(str, worse))}: there the instrument hears nothing that can be trusted."
+        )
+    left = (tops["matched"] - chance) / (tops["corpus"] - chance) if tops["corpus"] > chance else float("nan")
+    means = "what is lost was vocabulary" if left < 1 else "vocabulary does not explain the best feature"
+    words = f"Holding the words equal leaves {left:.0%} of the best specificity ({tops['matched']:.2f} of {tops['corpus']:.2f}): {means}."
+    if tops["corpus"] < chance + faint:
+        words = f"**No feature prefers mathematics by more than a trace**: the best specificity is {tops['corpus']:.2f} on all tokens, chance {chance:g}."
+    elif tops["matched"] < chance + faint:
+        words = (
+            f"Holding the words equal leaves **no feature that prefers mathematics by more than a trace** "
+            f"({tops['matched']:.2f} of {tops['corpus']:.2f}, chance {chance:g}): what was heard was vocabulary."
+        )
+    return f"""
+- {trust}
+- {once["alive"].mean():.0%} of the features fire at all; the mean L0 is {once["l0"].mean():.1f}.
+- {words}
+- The best layer is {best["corpus"][0]} on all tokens and {best["matched"][0]} on matched words.
+""".strip()

@@ -8,13 +8,17 @@ subjects, a paired bootstrap interval, and the smallest difference that this man
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import inf, nan, sqrt
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from scipy import optimize, stats
+from statsmodels.stats import contingency_tables, multitest, proportion
 
 from stetholib.errors import UserError
 
+Count = int | np.integer
+Values = Sequence[float] | np.ndarray | pd.Series  # one number a layer, or a problem
 ALL = "all"
 PUBLISHED = dict(base_correct=160, edited_correct=213, n=540)
 
@@ -41,9 +45,8 @@ def unpaired_z(base: int, edited: int, n: int) -> float:
 
 
 def pooled_z(base: int, edited: int, n: int) -> float:
-    """Unpaired z with one pooled variance: the textbook two-proportion test."""
-    pooled = (base + edited) / (2 * n)
-    return _ratio((edited - base) / n, sqrt(pooled * (1 - pooled) * 2 / n))
+    """Unpaired z with one pooled variance: the textbook two-proportion test; 0 where all or none are correct."""
+    return float(proportion.proportions_ztest([edited, base], [n, n])[0]) if 0 < base + edited < 2 * n else 0.0
 
 
 def two_sided(z: float) -> float:
@@ -53,8 +56,7 @@ def two_sided(z: float) -> float:
 
 def mcnemar(gained: int, lost: int) -> float:
     """Exact McNemar test: two-sided binomial p of the discordant pairs; 1 without any."""
-    pairs = gained + lost
-    return 1.0 if pairs == 0 else float(min(1.0, 2 * stats.binom.cdf(min(gained, lost), pairs, 0.5)))
+    return float(contingency_tables.mcnemar([[0, lost], [gained, 0]], exact=True).pvalue) if gained + lost else 1.0
 
 
 def mcnemar_z(gained: int, lost: int) -> float:
@@ -67,17 +69,12 @@ def discordance_for(z: float, difference: float) -> float:
     return (difference / z) ** 2
 
 
-def holm(p_values: Sequence[float]) -> np.ndarray:
+def holm(p_values: Values) -> np.ndarray:
     """Holm's step-down correction, in the order given."""
-    p = np.asarray(p_values, float)
-    order = np.argsort(p, kind="stable")
-    adjusted = np.minimum(1.0, np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)))
-    out = np.empty_like(adjusted)
-    out[order] = adjusted
-    return out
+    return multitest.multipletests(p_values, method="holm")[1]
 
 
-def bootstrap_interval(gained: int, lost: int, n: int, level: float, draws: int, seed: int) -> tuple[float, float]:
+def bootstrap_interval(gained: Count, lost: Count, n: int, level: float, draws: int, seed: int) -> tuple[float, float]:
     """Percentile interval of the paired difference, resampling problems.
 
     A problem contributes +1, -1 or 0, so resampling n of them is one multinomial draw of three counts.
@@ -159,7 +156,7 @@ def compare(base: pd.DataFrame, edited: pd.DataFrame, margins: Margins) -> pd.Da
     return pd.DataFrame(rows)
 
 
-def _compare(subject: str, pairs: pd.DataFrame, margins: Margins) -> dict[str, object]:
+def _compare(subject: str, pairs: pd.DataFrame, margins: Margins) -> dict[str, Any]:
     y0, y1 = pairs["exact_match_0"].to_numpy(int), pairs["exact_match_1"].to_numpy(int)
     n, gained, lost = len(pairs), int(((y1 - y0) == 1).sum()), int(((y1 - y0) == -1).sum())
     low, high = bootstrap_interval(gained, lost, n, margins.level, margins.draws, margins.seed)
@@ -198,14 +195,13 @@ def split_gain(pairs: pd.DataFrame) -> tuple[float, float]:
 
 def measure(records: pd.DataFrame, margins: Margins, base: str = "base") -> pd.DataFrame:
     """The table of step 06: every variant against the base, by subject and over all."""
-    columns = ["subject", "problem_id", "exact_match", "extracted"]
-    start = records.loc[records["variant"] == base, columns]
-    tables = []
-    for variant in sorted(set(records["variant"]) - {base}):
-        table = compare(start, records.loc[records["variant"] == variant, columns], margins)
-        table.insert(0, "variant", variant)
-        tables.append(table)
-    return pd.concat(tables, ignore_index=True)
+    start, variants = _answers(records, base), sorted(set(records["variant"]) - {base})
+    tables = {variant: compare(start, _answers(records, variant), margins) for variant in variants}
+    return pd.concat(tables, names=["variant", None]).reset_index("variant").reset_index(drop=True)
+
+
+def _answers(records: pd.DataFrame, variant: str) -> pd.DataFrame:
+    return records.loc[records["variant"] == variant, ["subject", "problem_id", "exact_match", "extracted"]]
 
 
 def published(counts: Mapping[str, int] = PUBLISHED) -> pd.DataFrame:
@@ -216,11 +212,61 @@ def published(counts: Mapping[str, int] = PUBLISHED) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def paired_against(records: pd.DataFrame, one: str, other: str, margins: Margins) -> dict[str, object]:
+def paired_against(records: pd.DataFrame, one: str, other: str, margins: Margins) -> dict[str, Any]:
     """Two variants on the same problems: `other` minus `one`, over all subjects; NaN where one was not answered."""
     if not {one, other} <= set(records["variant"]):
         return dict(difference=nan, ci_low=nan, ci_high=nan, mcnemar_p=nan, gained=0, lost=0)
-    columns = ["subject", "problem_id", "exact_match", "extracted"]
-    parts = [records.loc[records["variant"] == name, columns] for name in (one, other)]
-    row = compare(*parts, margins).iloc[0]
+    row = compare(_answers(records, one), _answers(records, other), margins).iloc[0]
     return {name: row[name] for name in ("difference", "ci_low", "ci_high", "mcnemar_p", "gained", "lost")}
+
+
+def discordance_curve(counts: Mapping[str, int] = PUBLISHED) -> pd.DataFrame:
+    """McNemar's z for the published net gain, by how many verdicts may have changed.
+
+    Columns changed, z, and the same in every row: unpaired (the harness's z) and crossing (where the two are equal).
+    """
+    base, edited, n = counts["base_correct"], counts["edited_correct"], counts["n"]
+    net, z = edited - base, harness_z(base, edited, n)
+    changed = range(abs(net), min(base + edited, 2 * n - base - edited) + 1, 2)
+    rows = [dict(changed=pairs, z=mcnemar_z((pairs + net) // 2, (pairs - net) // 2)) for pairs in changed]
+    return pd.DataFrame(rows).assign(unpaired=z, crossing=discordance_for(z, net) if z else nan)
+
+
+def control_pairs(variants: Sequence[str]) -> list[tuple[str, str]]:
+    """The comparisons that tell energy from direction, and the stethoscope's choice from others: first minus second."""
+    pairs = [("raw_shrunk", "scalpel"), ("full", "scalpel_rescaled")]
+    pairs += [("stethoscope", "least_specific"), ("stethoscope", "largest_norm")]
+    return pairs + [("stethoscope", name) for name in variants if name.startswith("random_")]
+
+
+def pairs_table(records: pd.DataFrame, pairs: Sequence[tuple[str, str]], margins: Margins) -> pd.DataFrame:
+    """Paired differences over all subjects, one row a pair of variants: `one - other`."""
+    rows = {f"{one} - {other}": paired_against(records, other, one, margins) for one, other in pairs}
+    return pd.DataFrame(rows).T.astype(float)
+
+
+def summary(table: pd.DataFrame, ledger: pd.DataFrame, level: float = 0.05) -> str:
+    """What step 06 saw, as Markdown; table: of `measure`, ledger: the verdicts on the paper's claims."""
+    steth = table[table["subject"] == ALL].set_index("variant").loc["stethoscope"]
+    told = [", ".join(f"{n} {word}" for word, n in ledger[c].value_counts().items()) for c in ("verdict", "verdict_strict")]
+    failed, open_ = (_claims_with(ledger, word) for word in ("contradicted", "not testable"))
+    silent = f" **Not testable**, and so not upheld either: {open_}." if open_ else ""
+    within = steth["ci_low"] <= 0 <= steth["ci_high"]
+    unchanged = " **That is no change that can be told from none.**" if within else ""
+    neither = steth["p"] >= level and steth["mcnemar_p"] >= level
+    insignificant = ": **not significant by either test**" if neither else ""
+    improved = table[table["verdict"] == "improved"]
+    nobody = "\n- **No variant improved** on any subject, nor over all, paired and corrected." if improved.empty else ""
+    return f"""
+- Like for like, of {len(ledger)} verdicts: {told[0]}. Strictly: {told[1]}.
+- Contradicted on this rung: {failed or "nothing"}.{silent}
+- The stethoscope changes accuracy by {steth["difference"]:+.1%} over all subjects (paired interval {steth["ci_low"]:+.1%} to {steth["ci_high"]:+.1%}); the smallest difference that could have been found is {steth["mde"]:.1%}.{unchanged}
+- Unpaired z = {steth["z"]:+.2f}; paired, McNemar p = {steth["mcnemar_p"]:.2g} with {steth["gained"]:.0f} gained and {steth["lost"]:.0f} lost{insignificant}.{nobody}
+""".strip()
+
+
+def _claims_with(ledger: pd.DataFrame, verdict: str) -> str:
+    rows = ledger[ledger["verdict"] == verdict]
+    pairs = zip(rows["claim"], rows["contrast"], strict=True)
+    names = [claim if contrast == "-" else f"{claim} ({contrast})" for claim, contrast in pairs]
+    return ", ".join(names)

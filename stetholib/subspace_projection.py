@@ -6,108 +6,49 @@ one keeps (`own_svd`). What is lost splits into what any subspace of that rank m
 pointing elsewhere: 1 - rho = (1 - ceiling) + (ceiling - rho).
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pandas as pd
 import torch
 from jaxtyping import Float
-from scipy import stats
 from torch import Tensor
 
-from stetholib.errors import UserError
-from stetholib.models import READERS, SIDE, WRITERS, Key
-from stetholib.task_vectors import TaskVector
+from stetholib.editing import Edit, TaskVector, losses_by_document, matched_scales, rounded, survival, survival_shares
+from stetholib.models.dictionary import Dictionary
+from stetholib.models.loading import LanguageModel
+from stetholib.models.streams import Batch, Watch, unwatched
+from stetholib.models.subspaces import (
+    Basis,
+    LossSplit,
+    Ranks,
+    energy_by_rank,
+    orthonormal,
+    principal,
+    principal_cosines,
+    project,
+    random_basis,
+    singular_energies,
+    through_gain,
+)
+from stetholib.models.weights import READERS, SIDE, WRITERS, Key, Weights
+from stetholib.sae_features import Heard, most_specific, specificities
+from stetholib.significance import bootstrap_ratio
 
-BASES = ("sae_decoder", "sae_encoder", "activation_pca", "gradient_pca", "own_svd", "own_svd_matrix", "random")
 COVECTORS = ("sae_encoder", "gradient_pca")
-Basis = Float[Tensor, "d_model rank"]
-
-
-def orthonormal(directions: Float[Tensor, "n d_model"]) -> Basis:
-    """Orthonormal columns whose first r span the first r directions, for every r. In float64.
-
-    Raises ValueError where the directions are linearly dependent, since then no such basis exists.
-    """
-    if directions.shape[0] > directions.shape[1]:
-        raise UserError(
-            f"projection: rank {directions.shape[0]} is above the width {directions.shape[1]}; lower projection.rank_shares"
-        )
-    q, r = torch.linalg.qr(directions.double().T)
-    spread = r.diagonal().abs()
-    if len(spread) and spread.min() <= 1e-10 * spread.max():
-        raise UserError("projection: the directions are linearly dependent; take fewer of them")
-    return q
-
-
-def principal(second_moment: Float[Tensor, "d_model d_model"]) -> Basis:
-    """Eigenvectors of a symmetric matrix, largest eigenvalue first."""
-    return torch.linalg.eigh(second_moment.double()).eigenvectors.flip(1)
-
-
-def random_basis(width: int, rank: int, generator: torch.Generator) -> Basis:
-    """A subspace drawn uniformly: the orthonormalised columns of a Gaussian matrix."""
-    return torch.linalg.qr(torch.randn(width, rank, generator=generator, dtype=torch.float64))[0]
-
-
-def project(delta: Float[Tensor, "d_out d_in"], basis: Basis, side: str) -> Float[Tensor, "d_out d_in"]:
-    """Q Q' tau for a writer, tau Q Q' for a reader; in float64, returned in the matrix's dtype."""
-    q, wide = basis.to(delta.device, torch.float64), delta.double()
-    kept = q @ (q.T @ wide) if side == "writer" else (wide @ q) @ q.T
-    return kept.to(delta.dtype)
-
-
-def energy_by_rank(delta: Float[Tensor, "d_out d_in"], basis: Basis, side: str) -> Float[Tensor, " rank"]:
-    """Share of the energy kept by the first 1, 2, ..., r columns of a basis; between 0 and 1."""
-    wide, q = delta.double(), basis.to(delta.device, torch.float64)
-    coordinates = q.T @ wide if side == "writer" else (wide @ q).T
-    total = wide.square().sum()
-    return (coordinates.square().sum(1).cumsum(0) / total if total else torch.zeros(q.shape[1], dtype=torch.float64)).cpu()
-
-
-def through_gain(basis: Basis, gain: Float[Tensor, " d_model"], side: str, covector: bool) -> Basis:
-    """The directions as a matrix sees them behind its norm's gain D, orthonormalised anew.
-
-    A direction v of the residual stream arrives at a reader as D v and leaves a writer as D^-1 v; a covector
-    transforms the other way. Never an oblique projector.
-    """
-    scale = gain.double() if (side == "reader") != covector else 1 / gain.double()
-    return orthonormal((basis * scale.to(basis.device).unsqueeze(1)).T)
 
 
 def second_moment(vector: TaskVector, layer: int, side: str) -> Float[Tensor, "d_model d_model"]:
     """Sum of tau' tau over a block's readers, or of tau tau' over its writers: what `own_svd` diagonalises."""
-    parts = []
-    for matrix in READERS if side == "reader" else WRITERS:
-        delta = vector.deltas[layer, matrix].double()
-        parts.append(delta.T @ delta if side == "reader" else delta @ delta.T)
+    deltas = (vector.deltas[layer, matrix].double() for matrix in (READERS if side == "reader" else WRITERS))
+    parts = [delta.T @ delta if side == "reader" else delta @ delta.T for delta in deltas]
     return torch.stack(parts).sum(0).cpu()
-
-
-def singular_energies(delta: Float[Tensor, "d_out d_in"]) -> Float[Tensor, " rank"]:
-    """Squared singular values, largest first, from the smaller Gram matrix: a decomposition of the whole takes hours."""
-    wide = delta.double()
-    gram = wide @ wide.T if wide.shape[0] <= wide.shape[1] else wide.T @ wide
-    return torch.linalg.eigvalsh(gram).flip(0).clamp(min=0).cpu()
 
 
 def own_svd(vector: TaskVector, layer: int) -> dict[str, Basis]:
     """The best single subspace for a block's readers, and for its writers: the ceiling, by side."""
     return {side: principal(second_moment(vector, layer, side)) for side in ("reader", "writer")}
-
-
-@dataclass(frozen=True)
-class Ranks:
-    """The default rank and the grid around it, from shares of the width; at least 1 and at most the width."""
-
-    default: int
-    grid: tuple[int, ...]
-
-    @classmethod
-    def of(cls, width: int, share: float, shares: Sequence[float]) -> "Ranks":
-        """Round shares of the width to ranks."""
-        one = lambda s: min(width, max(1, round(s * width)))  # noqa: E731
-        return cls(one(share), tuple(sorted({one(s) for s in (*shares, share)})))
 
 
 @dataclass(frozen=True)
@@ -124,7 +65,8 @@ def measure(
     ranks: Ranks,
     random_draws: int,
     seed: int,
-    watch: Callable[[Sequence[int]], Sequence[int]] = list,
+    *,
+    watch: Watch = unwatched,
 ) -> pd.DataFrame:
     """The table of step 03: energy retained by layer, matrix, basis and rank, with both sensitivities at the default rank.
 
@@ -133,7 +75,7 @@ def measure(
     rows = []
     width = next(iter(gains.values())).shape[0]
     generator = torch.Generator().manual_seed(seed)
-    for layer in watch(vector.layers):
+    for layer in watch(vector.layers, "03 projections"):
         best = own_svd(vector, layer)
         for (where, matrix), delta in vector.restrict([layer]).deltas.items():
             side = SIDE[matrix]
@@ -141,9 +83,8 @@ def measure(
             kept = {name: energy_by_rank(delta, basis, side) for name, basis in sites[layer].by_name.items()}
             kept["own_svd"] = energy_by_rank(delta, best[side], side)
             kept["own_svd_matrix"] = singular_energies(delta).cumsum(0) / delta.double().square().sum().cpu()
-            draws = torch.stack(
-                [energy_by_rank(delta, random_basis(width, max(ranks.grid), generator), side) for _ in range(random_draws)]
-            )
+            drawn = (random_basis(width, max(ranks.grid), generator) for _ in range(random_draws))
+            draws = torch.stack([energy_by_rank(delta, one, side) for one in drawn])
             kept["random"] = draws.mean(0)
             for rank in ranks.grid:
                 for name, energies in kept.items():
@@ -155,12 +96,7 @@ def measure(
 
 
 def _sensitivities(
-    cell: Mapping[str, object],
-    delta: Tensor,
-    sites: Mapping[int, Directions],
-    gain: Tensor,
-    rank: int,
-    width: int,
+    cell: Mapping[str, Any], delta: Tensor, sites: Mapping[int, Directions], gain: Tensor, rank: int, width: int
 ) -> list[dict[str, object]]:
     """The default rank again through the norm's gain, and for readers with the site one block earlier."""
     layer, side = cell["layer"], cell["side"]
@@ -171,16 +107,14 @@ def _sensitivities(
             for gains in ("plain", "norm"):
                 if place == layer and gains == "plain":
                     continue
-                q = basis[:, :rank]
-                if gains == "norm":
-                    q = through_gain(q, gain, side, name in COVECTORS)
+                q = basis[:, :rank] if gains == "plain" else through_gain(basis[:, :rank], gain, side, name in COVECTORS)
                 kept = float(energy_by_rank(delta, q, side)[-1])
                 rows.append(_row(cell, name, rank, place, gains, kept, 0.0, width))
     return rows
 
 
 def _row(
-    cell: Mapping[str, object], basis: str, rank: int, site: int, gains: str, kept: float, spread: float, width: int
+    cell: Mapping[str, Any], basis: str, rank: int, site: int, gains: str, kept: float, spread: float, width: int
 ) -> dict[str, object]:
     return dict(
         cell, basis=basis, rank=rank, sae_layer=site, gains=gains, energy_retained=kept, energy_sd=spread, chance=rank / width
@@ -190,67 +124,6 @@ def _row(
 def scalpel(vector: TaskVector, bases: Mapping[int, Basis]) -> TaskVector:
     """The projected task vector: every matrix filtered through its own block's subspace."""
     return vector.map(lambda where, delta: project(delta, bases[where[0]], SIDE[where[1]]))
-
-
-def pooled(table: pd.DataFrame, energies: Mapping[Key, float], by: Sequence[str] = ()) -> pd.DataFrame:
-    """Energy retained over many matrices, each weighing by its energy; grouped by basis, rank and `by`."""
-    part = table.assign(energy=[energies[layer, matrix] for layer, matrix in zip(table["layer"], table["matrix"], strict=True)])
-    part["kept"] = part["energy"] * part["energy_retained"]
-    grouped = part.groupby(["basis", "rank", *by], sort=True)
-    pooled_table = grouped[["kept", "energy"]].sum()
-    pooled_table["energy_retained"] = pooled_table["kept"] / pooled_table["energy"]
-    pooled_table["chance"] = grouped["chance"].first()
-    return pooled_table.drop(columns=["kept", "energy"]).reset_index()
-
-
-def default_rows(table: pd.DataFrame) -> pd.DataFrame:
-    """The rows of the default definition: the block's own site, plain projections."""
-    return table[(table["sae_layer"] == table["layer"]) & (table["gains"] == "plain")]
-
-
-@dataclass(frozen=True)
-class LossSplit:
-    """What a projection loses, split: `rank_budget` (no subspace of that rank could keep it) and `misalignment`."""
-
-    retained: float
-    ceiling: float
-    chance: float
-
-    @property
-    def rank_budget(self) -> float:
-        """1 - ceiling."""
-        return 1 - self.ceiling
-
-    @property
-    def misalignment(self) -> float:
-        """ceiling - retained."""
-        return self.ceiling - self.retained
-
-    @property
-    def index(self) -> float:
-        """0 for the best subspace of this rank, 1 for a random one; NaN where the two keep the same."""
-        room = self.ceiling - self.chance
-        return self.misalignment / room if room > 1e-12 else float("nan")
-
-
-def split_loss(
-    table: pd.DataFrame, energies: Mapping[Key, float], rank: int, basis: str = "sae_decoder", **where: str
-) -> LossSplit:
-    """The split of one basis at one rank, pooled over matrices; `side="reader"` or `matrix="q"` narrows it."""
-    rows = default_rows(table)
-    rows = rows[(rows["rank"] == rank) & (rows["basis"].isin([basis, "own_svd"]))]
-    for column, value in where.items():
-        rows = rows[rows[column] == value]
-    kept = pooled(rows, energies).set_index("basis")
-    return LossSplit(kept.loc[basis, "energy_retained"], kept.loc["own_svd", "energy_retained"], kept.loc[basis, "chance"])
-
-
-def principal_cosines(one: Basis, other: Basis) -> Float[Tensor, " rank"]:
-    """Cosines of the principal angles between two subspaces, largest first.
-
-    Their mean square is the overlap: 1 for the same subspace, rank / d for a random pair.
-    """
-    return torch.linalg.svdvals(one.double().T @ other.double()).clamp(0, 1)
 
 
 def mechanism(vector: TaskVector, sites: Mapping[int, Directions], rank: int) -> pd.DataFrame:
@@ -270,35 +143,136 @@ def mechanism(vector: TaskVector, sites: Mapping[int, Directions], rank: int) ->
                 cosines = principal_cosines(best[side][:, :rank], basis[:, :rank])
                 angle = float(cosines[0].acos().rad2deg())
                 rows.append(dict(layer=layer, side=side, basis=name, overlap=float(cosines.square().mean()), angle=angle))
-    table = pd.DataFrame(rows)
-    table["chance"] = rank / next(iter(sites.values())).by_name["sae_decoder"].shape[0]
-    return table
+    return pd.DataFrame(rows).assign(chance=rank / next(iter(sites.values())).by_name["sae_decoder"].shape[0])
 
 
-PREDICTED = {"reader": ("activation_pca", "gradient_pca"), "writer": ("gradient_pca", "activation_pca")}
+def directions(
+    heard: Mapping[int, Heard],
+    dictionaries: Mapping[int, Dictionary],
+    gradients: Mapping[int, Float[Tensor, "d_model d_model"]],
+    corpus_of: Sequence[int],
+    kind: str,
+    minimum_firing: float,
+    count: int,
+) -> dict[int, Directions]:
+    """The directions at each layer's output: of the `count` features that are most specific on all tokens, of the
+    activations on mathematics, and of the loss gradient (second moments by layer).
 
-
-def mechanism_test(table: pd.DataFrame) -> pd.DataFrame:
-    """Does each side lie closer to where outer products put it? One row a side: Wilcoxon's signed ranks over layers.
-
-    Columns predicted and other (the two bases), their mean overlaps, in how many of the layers the predicted one is
-    larger, and the two-sided p.
+    kind, minimum_firing: the definition of specificity, and how often a feature must fire.
     """
+    sums = (one.sums[f"corpus.{layer}"] for layer, one in heard.items())
+    found = {}
+    for layer, (values, fires) in enumerate(specificities(sums, torch.tensor(corpus_of), kind, minimum_firing, False)):
+        top, one = most_specific(values, fires, count), dictionaries[layer]
+        bases = {
+            "sae_decoder": orthonormal(one.W_dec[top].cpu()),
+            "sae_encoder": orthonormal(one.W_enc[:, top].T.cpu()),
+            "activation_pca": principal(heard[layer].covariance[layer])[:, :count].contiguous(),
+            "gradient_pca": principal(gradients[layer])[:, :count].contiguous(),
+        }
+        found[layer] = Directions(bases)
+    return found
+
+
+VECTORS = ("raw", "projected", "projected_rescaled", "raw_shrunk")
+
+
+def vector_of(name: str, raw: TaskVector, sites: Mapping[int, Directions], rank: int) -> TaskVector:
+    """raw; projected (the scalpel); projected_rescaled (to the full energy); raw_shrunk (to the scalpel's)."""
+    if name == "raw":
+        return raw
+    projected = scalpel(raw, {layer: site.by_name["sae_decoder"][:, :rank] for layer, site in sites.items()})
+    if name == "projected":
+        return projected
+    kept, energies = projected.energies(), raw.energies()
+    if name == "projected_rescaled":
+        return projected * matched_scales(energies, kept)
+    return raw * matched_scales(kept, energies)
+
+
+def rounding_of_edits(base: Weights, raw: TaskVector, sites: Mapping[int, Directions], rank: int) -> pd.DataFrame:
+    """What a model in bfloat16 can carry of each edit: columns vector, unmoved, energy_kept, cosine."""
     rows = []
-    for side, pair in PREDICTED.items():
-        wide = table[table["side"] == side].pivot(index="layer", columns="basis", values="overlap")
-        one, other = (wide[name].to_numpy() for name in pair)
-        p = float(stats.wilcoxon(one, other).pvalue) if (one != other).any() else 1.0
-        rows.append(
-            dict(
-                side=side,
-                predicted=pair[0],
-                other=pair[1],
-                overlap_predicted=one.mean(),
-                overlap_other=other.mean(),
-                in_favour=int((one > other).sum()),
-                layers=len(one),
-                p=p,
-            )
-        )
+    for name in VECTORS:
+        exact = vector_of(name, raw, sites, rank)
+        rows.append(dict(vector=name) | survival_shares(survival(exact, rounded(base, exact, torch.bfloat16))))
     return pd.DataFrame(rows)
+
+
+def energy_or_direction(
+    base: LanguageModel, pool: Sequence[Batch], raw: TaskVector, sites: Mapping[int, Directions], rank: int, seed: int
+) -> pd.DataFrame:
+    """Validation loss of the scalpel and its controls: did it lose energy, or direction?
+
+    Columns variant, energy (share of the whole vector's), loss_change (nats a token; negative is better) with a
+    paired interval (low, high), and the same against the variant's `rival`: for `scalpel` that is `raw_shrunk`,
+    of the same energy, for `scalpel_rescaled` it is `full`.
+    """
+    every, whole = raw.layers, sum(raw.energies().values())
+    names = {"full": "raw", "scalpel": "projected", "scalpel_rescaled": "projected_rescaled", "raw_shrunk": "raw_shrunk"}
+    rivals = {"scalpel": "raw_shrunk", "scalpel_rescaled": "full"}
+    vectors = {name: vector_of(source, raw, sites, rank) for name, source in names.items()}
+    before, counts = losses_by_document(base.model, Edit(raw, ()), pool)
+    losses = {name: losses_by_document(base.model, Edit(vector, every), pool)[0] for name, vector in vectors.items()}
+    rows = []
+    for name, vector in vectors.items():
+        against = {"": before} | ({"_against_rival": losses[rivals[name]]} if name in rivals else {})
+        row = dict(variant=name, energy=vector.energy() / whole, rival=rivals.get(name, ""))
+        for end, start in against.items():
+            found = bootstrap_ratio(losses[name] - start, counts, seed)
+            row |= {key + end: value for key, value in zip(("loss_change", "low", "high"), found, strict=True)}
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def summary(
+    splits: Mapping[str, LossSplit], rank: int, test: pd.DataFrame, control: pd.DataFrame, carried: pd.DataFrame, dtype: str
+) -> str:
+    """What step 03 saw, as Markdown.
+
+    splits: of `splits_by_side` at this rank; test: of `mechanism_test`; control: losses of the scalpel and its
+    controls, by column variant; carried: what bfloat16 keeps of each edit, by column vector; dtype: the rung's own.
+    """
+    whole, sides, change = splits["all"], test.set_index("side"), control.set_index("variant")["loss_change"]
+    times = whole.retained / whole.chance
+    beside = "as much as chance" if abs(times - 1) <= 0.05 else "more than chance" if times > 1 else "less than chance"
+    index = f"The misalignment index (0 best, 1 random) is **{whole.index:.2f}**: {splits['readers'].index:.2f} for readers, {splits['writers'].index:.2f} for writers."
+    if whole.index != whole.index:
+        index = "A random one keeps as much: **there is no misalignment to tell**."
+    measured = "; ".join(_closer(str(side), row) for side, row in sides.iterrows())
+    left: Any = carried.set_index("vector")
+    return f"""
+- The scalpel discards **{1 - whole.retained:.1%}** at rank {rank} (Paper: about 97 %). A random subspace discards {1 - whole.chance:.1%}: the SAE's keeps **{beside}**, {times:.1f} times as much.
+- The best subspace of that rank keeps {whole.ceiling:.1%}. {index}
+- Outer products predict readers along activations and writers along gradients. Measured: {measured}.
+- {_direction(control.set_index("variant"))} Scaled back to full energy it changes the loss by {change["scalpel_rescaled"]:+.2g}, the raw vector by {change["full"]:+.2g}.
+- In bfloat16, {left.loc["projected", "unmoved"]:.0%} of the weights would not notice the scalpel's edit ({left.loc["raw", "unmoved"]:.0%} for the raw vector); what is left of it has {left.loc["projected", "energy_kept"]:.0%} of its energy at a cosine of {left.loc["projected", "cosine"]:.2f} ({left.loc["raw_shrunk", "cosine"]:.2f} for the raw vector shrunk to its energy). This rung computes in {dtype}.
+""".strip()
+
+
+def _closer(side: str, row: Any) -> str:
+    """What the mechanism's test says of one side; a null result and one against the prediction are called so."""
+    predicted, other = (str(row[name]).replace("_pca", "s") for name in ("predicted", "other"))
+    counted = f"in {row['in_favour']} of {row['layers']} layers (p = {row['p']:.2g})"
+    if row["p"] >= 0.05:
+        return f"**no difference can be told** for {side}s, which lie closer to {predicted} than to {other} {counted}"
+    if row["overlap_predicted"] < row["overlap_other"]:
+        return f"{side}s lie **closer to {other}** than to {predicted}, and as predicted only {counted}"
+    return f"{side}s lie closer to {predicted} than to {other} {counted}"
+
+
+def _direction(control: pd.DataFrame) -> str:
+    """Whether the scalpel lost direction or only size, from losses by variant."""
+    lost, full = control.loc["scalpel"], control.loc["full"]
+    verdict = "direction was lost, not only size"
+    if full["high"] >= 0:
+        verdict = f"the raw vector itself **lowers no loss beyond chance** ({full['low']:+.2g} to {full['high']:+.2g}), so nothing can be said of what was lost"
+    elif lost["high_against_rival"] < 0:
+        verdict = "no direction was lost, the scalpel does better"
+    elif lost["low_against_rival"] <= 0:
+        verdict = "**no loss of direction can be told** from the loss of size"
+    interval = f"{lost['low_against_rival']:+.2g} to {lost['high_against_rival']:+.2g}"
+    return (
+        f"At equal energy the scalpel's loss is {lost['loss_change_against_rival']:+.2g} nats a token beside the raw vector's "
+        f"(paired interval {interval}): {verdict}."
+    )

@@ -1,12 +1,10 @@
 """Step 01. What did the fine-tune change, and where?
 
-A task vector tau = theta_1 - theta_0 over the seven matrices of every block, in float32 (Ilharco et al., 2023), with
-the algebra that makes it useful: sums, differences, scales, restrictions and maps. Matrices are produced when asked
-for, so a vector of two checkpoints on disk never has to fit in memory. Energy is the squared Frobenius norm.
+The task vector itself and its algebra are in `editing`; here is what is measured of it, matrix by matrix, and what the
+fine-tune changed beside the seven matrices of each block.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from math import prod
 
 import numpy as np
@@ -16,140 +14,11 @@ from jaxtyping import Float
 from scipy.sparse.linalg import svds
 from torch import Tensor
 
-from stetholib.models import MATRICES, SIDE, Checkpoint, Key, ModelError, weight_names
+from stetholib.editing import TaskVector, rounded, shape_of, survival, survival_shares
+from stetholib.models.loading import check_stored
+from stetholib.models.weights import READERS, SIDE, WRITERS, Checkpoint, ModelError, Weights, weight_names
 
 TIED = {"lm_head.weight"}  # where it is a copy of the embeddings, some checkpoints hold it and some do not
-Weights = Mapping[Key, Float[Tensor, "d_out d_in"]]
-
-
-class Lazy(Mapping[Key, Tensor]):
-    """A mapping whose values are computed each time they are asked for."""
-
-    def __init__(self, keys: Iterable[Key], value: Callable[[Key], Tensor]) -> None:
-        """keys: all of them, in order; value: the matrix of one key."""
-        self._keys, self._value = dict.fromkeys(keys), value
-
-    def __getitem__(self, where: Key) -> Tensor:
-        if where not in self._keys:
-            raise KeyError(where)
-        return self._value(where)
-
-    def __iter__(self) -> Iterator[Key]:
-        return iter(self._keys)
-
-    def __len__(self) -> int:
-        return len(self._keys)
-
-
-def weights(checkpoint: Mapping[str, Tensor]) -> Weights:
-    """The seven matrices of each block of a checkpoint, by canonical name, each read when it is asked for."""
-    names = weight_names(checkpoint)
-    return Lazy(names, lambda where: checkpoint[names[where]])
-
-
-def _shape(checkpoint: Mapping[str, Tensor], name: str) -> tuple[int, ...]:
-    """A weight's shape, without reading it where it is on disk."""
-    return checkpoint.shape(name) if isinstance(checkpoint, Checkpoint) else tuple(checkpoint[name].shape)
-
-
-def _described(checkpoint: Mapping[str, Tensor], name: str) -> str:
-    """Shape and dtype of a weight, without reading it where it is on disk."""
-    on_disk = isinstance(checkpoint, Checkpoint)
-    dtype = checkpoint.dtype(name) if on_disk else str(checkpoint[name].dtype).removeprefix("torch.")
-    return f"{list(_shape(checkpoint, name))} {dtype}"
-
-
-@dataclass(frozen=True)
-class TaskVector:
-    """A change of weights, one matrix [d_out, d_in] in float32 for each `(layer, matrix)`."""
-
-    deltas: Weights
-
-    @classmethod
-    def between(cls, base: Mapping[str, Tensor], finetuned: Mapping[str, Tensor], same_dtype: bool = True) -> "TaskVector":
-        """theta_1 - theta_0 of two checkpoints or state dicts, read one matrix at a time.
-
-        Raises ModelError where names, shapes or dtypes differ: a vector between unlike models means nothing, and one
-        between unlike precisions holds the rounding of one of them.
-        """
-        names, others = weight_names(base), weight_names(finetuned)
-        if set(names) != set(others):
-            odd = sorted(set(names) ^ set(others))[0]
-            raise ModelError(f"task vector: {odd[1]} of layer {odd[0]} is in only one of the two checkpoints")
-        for where, name in names.items():
-            before, after = _described(base, name), _described(finetuned, others[where])
-            if before != after and (same_dtype or before.rsplit(" ", 1)[0] != after.rsplit(" ", 1)[0]):
-                raise ModelError(
-                    f"task vector: {name} is {before} in the base and {after} in the fine-tune; both must be of one model and precision"
-                )
-
-        def difference(where: Key) -> Tensor:
-            delta = finetuned[others[where]].float() - base[names[where]].float()
-            if not torch.isfinite(delta).all():
-                raise ModelError(f"task vector: {names[where]} holds NaN or Inf in one of the two checkpoints")
-            return delta
-
-        return cls(Lazy(names, difference))
-
-    @property
-    def layers(self) -> tuple[int, ...]:
-        """The blocks it touches, in order."""
-        return tuple(sorted({layer for layer, _ in self.deltas}))
-
-    def map(self, change: Callable[[Key, Tensor], Tensor]) -> "TaskVector":
-        """A task vector whose every matrix is `change(key, matrix)`."""
-        return TaskVector(Lazy(self.deltas, lambda where: change(where, self.deltas[where])))
-
-    def restrict(self, layers: Iterable[int], matrices: Iterable[str] = MATRICES) -> "TaskVector":
-        """Only these blocks and matrices; raises where a block is not there."""
-        layers, matrices = tuple(layers), tuple(matrices)
-        if absent := sorted(set(layers) - set(self.layers)):
-            raise ModelError(f"task vector: it has no layer {absent[0]}, only {self.layers[0]} to {self.layers[-1]}")
-        keys = [where for where in self.deltas if where[0] in layers and where[1] in matrices]
-        return TaskVector(Lazy(keys, lambda where: self.deltas[where]))
-
-    def in_memory(self) -> "TaskVector":
-        """The same, with every matrix computed once and held."""
-        return TaskVector(dict(self.deltas.items()))
-
-    def energies(self) -> dict[Key, float]:
-        """Squared Frobenius norm of each matrix, summed in float64."""
-        return {where: float(delta.double().square().sum()) for where, delta in self.deltas.items()}
-
-    def energy(self) -> float:
-        """Squared Frobenius norm of the whole."""
-        return sum(self.energies().values())
-
-    def _with(self, other: "TaskVector", sign: float) -> "TaskVector":
-        if set(self.deltas) != set(other.deltas):
-            raise ModelError("task vector: two vectors of different matrices cannot be added")
-
-        def combined(where: Key) -> Tensor:
-            mine, theirs = self.deltas[where], other.deltas[where]
-            if mine.shape != theirs.shape:
-                raise ModelError(
-                    f"task vector: {where} is {tuple(mine.shape)} in one vector and {tuple(theirs.shape)} in the other"
-                )
-            return mine + sign * theirs
-
-        return TaskVector(Lazy(self.deltas, combined))
-
-    def __add__(self, other: "TaskVector") -> "TaskVector":
-        return self._with(other, 1.0)
-
-    def __sub__(self, other: "TaskVector") -> "TaskVector":
-        return self._with(other, -1.0)
-
-    def __mul__(self, scale: float | Mapping[Key, float]) -> "TaskVector":
-        """Scaled by one number, or by one for each matrix."""
-        if isinstance(scale, Mapping):
-            return self.map(lambda where, delta: delta * scale[where])
-        return self.map(lambda where, delta: delta * scale)
-
-    __rmul__ = __mul__
-
-    def __neg__(self) -> "TaskVector":
-        return self * -1.0
 
 
 def stable_rank(matrix: Float[Tensor, "d_out d_in"]) -> float:
@@ -194,58 +63,12 @@ def measure(base: Weights, vector: TaskVector) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def rounded(base: Weights, vector: TaskVector, dtype: torch.dtype) -> TaskVector:
-    """What is left of a vector once base + vector is stored in `dtype`: what a model of that precision can carry."""
-
-    def kept(where: Key, delta: Tensor) -> Tensor:
-        before = base[where].float()
-        return (before + delta).to(dtype).float() - before.to(dtype).float()
-
-    return vector.map(kept)
-
-
-def survival(exact: TaskVector, kept: TaskVector) -> pd.DataFrame:
-    """How much of a vector is left in another, e.g. after rounding: sums, one row a layer and matrix.
-
-    weights: how many there are; unmoved: how many the kept vector leaves as they were; energy and energy_left: of the
-    exact and of the kept vector; product: their inner product.
-    """
-    rows = []
-    for (layer, matrix), before in exact.deltas.items():
-        after = kept.deltas[layer, matrix]
-        one, other = before.double(), after.double()
-        rows.append(
-            dict(
-                layer=layer,
-                matrix=matrix,
-                weights=before.numel(),
-                unmoved=int((after == 0).sum()),
-                energy=float(one.square().sum()),
-                energy_left=float(other.square().sum()),
-                product=float((one * other).sum()),
-            )
-        )
-    return pd.DataFrame(rows)
-
-
-def survival_shares(sums: pd.DataFrame) -> dict[str, float]:
-    """Of `survival` over all its rows: the share of weights unmoved, energy_kept (above 1 where rounding adds more
-    than it takes), and the cosine of the two vectors."""
-    total = sums[["weights", "unmoved", "energy", "energy_left", "product"]].sum()
-    size = (total["energy"] * total["energy_left"]) ** 0.5
-    return dict(
-        unmoved=total["unmoved"] / total["weights"],
-        energy_kept=total["energy_left"] / total["energy"] if total["energy"] else float("nan"),
-        cosine=total["product"] / size if size else float("nan"),
-    )
-
-
 def check_same_tensors(base: Mapping[str, Tensor], finetuned: Mapping[str, Tensor]) -> None:
     """Raise ModelError where the two do not have the same tensors in the same shapes, tied copies aside."""
     if odd := sorted((set(base) ^ set(finetuned)) - TIED):
         raise ModelError(f"task vector: {odd[0]} is in only one of the two checkpoints")
     for name in sorted(set(base) & set(finetuned)):
-        if (before := _shape(base, name)) != (after := _shape(finetuned, name)):
+        if (before := shape_of(base, name)) != (after := shape_of(finetuned, name)):
             raise ModelError(
                 f"task vector: {name} is {before} in the base and {after} in the fine-tune; both must be of one model"
             )
@@ -274,10 +97,78 @@ def _copies(checkpoint: Mapping[str, Tensor]) -> set[str]:
 
 def _pieces(checkpoint: Mapping[str, Tensor], name: str) -> Iterator[Tensor]:
     """A tensor in parts small enough that float64 copies of them cost little memory, read one by one from a disk."""
-    on_disk, shape = isinstance(checkpoint, Checkpoint), _shape(checkpoint, name)
+    shape = shape_of(checkpoint, name)
     if not shape:
         yield checkpoint[name]
         return
     step = max(1, 2**22 // max(1, prod(shape[1:])))
     for start in range(0, shape[0], step):
-        yield checkpoint.rows(name, start, start + step) if on_disk else checkpoint[name][start : start + step]
+        part = slice(start, start + step)
+        yield checkpoint.rows(name, part.start, part.stop) if isinstance(checkpoint, Checkpoint) else checkpoint[name][part]
+
+
+def rounding(base: Weights, vector: TaskVector, stored: pd.DataFrame | None, dtype: str) -> pd.DataFrame:
+    """What precision can carry of a change: columns change, stored_in, unmoved, energy_kept, cosine.
+
+    stored: `survival` of the exact fine-tune after it was stored in `dtype`, where it was made here.
+    """
+    rows = [] if stored is None else [dict(change="fine-tune, as trained", stored_in=dtype) | survival_shares(stored)]
+    left = survival(vector, rounded(base, vector, torch.bfloat16))
+    return pd.DataFrame([*rows, dict(change="task vector", stored_in="bfloat16") | survival_shares(left)])
+
+
+def difference(base: Checkpoint, finetuned: Checkpoint, same_dtype: bool) -> TaskVector:
+    """tau = theta_1 - theta_0 of two checkpoints of one model; held in memory where it fits in a gibibyte.
+
+    Raises ModelError where the two are not of one model, or are the same.
+    """
+    for one in (base, finetuned):
+        check_stored(one)
+    check_same_tensors(base, finetuned)
+    vector = TaskVector.between(base, finetuned, same_dtype)
+    if not any(delta.any() for delta in vector.deltas.values()):
+        raise ModelError("task vector: the two models are the same; mend finetune.finetuned, or train for longer")
+    size = 4 * sum(prod(base.shape(name)) for name in weight_names(base).values())
+    return vector.in_memory() if size < 2**30 else vector
+
+
+def algebra(vector: TaskVector) -> dict[str, float]:
+    """What energies must do if the algebra holds: four times as much at twice the scale, none of a difference with
+    itself, and the whole again from the readers' and writers' parts."""
+    energy, halves = vector.energy(), (vector.restrict(vector.layers, part) for part in (READERS, WRITERS))
+    return {
+        "energy of tau": energy,
+        "energy of 2 tau / energy of tau": (2 * vector).energy() / energy if energy else float("nan"),
+        "energy of tau - tau": (vector - vector).energy(),
+        "energy of the readers' and writers' parts": sum(half.energy() for half in halves),
+    }
+
+
+def summary(table: pd.DataFrame, rounding: pd.DataFrame, restored: Mapping[str, bool]) -> str:
+    """What step 01 saw, as Markdown.
+
+    table: of `measure`; rounding: one row a precision, the last for the task vector in bfloat16; restored: what must
+    hold of an edit that is applied and undone, each sentence with whether it does.
+    """
+    broken = [sentence for sentence, holds in restored.items() if not holds]
+    undone = "The base plus the vector differs from the base, scale 0 does not, and undoing restores every byte: **True**."
+    if broken:
+        undone = f"An edit is not what it must be. **It does not hold** that {', nor that '.join(broken)}."
+    moved = table["delta_norm"] > 0
+    if not moved.any():
+        return f"- The fine-tune moves **no matrix**: there is no task vector.\n- {undone}"
+    largest, by_layer = table.iloc[int(table["relative"].argmax())], table.groupby("layer")["energy_share"].sum()
+    readers, ranks = table[table["side"] == "reader"]["energy_share"].sum(), table.loc[moved, "stable_rank"]
+    every = "every matrix" if moved.all() else f"only {moved.sum()} of {len(table)} matrices"
+    spread = "few directions in some matrices and over many in others"
+    if ranks.max() < 2 * ranks.min():
+        spread = "about as many directions in every matrix"
+    kept = rounding.iloc[-1]
+    lost = "" if kept["cosine"] ** 2 >= 0.5 else " **Most of what is left is not the change that was made.**"
+    return f"""
+- The fine-tune moves {every}, by {table["relative"].median():.0%} of its norm in the median; most in {largest["matrix"]} of layer {largest["layer"]} ({largest["relative"]:.0%}).
+- Readers carry {readers:.0%} of the energy, writers {1 - readers:.0%}. An even spread over layers would be {1 / len(by_layer):.1%} each; the layers range from {by_layer.min():.1%} to {by_layer.max():.1%}.
+- Stable ranks lie between {ranks.min():.1f} and {ranks.max():.1f}: the change is spread over {spread}.
+- Stored in bfloat16, the task vector would leave {kept["unmoved"]:.0%} of the weights unmoved and keep {kept["energy_kept"]:.1%} of its energy (cosine {kept["cosine"]:.3f}).{lost}
+- {undone}
+""".strip()

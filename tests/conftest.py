@@ -7,10 +7,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from jaxtyping import install_import_hook
 
-from stetholib.mini import base as mini_base
-from stetholib.mini import tokenizer as mini_tokenizer
-from stetholib.models import LanguageModel
+PACKAGE = Path(__file__).parents[1] / "stetholib"
+if not os.environ.get("STETHOLIB_NO_SHAPES"):  # shapes and types of every call are checked, in this process only
+    parts = {f"stetholib.{path.stem}" for path in PACKAGE.iterdir() if path.suffix == ".py" or path.is_dir()}
+    parts |= {f"stetholib.data.{path.stem}" for path in (PACKAGE / "data").glob("[!_]*.py")}
+    parts -= {"stetholib.data", "stetholib.__init__", "stetholib.__main__"}  # data.mini makes a million calls a tokenizer
+    install_import_hook(sorted(parts), "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
+
+from stetholib.data.mini import base as mini_base
+from stetholib.data.mini import tokenizer as mini_tokenizer
+from stetholib.models.loading import LanguageModel
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -78,6 +86,6 @@ def toy(tokens):
 @pytest.fixture(scope="session")
 def mini():
     """The shipped base model."""
-    from stetholib import models
+    from stetholib.models import loading
 
-    return models.load(mini_base.FOLDER)
+    return loading.load(mini_base.FOLDER)

@@ -9,8 +9,9 @@ import yaml
 from conftest import ROOT
 from hub import LICENSED, Repository
 
-from stetholib import fabricate, profiles
-from stetholib.mini.problems import SUBJECTS
+from stetholib import profiles
+from stetholib.commands import fabricate
+from stetholib.data.mini.problems import SUBJECTS
 
 SCALE = 0.05
 SMALL = {
@@ -34,7 +35,7 @@ SMALL = {
 
 def small_profile(name: str, folder: Path, **changes: dict) -> Path:
     """The shipped profile with small budgets, as a YAML file of the same name; nothing but sizes differs."""
-    values = yaml.safe_load((profiles.FOLDER / f"{name}.yaml").read_text())
+    values = profiles.read(name)
     for section, sizes in (SMALL | changes).items():
         values[section] = values[section] | sizes if isinstance(sizes, dict) else sizes
     path = folder / f"{name}.yaml"

@@ -6,8 +6,8 @@ import pandas as pd
 import pytest
 
 from stetholib import claims
-from stetholib.mini.problems import SUBJECTS
-from stetholib.models import MATRICES, SIDE
+from stetholib.data.mini.problems import SUBJECTS
+from stetholib.models.weights import MATRICES, SIDE
 
 
 def projection(kept, ceiling, chance=0.03):

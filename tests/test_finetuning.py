@@ -4,10 +4,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from stetholib import finetuning, models
-from stetholib.mini import problems
+from stetholib.adapters import finetuning
+from stetholib.data.mini import problems
+from stetholib.editing import TaskVector, rounded, survival, survival_shares
+from stetholib.models import loading, weights
 from stetholib.profiles import load
-from stetholib.task_vectors import TaskVector, rounded, survival, survival_shares
 
 ROWS = problems.generate("train", dict.fromkeys(problems.SUBJECTS, 15), 0)
 SPEC = replace(load("smoke").finetune, epochs=2.0, lora_rank=2)
@@ -36,7 +37,7 @@ def test_a_fine_tune_moves_the_seven_matrices_and_nothing_else(toy, tmp_path, me
     assert made.curve["loss"].iloc[-3:].mean() < made.curve["loss"].iloc[:3].mean()
     after = dict(toy.model.named_parameters())
     assert list(after) == list(before) and not any(p.requires_grad for p in after.values())
-    edited = set(models.weight_names(before).values())
+    edited = set(weights.weight_names(before).values())
     assert {name for name, p in after.items() if not torch.equal(p, before[name])} == edited
     vector = TaskVector.between(before, after)
     for where, delta in vector.deltas.items():
@@ -46,11 +47,11 @@ def test_a_fine_tune_moves_the_seven_matrices_and_nothing_else(toy, tmp_path, me
 
 def test_lora_in_bfloat16_is_rounded_once_and_what_is_left_of_it_is_told(toy, tmp_path):
     toy.model.to(torch.bfloat16)
-    before = {where: w.detach().clone() for where, w in models.edit_weights(toy.model).items()}
+    before = {where: w.detach().clone() for where, w in weights.edit_weights(toy.model).items()}
     spec = replace(SPEC, method="lora", learning_rate=0.002, epochs=1.0)
     made = finetuning.finetune(toy, ROWS, spec, tmp_path, seed=0, max_tokens=256)
     stored = survival(made.exact, rounded(before, made.exact, torch.bfloat16)).set_index(["layer", "matrix"])
-    for where, weight in models.edit_weights(toy.model).items():
+    for where, weight in weights.edit_weights(toy.model).items():
         assert weight.dtype == torch.bfloat16 and made.exact.deltas[where].dtype == torch.float32
         assert torch.equal(weight, (before[where].float() + made.exact.deltas[where]).bfloat16())
         assert stored.loc[where, "unmoved"] == int((weight == before[where]).sum())
@@ -72,9 +73,9 @@ def test_a_killed_fine_tune_goes_on_and_ends_with_the_same_bytes_and_losses(toke
 
     def run(folder, callbacks=(), save_every=0.0):
         spec = replace(SPEC, method=method, learning_rate=0.01)
-        model = models.LanguageModel(fresh(tokens), tokens)
+        model = loading.LanguageModel(fresh(tokens), tokens)
         made = finetuning.finetune(model, ROWS, spec, tmp_path / folder, 3, 256, callbacks, save_every)
-        return made.curve.to_csv(), models.weight_hash(model.model)
+        return made.curve.to_csv(), weights.weight_hash(model.model)
 
     whole = run("whole", save_every=1e9)
     assert not list((tmp_path / "whole").glob("checkpoint-*"))
@@ -98,16 +99,16 @@ def test_a_killed_fine_tune_goes_on_and_ends_with_the_same_bytes_and_losses(toke
 def test_the_same_seed_gives_the_same_bytes(tokens, tmp_path):
     hashes = []
     for name in ("a", "b"):
-        model = models.LanguageModel(fresh(tokens), tokens)
+        model = loading.LanguageModel(fresh(tokens), tokens)
         finetuning.finetune(model, ROWS[:32], SPEC, tmp_path / name, seed=3, max_tokens=256)
-        hashes.append(models.weight_hash(model.model))
+        hashes.append(weights.weight_hash(model.model))
     assert hashes[0] == hashes[1]
 
 
 def fresh(tokens):
     from transformers import Gemma3ForCausalLM
 
-    from stetholib.mini import base
+    from stetholib.data.mini import base
 
     torch.manual_seed(0)
     return Gemma3ForCausalLM(base.config(layers=1, hidden=16, vocab_size=len(tokens)))

@@ -11,9 +11,10 @@ import pytest
 import yaml
 from conftest import ROOT
 
-from stetholib import environment, readme, reproduce
+from stetholib.__main__ import COMMANDS, main
+from stetholib.commands import environment, notebooks, readme
 from stetholib.errors import UserError
-from stetholib.workspace import CONTRACTS
+from stetholib.store.tables import CONTRACTS
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 MODULES = sorted((ROOT / "stetholib").rglob("*.py"))
@@ -24,8 +25,8 @@ def cells(path, kind="code"):
 
 
 def test_there_are_six_notebooks_each_with_its_module():
-    assert tuple(path.stem for path in NOTEBOOKS) == reproduce.STEPS
-    for step in reproduce.STEPS:
+    assert tuple(path.stem for path in NOTEBOOKS) == notebooks.STEPS
+    for step in notebooks.STEPS:
         assert (ROOT / "stetholib" / f"{step[3:]}.py").is_file()
 
 
@@ -35,6 +36,7 @@ def test_a_notebook_is_short_defines_nothing_and_is_committed_without_outputs(pa
     code = cells(path)
     lines = [line for cell in code for line in cell.splitlines() if line.strip() and not line.strip().startswith("#")]
     assert len(content) <= 30 and len(lines) <= 120 and max(len(cell.splitlines()) for cell in code) <= 20
+    assert max(len(line) for cell in code for line in cell.splitlines()) <= 100
     assert not any(re.search(r"^\s*(def|class) |sys\.path|^%?cd ", cell, re.M) for cell in code)
     assert not any(cell.get("outputs") or cell.get("execution_count") for cell in content)
 
@@ -44,9 +46,21 @@ def test_a_notebook_opens_with_its_claim_and_closes_with_a_computed_summary(path
     first, last = cells(path, "markdown")[0], cells(path)[-1]
     for part in ("claim", "refute", "**Reads**", "**Writes**", "**Takes**"):
         assert part in first
-    assert cells(path, "markdown")[-1].startswith("## What we saw") and "Markdown(f'''" in last
-    reproduce.check_notebook(path)
+    assert cells(path, "markdown")[-1].startswith("## What we saw") and f"Markdown({path.stem[3:]}.summary(" in last
+    notebooks.check_notebook(path)
     assert json.loads(path.read_text())["cells"][1]["metadata"]["tags"] == ["parameters"]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_a_notebook_opens_its_study_and_step_and_keeps_its_contract_files(path):
+    code, step = cells(path), path.stem[3:]
+    assert code[0].splitlines() == ['profile = "mini"', 'device = "cpu"', "overrides = {}"]
+    for line in ("study = Study.for_notebook(globals())", f"step = study.{step}", "step.heading()"):
+        assert line in code[1]
+    kept = set(re.findall(r'study\.keep\("(\w+)"', "\n".join(code)))
+    further = {"05_minerva_math": {"records"}, "06_significance": {"manifest"}}.get(path.stem, set())
+    assert kept >= {stem for stem in CONTRACTS if stem[:2] == path.stem[:2]} | further
+    assert all(stem[:2] == path.stem[:2] for stem in kept - further)
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
@@ -96,16 +110,62 @@ def test_the_environment_check_tells_what_differs():
 
 
 def test_importing_the_package_imports_nothing_heavy():
-    code = "import stetholib, stetholib.__main__, stetholib.reproduce, sys; print([m for m in ('torch', 'transformers', 'sae_lens') if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout.strip() in (
-        "[]",
-        "['torch']",
-    )
+    heavy = "print([m for m in ('torch', 'transformers', 'sae_lens', 'matplotlib', 'huggingface_hub') if m in sys.modules])"
+    for modules, allowed in (("stetholib, stetholib.__main__", []), ("stetholib.commands.reproduce", ["torch"])):
+        done = subprocess.run([sys.executable, "-c", f"import sys, {modules}; {heavy}"], cwd=ROOT, capture_output=True, text=True)
+        assert done.stdout.strip() == str(allowed), done.stderr
+
+
+def test_each_command_has_a_help_of_its_own_and_the_inner_one_is_not_listed(capsys):
+    for name in (*COMMANDS, None):
+        with pytest.raises(SystemExit, match="0"):
+            main([name, "--help"] if name else ["--help"])
+        said = " ".join(capsys.readouterr().out.split())
+        assert (COMMANDS[name][1] in said) if name else all(line in said for line, _ in COMMANDS.values())
+    assert "answer" not in said
+    assert 'stetholib = "stetholib.__main__:main"' in (ROOT / "pyproject.toml").read_text()
+
+
+def test_outside_a_checkout_the_run_says_where_the_notebooks_are(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("STETHOLIB_HOME", str(tmp_path))
+    assert main(["reproduce", "--profile", "smoke"]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "come with the repository" in said and not list(tmp_path.iterdir())
+
+
+def test_a_folder_of_another_checkout_than_the_imported_one_is_refused(tmp_path, monkeypatch, capsys):
+    (tmp_path / "clone" / "stetholib").mkdir(parents=True)
+    (tmp_path / "clone" / "notebooks").mkdir()
+    (tmp_path / "clone" / "stetholib" / "__init__.py").touch()
+    environment.check_imported_from(tmp_path)
+    environment.check_imported_from(ROOT / "notebooks")
+    with pytest.raises(UserError, match="this folder belongs to .*clone, but the stetholib of"):
+        environment.check_imported_from(tmp_path / "clone" / "notebooks")
+    monkeypatch.chdir(tmp_path / "clone")
+    assert main(["doctor"]) == 2 and "make env in" in capsys.readouterr().err
+
+
+def test_an_editable_install_of_a_moved_clone_is_told_and_made_anew(tmp_path, monkeypatch):
+    info = tmp_path / "moved_clone-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: moved-clone\nVersion: 1.0\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    place = tmp_path / "a folder"
+    for said, lines in (
+        ({"url": place.as_uri(), "dir_info": {"editable": True}}, []),
+        ({"url": place.as_uri(), "dir_info": {}}, [f"moved-clone is installed from {place}, not from {place}"]),
+        (
+            {"url": "file:///old/clone", "dir_info": {"editable": True}},
+            [f"moved-clone is installed from /old/clone, not from {place}"],
+        ),
+    ):
+        (info / "direct_url.json").write_text(json.dumps(said))
+        assert environment.elsewhere(place, "moved-clone") == lines
+    assert environment.elsewhere(place, "no-such-package") == ["no-such-package is not installed"]
+    assert "stetholib.commands.environment --installed" in (ROOT / "Makefile").read_text()
 
 
 def test_a_users_mistake_is_one_line_and_a_status(capsys):
-    from stetholib.__main__ import main
-
     assert main(["reproduce", "--profile", "minni"]) == 2
     error = capsys.readouterr().err
     assert error == f"stetholib: {error.split(': ', 1)[1]}" and error.count("\n") == 1 and "did you mean 'mini'" in error
@@ -128,20 +188,63 @@ def test_a_notebook_without_its_parameters_or_with_others_is_refused(tmp_path):
     }
     for message, change in swaps.items():
         with pytest.raises(UserError, match=message):
-            reproduce.check_notebook(broken(tmp_path, change))
+            notebooks.check_notebook(broken(tmp_path, change))
     (tmp_path / "x.ipynb").write_text("{")
     with pytest.raises(UserError, match="git checkout"):
-        reproduce.check_notebook(tmp_path / "x.ipynb")
+        notebooks.check_notebook(tmp_path / "x.ipynb")
 
 
-def test_an_unknown_notebook_parameter_is_refused_with_the_nearest():
+def opened(**namespace):
+    """What a notebook whose namespace is this opens, or is refused."""
+    from stetholib.study import Study
+
+    return Study.for_notebook(namespace)
+
+
+KNOWN = dict(profile="smoke", device="cpu", overrides={})
+OWN = "profile = 'mini'\ndevice = 'cpu'\noverrides = {}"
+
+
+@pytest.mark.parametrize(
+    ("cells", "said"),
+    [
+        ([OWN, "# Parameters\nprofil = 'mini'\n"], r"'profil' \(did you mean 'profile'\?\)"),
+        (["# Parameters\nprofil = 'mini'\n"], r"'profil' \(did you mean 'profile'\?\)"),
+        (["profile='smoke'; device='cpu'; overides={}"], r"'overides' \(did you mean 'overrides'\?\)"),
+        ([OWN, "%matplotlib inline", "profile='smoke'; device='cpu'; overides={}"], r"'overides' \(did you mean"),
+    ],
+)
+def test_an_unknown_notebook_parameter_is_refused_with_the_nearest(cells, said):
     from stetholib.profiles import ProfileError
     from stetholib.study import Study
 
-    with pytest.raises(ProfileError, match=r"'profil' \(did you mean 'profile'\?\)"):
-        Study.for_notebook(dict(profile="smoke", device="cpu", overrides={}, profil="mini"))
+    namespace = KNOWN | dict(In=["", *cells], study="an old one", step="an old one")
+    with pytest.raises(ProfileError, match=said):
+        Study.for_notebook(namespace)
+    assert not {"study", "step"} & namespace.keys(), "a refused parameter must not leave an old study behind"
+
+
+def test_a_notebook_without_a_parameter_or_with_an_unknown_device_is_refused():
+    from stetholib.profiles import ProfileError
+
     with pytest.raises(ProfileError, match="unknown device 'gpu'"):
-        Study.for_notebook(dict(profile="smoke", device="gpu", overrides={}))
+        opened(**KNOWN | dict(device="gpu"))
+    with pytest.raises(ProfileError, match="'overrides' is not set; run the parameters cell first"):
+        opened(profile="smoke", device="cpu")
+
+
+@pytest.mark.parametrize(
+    "cells",
+    [
+        [OWN, "# Parameters\nprofile = 'smoke'\n", "beats = 1"],
+        ["profile='smoke'; device='cpu'; overides={}", OWN],  # mended and run again
+        [OWN, "beats = 1\nbeats.profile = 2\n(one, other) = 1, 2"],
+        [],
+    ],
+)
+def test_other_variables_of_a_notebook_are_nobodys_business(cells):
+    study = opened(**KNOWN, In=["", *cells], beats=1, profil=2)
+    assert (study.profile.name, study.device) == ("smoke", "cpu")
 
 
 def test_the_committed_figures_hold_every_contract_file():
@@ -150,7 +253,7 @@ def test_the_committed_figures_hold_every_contract_file():
         table = pd.read_csv(folder / f"{stem}.csv")
         assert set(keys + columns) <= set(table.columns) and not table.duplicated(keys).any(), stem
     pictures = {path.stem for path in folder.glob("*.png")}
-    assert pictures == {path.stem for path in folder.glob("*.svg")} and set(reproduce.STEPS) <= pictures
+    assert pictures == {path.stem for path in folder.glob("*.svg")} and set(notebooks.STEPS) <= pictures
     assert json.loads((folder / "manifest.json").read_text())["profile"] == "mini"
 
 
@@ -177,7 +280,7 @@ def test_the_readmes_ledger_is_the_committed_one():
 
 def test_the_readme_names_every_notebook_every_module_and_the_commands():
     text = (ROOT / "README.md").read_text()
-    for step in reproduce.STEPS:
+    for step in notebooks.STEPS:
         assert step in text
     for path in (ROOT / "stetholib").glob("*.py"):
         assert path.name in text or path.stem.startswith("__"), path.name

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from hashlib import sha256
 
 import pandas as pd
 import pytest
@@ -15,17 +16,21 @@ from hub import LICENSED, Hub, Repository
 from rungs import environment, repositories, small_profile
 from safetensors.torch import save
 
+from stetholib.data.hub import files_key, missing_files
+from stetholib.data.source import Source, model_folder
+from stetholib.errors import UserError
+
 BODY = bytes(range(256)) * 100_000  # 25 MB: more than one chunk of the client's
 FETCH = """
 import sys
-from stetholib import hub
+from stetholib.data import hub
 from stetholib.errors import UserError
 try:
     print((hub.snapshot(*sys.argv[1:]) / "model.safetensors").stat().st_size)
 except UserError as error:
     print(error)
 """
-FETCH_ONLY = "import sys; from stetholib import hub; hub.snapshot(*sys.argv[1:])"
+FETCH_ONLY = "import sys; from stetholib.data import hub; hub.snapshot(*sys.argv[1:])"
 
 
 @pytest.fixture()
@@ -72,16 +77,17 @@ def test_a_download_that_never_ends_leaves_no_file_and_goes_on_later(hub, tmp_pa
 SAE, TABLE = "resid_post_all/layer_0_width_16k_l0_small", "algebra/test-00000-of-00001.parquet"
 FETCH_SAE = f"""
 import sys
-from stetholib import saes
+from stetholib.adapters import saes
 raw = saes.gemma_scope_2(sys.argv[1], "{SAE}")[1]
 print(float(raw["W_enc"].sum()), tuple(raw["W_enc"].shape))
 """
 FETCH_TABLE = """
 import sys
 from dataclasses import replace
-from stetholib import profiles, texts
+from stetholib import profiles
+from stetholib.data import corpora
 data = replace(profiles.load("gemma-3-270m").data, maths=sys.argv[1], maths_revision=None, test_problems={"algebra": 20_000})
-print(len(texts.problems(data, "test", 0)))
+print(len(corpora.problems(data, "test", 0)))
 """
 
 
@@ -103,7 +109,7 @@ def test_a_broken_connection_in_an_sae_is_resumed(tmp_path):
 OURS_AND_THEIRS = """
 import sys, torch
 from sae_lens import SAE
-from stetholib import saes
+from stetholib.adapters import saes
 release, sae_id = "gemma-scope-2-270m-it-res-all", "layer_0_width_16k_l0_small"
 ours, theirs = saes.load_release(release, sae_id), SAE.from_pretrained(release, sae_id)
 x = torch.randn(5, 64)
@@ -175,8 +181,8 @@ def test_a_disk_that_fills_on_the_way_is_one_line_and_leaves_no_whole_name(hub, 
 
 
 def test_a_file_of_the_cache_that_was_altered_is_refused_by_name(hub, tmp_path):
-    script = "import sys; from stetholib import hub, models\nfrom stetholib.study.stages import files_key\nfrom stetholib.errors import UserError\n"
-    script += "try:\n    print(len(files_key(hub.snapshot(sys.argv[1]), '*.safetensors')))\nexcept UserError as error:\n    print(error)"
+    script = "import sys; from stetholib.data import hub\nfrom stetholib.errors import UserError\n"
+    script += "try:\n    print(len(hub.files_key(hub.snapshot(sys.argv[1]), '*.safetensors')))\nexcept UserError as error:\n    print(error)"
     assert fetch(tmp_path, hub.url, "open/model", script=script) == "1"
     (file,) = tmp_path.rglob("model.safetensors")
     content = bytearray(file.read_bytes())
@@ -190,7 +196,7 @@ def test_a_data_set_of_which_another_config_is_cached_is_not_taken_for_whole(tmp
     body = io.BytesIO()
     pd.DataFrame(dict(text=["a"])).to_parquet(body)
     files = {f"{config}/validation-00000-of-00001.parquet": body.getvalue() for config in ("one", "other")}
-    script = "import sys; from stetholib import hub\n"
+    script = "import sys; from stetholib.data import hub\n"
     script += "print(len(list(hub.snapshot(sys.argv[1], None, [sys.argv[2]], 'dataset').glob(sys.argv[2]))))"
     with Hub({"org/texts": Repository(files)}) as hub:
         assert fetch(tmp_path, hub.url, "org/texts", "one/validation-*.parquet", script=script) == "1"
@@ -241,16 +247,17 @@ def test_the_doctor_says_what_is_cached_what_is_to_be_fetched_and_what_is_lackin
 
 
 def test_the_doctor_finds_nothing_lacking_for_the_miniature(tmp_path):
-    assert all(line.startswith("ok") for line in doctor("mini", "http://127.0.0.1:9", tmp_path).values())
+    found = doctor("mini", "http://127.0.0.1:9", tmp_path)
+    assert all(line.startswith("ok") for line in found.values())
+    assert all("ships with the package" in found[name] for name in ("model", "SAEs", "maths", "general"))
 
 
 def test_the_doctor_counts_what_a_run_has_left_already_and_each_disk_for_itself(tmp_path, monkeypatch):
-    from stetholib import doctor as examined
     from stetholib import profiles
-    from stetholib.estimate import Size
+    from stetholib.commands import doctor as examined
 
     monkeypatch.setenv("STETHOLIB_HOME", str(tmp_path))
-    profile, size = profiles.load("mini"), Size(10**9, 4, 26, 1152, 16384)
+    profile, size = profiles.load("mini"), examined.Size(10**9, 4, 26, 1152, 262144, 16384)
     whole = examined._made(profile, size)
     kept = tmp_path / "runs" / "mini" / "store" / "sae-1" / "weights"
     kept.parent.mkdir(parents=True)
@@ -265,13 +272,53 @@ def test_the_doctor_counts_what_a_run_has_left_already_and_each_disk_for_itself(
 
 
 def test_the_doctor_asks_more_memory_for_more_processes_and_knows_of_limits(monkeypatch):
-    from stetholib import doctor as examined
     from stetholib import profiles
-    from stetholib.estimate import Size
+    from stetholib.commands import doctor as examined
 
-    profile, size = profiles.load("paper"), Size(4 * 10**9, 2, 34, 2560, 16384)
-    monkeypatch.setattr(examined, "_config", lambda profile: dict(vocab_size=262208))
+    profile, size = profiles.load("paper"), examined.Size(4 * 10**9, 2, 34, 2560, 262208, 16384)
     monkeypatch.setattr(examined, "_main_memory", lambda: 40 * 2**30)
     assert examined._memory(profile, size, "cuda", 1).ok and not examined._memory(profile, size, "cuda", 4).ok
     monkeypatch.undo()
     assert 0 < examined._main_memory() <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def test_where_a_thing_lies_is_told_by_its_name_what_ships_first_then_a_folder_then_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("mini", "org", "org/here"):
+        (tmp_path / name).mkdir()
+    where = lambda *asked: Source.of(*asked).where  # noqa: E731
+    assert [where(name) for name in ("mini", "toy", "org/here", str(tmp_path), "org/there")] == [
+        "shipped", "shipped", "folder", "folder", "hub",
+    ]  # fmt: skip
+    assert [where(name, None, "dataset") for name in ("generated", "mini", "org/there")] == ["shipped", "folder", "hub"]
+    assert [where(name, None, "sae") for name in ("train", "org", "gemma-scope")] == ["shipped", "folder", "hub"]
+    for name in ("", "/no/such/folder", "a/b/c", "../x"):
+        with pytest.raises(UserError, match="there is no such folder, and it is not a name on the Hub"):
+            Source.of(name)
+
+
+def test_what_ships_and_what_lies_in_a_folder_is_never_to_be_fetched(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(bytes(100))
+    (tmp_path / "config.json").write_bytes(bytes(10))
+    assert Source.of(str(tmp_path)).bytes_to_fetch() == (0, 110)
+    assert Source.of(str(tmp_path)).bytes_to_fetch(["*.safetensors"]) == (0, 100)
+    assert model_folder(str(tmp_path)) == tmp_path and (model_folder("mini") / "model.safetensors").is_file()
+    nothing, shipped = Source.of("mini").bytes_to_fetch(["*.safetensors"])
+    assert nothing == 0 and shipped == (model_folder("mini") / "model.safetensors").stat().st_size
+    assert Source.of("train", kind="sae").bytes_to_fetch() == Source.of("toy").bytes_to_fetch() == (0, 0)
+    with pytest.raises(ValueError, match="it has no folder"):
+        model_folder("toy")
+
+
+def test_a_folders_files_are_known_by_their_bytes_and_the_stores_own_does_not_count(tmp_path):
+    for name in ("b.safetensors", "a.json", "artefact.json", "else.bin"):
+        (tmp_path / name).write_bytes(name.encode())
+    found = files_key(tmp_path, "*.json", "*.safetensors", "*.json")
+    assert found == [f"{name} {sha256(name.encode()).hexdigest()}" for name in ("a.json", "b.safetensors")]
+
+
+def test_a_repository_folder_without_a_large_file_is_not_whole(tmp_path):
+    for layer, name in ((0, "params.safetensors"), (0, "config.json"), (1, "config.json")):
+        (tmp_path / f"layer_{layer}").mkdir(exist_ok=True)
+        (tmp_path / f"layer_{layer}" / name).write_bytes(b"x")
+    assert missing_files(tmp_path, ["layer_0/*"]) == [] and missing_files(tmp_path, ["layer_0/*", "layer_1/*"]) == ["layer_1/*"]

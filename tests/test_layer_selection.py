@@ -8,8 +8,10 @@ import torch
 from scipy import stats
 
 from stetholib import layer_selection as ls
+from stetholib import layer_sets, sae_features
+from stetholib.calibration import RULE, null_p_values, planted_sums, power_curve
 from stetholib.errors import UserError
-from stetholib.planted import RULE, null_p_values, planted_sums, power_curve
+from stetholib.models.sums import moments, one_hot, resampled, shuffled_labels, specificity
 
 
 def test_the_score_finds_the_planted_layer_and_its_features():
@@ -17,8 +19,8 @@ def test_the_score_finds_the_planted_layer_and_its_features():
     result = ls.score_layers(sums, corpus_of, RULE, False, 1, permutations=49, resamples=40, seed=0)
     assert result.score.argmax() == 3 and result.p_value[3] == 0.02 and result.p_max[3] == 0.02
     assert result.selection_share[3] == 1 and result.selection_share.sum() == pytest.approx(1)
-    m = ls.moments(sums[3], ls.one_hot(corpus_of, 8), False)
-    assert set(ls.specificity("cohen_d", sums[3], m)[0].topk(5).indices.tolist()) == set(range(5))
+    m = moments(sums[3], one_hot(corpus_of, 8), False)
+    assert set(specificity("cohen_d", sums[3], m)[0].topk(5).indices.tolist()) == set(range(5))
 
 
 def test_without_signal_the_permutation_p_is_uniform():
@@ -41,55 +43,55 @@ def test_the_max_form_is_never_less_cautious():
 
 def test_the_score_is_the_mean_of_the_top_features_that_fire():
     sums, corpus_of = planted_sums(layers=1, planted=0, effect=1.0, seed=1)
-    labels = ls.one_hot(corpus_of, 8)
-    d = ls.specificity("cohen_d", sums[0], ls.moments(sums[0], labels, False))[0]
-    assert float(ls.ScoreRule(share=0.25, minimum=2, minimum_firing=0.0).score(sums[0], labels, False)[0]) == pytest.approx(
-        float(d.sort(descending=True).values[:10].mean()), rel=1e-6
-    )
+    labels = one_hot(corpus_of, 8)
+    d = specificity("cohen_d", sums[0], moments(sums[0], labels, False))[0]
+    assert float(
+        sae_features.ScoreRule(share=0.25, minimum=2, minimum_firing=0.0).score(sums[0], labels, False)[0]
+    ) == pytest.approx(float(d.sort(descending=True).values[:10].mean()), rel=1e-6)
     with pytest.raises(UserError, match="score_minimum"):
-        ls.ScoreRule(minimum=41).score(sums[0], labels, False)
+        sae_features.ScoreRule(minimum=41).score(sums[0], labels, False)
 
 
 def test_shuffled_labels_keep_the_corpora_and_resamples_keep_their_sizes():
     corpus_of = torch.tensor([0, 0, 1, 1, 1, 2, 2])
-    shuffled = ls.shuffled_labels(corpus_of, 20, seed=0)
+    shuffled = shuffled_labels(corpus_of, 20, seed=0)
     assert (shuffled.sort(1).values == corpus_of).all() and len({tuple(r.tolist()) for r in shuffled}) > 10
-    redrawn = ls.resampled(corpus_of, 3, 20, seed=0)
+    redrawn = resampled(corpus_of, 3, 20, seed=0)
     assert (redrawn.sum(2) == torch.tensor([2.0, 3.0, 2.0])).all()
     assert redrawn[:, 0, 2:].sum() == 0
 
 
 def test_selection_takes_the_largest_with_ties_to_the_earlier():
-    assert ls.select([1.0, 3.0, 3.0, 2.0], 2) == (1, 2)
-    assert ls.select([1.0, 1.0, 1.0], 2) == (0, 1)
+    assert layer_sets.select([1.0, 3.0, 3.0, 2.0], 2) == (1, 2)
+    assert layer_sets.select([1.0, 1.0, 1.0], 2) == (0, 1)
     with pytest.raises(UserError, match="layer_share"):
-        ls.select([1.0], 2)
+        layer_sets.select([1.0], 2)
 
 
 @pytest.mark.parametrize(("layers", "count"), [(12, 4), (34, 11), (26, 9), (18, 6), (1, 1)])
 def test_a_third_of_the_layers_is_selected(layers, count):
-    assert ls.layer_count(layers, 1 / 3) == count
+    assert layer_sets.layer_count(layers, 1 / 3) == count
 
 
 def test_sets_are_all_of_them_or_different_random_ones():
-    assert ls.sampled_sets(5, 2, 10, 0) == list(combinations(range(5), 2))
-    drawn = ls.sampled_sets(12, 4, 200, 0)
-    assert len(set(drawn)) == 200 and drawn == ls.sampled_sets(12, 4, 200, 0) != ls.sampled_sets(12, 4, 200, 1)
+    assert layer_sets.sampled_sets(5, 2, 10, 0) == list(combinations(range(5), 2))
+    drawn = layer_sets.sampled_sets(12, 4, 200, 0)
+    assert len(set(drawn)) == 200 and drawn == layer_sets.sampled_sets(12, 4, 200, 0) != layer_sets.sampled_sets(12, 4, 200, 1)
 
 
 def test_the_percentile_counts_worse_sets_and_half_of_equals():
-    assert ls.percentile(-1.0, [-2.0, -1.0, 0.0, 1.0]) == pytest.approx(0.625)
-    assert ls.percentile(-9.0, [0.0]) == 1 and ls.percentile(9.0, [0.0]) == 0
+    assert layer_sets.percentile(-1.0, [-2.0, -1.0, 0.0, 1.0]) == pytest.approx(0.625)
+    assert layer_sets.percentile(-9.0, [0.0]) == 1 and layer_sets.percentile(9.0, [0.0]) == 0
 
 
 def test_greedy_finds_the_best_set_of_an_additive_loss():
     worth = [3.0, 1.0, 4.0, 1.5]
-    assert ls.greedy(lambda chosen: -sum(worth[x] for x in chosen), 4, 2) == (0, 2)
+    assert layer_sets.greedy(lambda chosen: -sum(worth[x] for x in chosen), 4, 2) == (0, 2)
 
 
 def test_every_fixed_selector_picks_as_many_layers():
     scores = {"corpus": [1, 2, 3, 4, 5, 6], "matched": [6, 5, 4, 3, 2, 1]}
-    found = ls.fixed_selectors(scores, energies=[1, 9, 1, 9, 1, 1], small_step=[0, 0, -1, 0, -2, 0], count=2)
+    found = layer_sets.fixed_selectors(scores, energies=[1, 9, 1, 9, 1, 1], small_step=[0, 0, -1, 0, -2, 0], count=2)
     assert {name: layers for name, (_, layers) in found.items()} == {
         "stethoscope": (4, 5),
         "stethoscope_matched": (0, 1),

@@ -2,9 +2,9 @@ from itertools import islice
 
 import pytest
 
+from stetholib.data.mini import base, problems, stories
+from stetholib.data.prompts import boxed_answer, prompt, target
 from stetholib.errors import UserError
-from stetholib.minerva_math import boxed_answer, prompt, target
-from stetholib.mini import base, problems, stories
 from stetholib.profiles import load
 
 COUNTS = load("mini").data

@@ -1,14 +1,16 @@
+import copy
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from stetholib import models
-from stetholib.models import ModelError
+from stetholib.models import loading, streams, weights
+from stetholib.models.weights import ModelError
 
 
 def test_the_tap_reads_each_blocks_output_and_not_the_final_norm(toy):
     ids = torch.tensor([[2, 30, 31, 32]])
-    with torch.no_grad(), models.residual_stream(toy.model) as taken:
+    with torch.no_grad(), streams.residual_stream(toy.model) as taken:
         hidden = toy.model(input_ids=ids, output_hidden_states=True).hidden_states
     assert sorted(taken) == [0, 1]
     assert torch.equal(taken[0], hidden[1])
@@ -17,34 +19,34 @@ def test_the_tap_reads_each_blocks_output_and_not_the_final_norm(toy):
 
 
 def test_the_tap_is_gone_afterwards(toy):
-    with models.residual_stream(toy.model) as taken:
+    with streams.residual_stream(toy.model) as taken:
         pass
     toy.model(input_ids=torch.tensor([[2, 30]]))
-    assert not taken and not any(block._forward_hooks for block in models.decoder_blocks(toy.model))
+    assert not taken and not any(block._forward_hooks for block in weights.decoder_blocks(toy.model))
 
 
 def test_losses_are_those_of_transformers(toy):
-    pairs = models.tokenize(toy, [("", "There are 12 boxes."), ("", "The train was late.")], 64)
-    pool = models.batches(pairs, 1000, "cpu")
+    pairs = streams.tokenize(toy, [("", "There are 12 boxes."), ("", "The train was late.")], 64)
+    pool = streams.batches(pairs, 1000, "cpu")
     batch = pool[0]
     labels = batch.input_ids.masked_fill(batch.attention_mask == 0, -100)
     reference = toy.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=labels).loss
-    assert models.mean_loss(toy.model, pool) == pytest.approx(float(reference), rel=1e-5)
+    assert streams.mean_loss(toy.model, pool) == pytest.approx(float(reference), rel=1e-5)
 
 
 def test_only_what_follows_the_context_is_scored(toy):
-    pairs = models.tokenize(toy, [("Problem:\nSolve", " the box.")], 64)
+    pairs = streams.tokenize(toy, [("Problem:\nSolve", " the box.")], 64)
     (ids, held) = pairs[0]
     assert toy.tokenizer.decode(ids[held:]) == " the box."
-    batch = models.batches(pairs, 64, "cpu")[0]
+    batch = streams.batches(pairs, 64, "cpu")[0]
     assert int(batch.scored.sum()) == len(ids) - held
 
 
 def test_padding_and_batching_do_not_change_a_documents_loss(toy):
     texts = [("", "There are 12 boxes."), ("", "The train was late, and Ada asked what the sum of it is."), ("", "So what?")]
-    pairs = models.tokenize(toy, texts, 64)
-    together = models.document_losses(toy.model, models.batches(pairs, 1000, "cpu"))[0]
-    alone = models.document_losses(toy.model, models.batches(pairs, 1, "cpu"))[0]
+    pairs = streams.tokenize(toy, texts, 64)
+    together = streams.document_losses(toy.model, streams.batches(pairs, 1000, "cpu"))[0]
+    alone = streams.document_losses(toy.model, streams.batches(pairs, 1, "cpu"))[0]
     assert torch.allclose(together, alone, rtol=1e-5)
 
 
@@ -58,15 +60,15 @@ def test_a_tokenizer_without_bos_or_with_two_is_refused(toy):
         special = [("<bos>", 2)] if "bos" in template else []
         tokens._tokenizer.post_processor = processors.TemplateProcessing(single=template, special_tokens=special)
         with pytest.raises(ModelError, match="exactly once"):
-            models.tokenize(models.LanguageModel(toy.model, tokens), [("", "box")], 8)
+            streams.tokenize(loading.LanguageModel(toy.model, tokens), [("", "box")], 8)
 
 
 def test_gains_are_one_plus_w_for_gemma_and_w_for_llama(toy):
-    block = models.decoder_blocks(toy.model)[1]
+    block = weights.decoder_blocks(toy.model)[1]
     with torch.no_grad():
         block.post_feedforward_layernorm.weight.fill_(0.5)
         block.input_layernorm.weight.fill_(0.25)
-    gains = models.norm_gains(toy.model)
+    gains = weights.norm_gains(toy.model)
     assert torch.all(gains[1, "down"] == 1.5) and torch.all(gains[1, "q"] == 1.25)
 
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -76,9 +78,9 @@ def test_gains_are_one_plus_w_for_gemma_and_w_for_llama(toy):
     )
     with torch.no_grad():
         llama.model.layers[0].post_attention_layernorm.weight.fill_(0.5)
-    gains = models.norm_gains(llama)
+    gains = weights.norm_gains(llama)
     assert torch.all(gains[0, "gate"] == 0.5) and torch.all(gains[0, "down"] == 1)
-    assert len(models.edit_weights(llama)) == 14
+    assert len(weights.edit_weights(llama)) == 14
 
 
 @pytest.fixture()
@@ -119,38 +121,56 @@ CHANGES = {
 @pytest.mark.parametrize("name", CHANGES)
 def test_a_checkpoint_that_is_not_whole_and_sound_is_refused_with_the_tensor_that_is_wrong(saved, name):
     act, said = CHANGES[name]
-    with pytest.raises(models.ModelError, match=said) as refused:
-        models.load(saved(act))
+    with pytest.raises(weights.ModelError, match=said) as refused:
+        loading.load(saved(act))
     assert "\n" not in str(refused.value)
 
 
 def test_a_shard_that_is_missing_or_cut_short_is_named(saved):
     folder = saved(lambda tensors: None)
-    assert models.load(folder)
+    assert loading.load(folder)
     shard = sorted(folder.glob("*.safetensors"))[1]
     shard.write_bytes(shard.read_bytes()[:-100])
-    with pytest.raises(models.ModelError, match=f"{shard.name}.*not a whole safetensors"):
-        models.load(folder)
+    with pytest.raises(weights.ModelError, match=f"{shard.name}.*not a whole safetensors"):
+        loading.load(folder)
     shard.unlink()
-    with pytest.raises(models.ModelError, match=f"{shard.name} is missing"):
-        models.load(folder)
+    with pytest.raises(weights.ModelError, match=f"{shard.name} is missing"):
+        loading.load(folder)
 
 
 def test_pickled_weights_are_never_opened(tmp_path):
     torch.save({"model.layers.0.self_attn.q_proj.weight": torch.zeros(2, 2)}, tmp_path / "pytorch_model.bin")
     with pytest.raises(ModelError, match="safetensors only"):
-        models.load(tmp_path)
+        loading.load(tmp_path)
 
 
 def test_the_hash_sees_a_single_flipped_bit(toy):
-    before = models.weight_hash(toy.model)
-    weight = models.edit_weights(toy.model)[0, "q"]
+    before = weights.weight_hash(toy.model)
+    weight = weights.edit_weights(toy.model)[0, "q"]
     with torch.no_grad():
         weight.view(torch.int32)[0, 0] ^= 1
-    assert models.weight_hash(toy.model) != before
+    assert weights.weight_hash(toy.model) != before
 
 
 def test_nan_and_inf_are_named_by_where_they_are():
-    models.check_finite({"the output of layer 0": torch.ones(3)})
+    loading.check_finite({"the output of layer 0": torch.ones(3)})
     with pytest.raises(ModelError, match="the output of layer 3 holds NaN or Inf"):
-        models.check_finite({"the output of layer 2": torch.ones(3), "the output of layer 3": torch.tensor([1.0, float("inf")])})
+        loading.check_finite({"the output of layer 2": torch.ones(3), "the output of layer 3": torch.tensor([1.0, float("inf")])})
+
+
+def test_a_folder_without_its_configuration_or_tokenizer_is_refused_in_one_line(toy, tmp_path):
+    toy.model.save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(ModelError, match="its tokenizer cannot be read .*save it into the same folder"):
+        loading.load(tmp_path)
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(ModelError, match="there is no config.json"):
+        loading.load(tmp_path)
+
+
+def test_a_tokenizer_that_cannot_pad_pads_with_its_end(toy, tokens, tmp_path):
+    toy.model.save_pretrained(tmp_path)
+    padless = copy.deepcopy(tokens)
+    padless.pad_token = None
+    padless.save_pretrained(tmp_path)
+    assert loading.load(tmp_path).tokenizer.pad_token == tokens.eos_token

@@ -6,7 +6,7 @@ import toys
 import yaml
 from rungs import environment, reproduce
 
-from stetholib.workspace import CONTRACTS
+from stetholib.store.tables import CONTRACTS
 
 pytestmark = pytest.mark.slow
 

@@ -15,6 +15,21 @@ def test_every_shipped_profile_is_valid_and_bears_its_own_name(name):
         profile.seed = 1
 
 
+DIGESTS = {
+    "gemma-3-1b": "933a9d548768ee94",
+    "gemma-3-270m": "cbe001ea5e1ea1e4",
+    "mini": "b2232ebb0de5b903",
+    "paper": "d35be57f1a2449dc",
+    "smoke": "0ef481d1bc671100",
+}
+
+
+def test_the_shipped_profiles_are_these_five_and_ask_what_they_always_asked():
+    """A digest that moves is another experiment: change it here only together with what the profile is meant to say."""
+    assert {name: load(name).digest for name in profiles.available()} == DIGESTS
+    assert [name for name in DIGESTS if load(name).published_rung] == ["paper"]
+
+
 def changed(tmp_path, change):
     values = yaml.safe_load((profiles.FOLDER / "mini.yaml").read_text())
     change(values)
@@ -99,3 +114,22 @@ def test_a_profile_that_extends_another_says_only_what_differs_and_claims_nothin
     mine, paper = profiles.load(str(path)), profiles.load("paper")
     assert not mine.published_rung and mine.data.test_problems == {"algebra": 3} and mine.selection.greedy is False
     assert mine.selection.random_sets == paper.selection.random_sets and mine.model == paper.model
+
+
+@pytest.mark.parametrize("name", profiles.available())
+def test_any_shipped_profile_can_be_extended_one_that_itself_extends_among_them(tmp_path, name):
+    path = tmp_path / "mine.yaml"
+    path.write_text(f"extends: {name}\nname: mine\ntitle: mine\n")
+    mine = load(str(path))
+    assert dataclasses.replace(mine, name=name, title=load(name).title, published_rung=load(name).published_rung) == load(name)
+    assert not mine.published_rung
+
+
+def test_what_the_real_rungs_share_is_no_profile_and_nobody_elses_to_extend(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("extends: _real\nname: mine\ntitle: mine\n")
+    assert "_real" not in profiles.available()
+    with pytest.raises(ProfileError, match="extends '_real', which does not ship with the package"):
+        load(str(path))
+    with pytest.raises(ProfileError, match="unknown profile '_real'"):
+        load("_real")

@@ -12,9 +12,10 @@ from hub import Hub
 from rungs import SCALE, SMALL, environment, repositories, reproduce, small_profile
 from safetensors.torch import load_file, save_file
 
-from stetholib import fabricate, profiles
-from stetholib.reproduce import STEPS
-from stetholib.workspace import CONTRACTS
+from stetholib import profiles
+from stetholib.commands import fabricate
+from stetholib.commands.notebooks import STEPS
+from stetholib.store.tables import CONTRACTS
 
 pytestmark = pytest.mark.slow
 
@@ -43,7 +44,7 @@ def test_a_rung_runs_from_a_cold_cache_and_again_with_the_hub_gone(name, tmp_pat
 
 
 def test_a_rung_with_its_chat_template_answers_and_scores(tmp_path):
-    from stetholib.study import Study, Variant
+    from stetholib.study import Study
 
     profile = small_profile(
         "gemma-3-270m", tmp_path, evaluation=SMALL["evaluation"] | dict(chat_template=True, variants=["base"])
@@ -51,8 +52,9 @@ def test_a_rung_with_its_chat_template_answers_and_scores(tmp_path):
     for name, place in fabricate.everything(profiles.load(str(profile)), tmp_path / "made", SCALE).items():
         profile.write_text(profile.read_text().replace(f" {name}\n", f" {place}\n"))
     study = Study.open(str(profile), root=tmp_path)
-    assert all(text.startswith("<start_of_turn>user\nProblem:") for text in study._prompts.values())
-    records = study.records(Variant("base")).tables["records"]
+    step = study.minerva_math
+    assert all(text.startswith("<start_of_turn>user\nProblem:") for text in step._asked.prompts.values())
+    records = step.records(["base"])
     assert len(records) == 14 and records["prompt_tokens"].min() > 100 and set(records["stopped_by"]) <= {"length", "eos", "stop"}
 
 
@@ -83,15 +85,15 @@ def test_a_wrong_sae_set_is_refused_before_any_result(tmp_path):
         assert not list((home / "figures").rglob("02_*"))
 
 
-def test_a_rehearsal_measures_each_step_on_fabricated_weights_and_forecasts_the_full_run(tmp_path):
+def test_a_rehearsal_measures_each_step_on_fabricated_weights(tmp_path):
     profile = small_profile("gemma-3-270m", tmp_path)
     command = [sys.executable, "-m", "stetholib", "rehearse", "--profile", str(profile), "--scale", "0.05"]
     env = environment(tmp_path / "home", "http://127.0.0.1:9", tmp_path / "cache", token=None)
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    lines = [line for line in done.stderr.splitlines() if "the full run about" in line]
+    lines = [line for line in done.stderr.splitlines() if ", peak " in line]
     assert [line.split(":")[0] for line in lines] == list(STEPS)
-    assert all(re.search(r"\d s, peak \d+\.\d GiB", line) for line in lines)
+    assert all(re.search(r"\d s, peak \d+\.\d GiB$", line) for line in lines)
     home = tmp_path / "home" / "runs" / "gemma-3-270m-rehearsal"
     claims = pd.read_csv(home / "figures" / "gemma-3-270m" / "06_claims.csv")
     assert len(claims) == 13 and not (tmp_path / "home" / "figures").exists()

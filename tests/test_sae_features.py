@@ -5,21 +5,17 @@ import pytest
 import torch
 from scipy import stats
 
-from stetholib import sae_features, saes
+from stetholib import sae_features
+from stetholib.adapters import saes
 from stetholib.errors import UserError
+from stetholib.models import dictionary
+from stetholib.models.dictionary import Dictionary
+from stetholib.models.sums import Covariance, FeatureSums, auroc, cohen_d, firing_log_ratio, moments, one_hot
 from stetholib.profiles import Sae
-from stetholib.sae_features import Dictionary, FeatureSums, auroc, cohen_d, matched_weights, moments, one_hot
+from stetholib.sae_features import matched_weights
 
 SPEC = Sae(
-    release="train",
-    sae_id=None,
-    revision=None,
-    seed=0,
-    d_sae=48,
-    k=4,
-    training_tokens=60_000,
-    batch_size=256,
-    learning_rate=3e-3,
+    release="train", sae_id=None, revision=None, seed=0, d_sae=48, k=4, training_tokens=60_000, batch_size=256, learning_rate=3e-3
 )
 
 
@@ -45,9 +41,9 @@ def test_our_activations_are_saelens_own(trained):
 def test_a_trained_sae_beats_a_random_dictionary_of_its_l0(trained):
     sae, x = trained
     ours = saes.dictionary(sae)
-    test = sae_features.self_test(ours, x)
-    zero = sae_features.random_dictionary(x, ours.d_sae, test.l0, seed=1)
-    baseline = sae_features.self_test(zero, x)
+    test = dictionary.self_test(ours, x)
+    zero = dictionary.random_dictionary(x, ours.d_sae, test.l0, seed=1)
+    baseline = dictionary.self_test(zero, x)
     assert baseline.l0 == pytest.approx(test.l0, rel=0.02)
     assert test.fvu < 0.6 * baseline.fvu and baseline.fvu <= 1
 
@@ -78,13 +74,13 @@ def test_the_anchors_of_fvu():
     x = torch.randn(500, 8)
     zeros = torch.zeros(8, 4)
     mean = Dictionary(zeros, torch.zeros(4), zeros.T, x.mean(0), torch.zeros(4))
-    assert sae_features.self_test(mean, x).fvu == pytest.approx(1, abs=1e-6)
+    assert dictionary.self_test(mean, x).fvu == pytest.approx(1, abs=1e-6)
     both = torch.cat([torch.eye(8), -torch.eye(8)])
     perfect = Dictionary(both.T, torch.zeros(16), both, torch.zeros(8), torch.zeros(16))
-    test = sae_features.self_test(perfect, x)
+    test = dictionary.self_test(perfect, x)
     assert test.fvu == pytest.approx(0, abs=1e-10) and test.l0 == pytest.approx(8)
     with pytest.raises(UserError, match="a stream of width 8, the model's is 9"):
-        sae_features.check_width(2, perfect, torch.randn(5, 9))
+        dictionary.check_width(2, perfect, torch.randn(5, 9))
 
 
 def test_an_sae_of_another_block_or_release_is_refused(trained):
@@ -92,12 +88,12 @@ def test_an_sae_of_another_block_or_release_is_refused(trained):
     ours = saes.dictionary(sae)
     generator = torch.Generator().manual_seed(1)
     turn = torch.linalg.qr(torch.randn(16, 16, generator=generator))[0]
-    here, elsewhere = sae_features.self_test(ours, x), sae_features.self_test(ours, x @ turn)
-    sae_features.check_site(3, here.fvu, {2: elsewhere.fvu, 4: elsewhere.fvu}, here.l0, here.l0)
+    here, elsewhere = dictionary.self_test(ours, x), dictionary.self_test(ours, x @ turn)
+    dictionary.check_site(3, here.fvu, {2: elsewhere.fvu, 4: elsewhere.fvu}, here.l0, here.l0)
     with pytest.raises(UserError, match="layer 3: it explains layer 4 better than its own"):
-        sae_features.check_site(3, elsewhere.fvu, {4: here.fvu}, elsewhere.l0, None)
+        dictionary.check_site(3, elsewhere.fvu, {4: here.fvu}, elsewhere.l0, None)
     with pytest.raises(UserError, match="its registry says 60"):
-        sae_features.check_site(3, here.fvu, {}, here.l0, 60.0)
+        dictionary.check_site(3, here.fvu, {}, here.l0, 60.0)
 
 
 @pytest.mark.parametrize("sae_id", [None, "block", "block_{layer}_{width}", "block_{layer"])
@@ -132,7 +128,7 @@ def test_saes_of_a_folder_are_found_by_layer(tmp_path, trained):
 
 def test_the_covariance_of_batches_is_numpys():
     x = torch.randn(50, 4, generator=torch.Generator().manual_seed(0))
-    found = sae_features.Covariance(4)
+    found = Covariance(4)
     for part in x.split(17):
         found.add(part)
     assert found.value().numpy() == pytest.approx(np.cov(x.numpy().T, bias=True), abs=1e-6)
@@ -221,7 +217,7 @@ def test_auroc_is_the_mann_whitney_statistic_up_to_bins():
 def test_firing_log_ratio_is_zero_without_a_difference_and_signed_with_one(world):
     acts, document, corpus_of = world
     m = moments(sums_of(acts, document, corpus_of), one_hot(corpus_of, 3), False)
-    ratio = sae_features.firing_log_ratio(m)[0]
+    ratio = firing_log_ratio(m)[0]
     expected = torch.log((m.fires_maths + 1e-4) / (m.fires_general + 1e-4))[0]
     assert torch.allclose(ratio, expected) and torch.equal(ratio > 0, (m.fires_maths > m.fires_general)[0])
 

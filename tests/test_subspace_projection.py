@@ -4,17 +4,18 @@ import pytest
 import torch
 
 from stetholib import subspace_projection as sp
+from stetholib.calibration import planted_vector
+from stetholib.editing import TaskVector
 from stetholib.errors import UserError
-from stetholib.models import MATRICES, SIDE
-from stetholib.planted import planted_vector
+from stetholib.models import subspaces
+from stetholib.models.weights import MATRICES, SIDE
 from stetholib.subspace_projection import Directions, Ranks
-from stetholib.task_vectors import TaskVector
 
 D, HIDDEN = 24, 40
 
 
 def overlap(one, other):
-    return float(sp.principal_cosines(one, other).square().mean())
+    return float(subspaces.principal_cosines(one, other).square().mean())
 
 
 @pytest.fixture(scope="module")
@@ -28,26 +29,26 @@ def vector():
 def test_the_whole_space_keeps_everything_and_an_orthogonal_basis_nothing(vector, side):
     delta = vector.deltas[0, "q" if side == "reader" else "o"]
     whole = torch.linalg.qr(torch.randn(D, D, dtype=torch.float64))[0]
-    assert float(sp.energy_by_rank(delta, whole, side)[-1]) == pytest.approx(1, abs=1e-6)
+    assert float(subspaces.energy_by_rank(delta, whole, side)[-1]) == pytest.approx(1, abs=1e-6)
     half, rest = whole[:, :10], whole[:, 10:]
-    kept = sp.project(delta.double(), half, side)
-    assert float(sp.energy_by_rank(kept, rest, side)[-1]) < 1e-20
-    assert float(sp.energy_by_rank(delta, half, side)[-1]) == pytest.approx(
+    kept = subspaces.project(delta.double(), half, side)
+    assert float(subspaces.energy_by_rank(kept, rest, side)[-1]) < 1e-20
+    assert float(subspaces.energy_by_rank(delta, half, side)[-1]) == pytest.approx(
         float(kept.square().sum() / delta.double().square().sum()), rel=1e-10
     )
 
 
 def test_projecting_twice_is_projecting_once(vector):
     q = torch.linalg.qr(torch.randn(D, 5, dtype=torch.float64))[0]
-    once = sp.project(vector.deltas[0, "up"].double(), q, "reader")
-    assert torch.allclose(once, sp.project(once, q, "reader"), atol=1e-12)
+    once = subspaces.project(vector.deltas[0, "up"].double(), q, "reader")
+    assert torch.allclose(once, subspaces.project(once, q, "reader"), atol=1e-12)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.03, 0.5, 1.0])
 def test_planted_energy_is_found_to_a_millionth(share):
     planted, bases = planted_vector(layers=2, width=20, hidden=30, rank=3, share=share, seed=4)
     for (layer, matrix), delta in planted.deltas.items():
-        assert float(sp.energy_by_rank(delta, bases[layer], SIDE[matrix])[-1]) == pytest.approx(share, abs=1e-6)
+        assert float(subspaces.energy_by_rank(delta, bases[layer], SIDE[matrix])[-1]) == pytest.approx(share, abs=1e-6)
     assert sp.scalpel(planted, bases).energy() == pytest.approx(share * planted.energy(), abs=1e-6)
 
 
@@ -68,14 +69,17 @@ def test_own_svd_is_the_best_subspace_and_each_matrix_has_a_better_one(vector):
         total = sum(float(vector.deltas[0, m].double().square().sum()) for m in matrices)
         kept = sum(
             float(
-                sp.energy_by_rank(vector.deltas[0, m], best[side][:, :4], side)[-1] * vector.deltas[0, m].double().square().sum()
+                subspaces.energy_by_rank(vector.deltas[0, m], best[side][:, :4], side)[-1]
+                * vector.deltas[0, m].double().square().sum()
             )
             for m in matrices
         )
         for seed in range(20):
-            other = sp.random_basis(D, 4, torch.Generator().manual_seed(seed))
+            other = subspaces.random_basis(D, 4, torch.Generator().manual_seed(seed))
             rival = sum(
-                float(sp.energy_by_rank(vector.deltas[0, m], other, side)[-1] * vector.deltas[0, m].double().square().sum())
+                float(
+                    subspaces.energy_by_rank(vector.deltas[0, m], other, side)[-1] * vector.deltas[0, m].double().square().sum()
+                )
                 for m in matrices
             )
             assert rival < kept
@@ -100,21 +104,21 @@ def test_budget_and_misalignment_are_exactly_what_is_lost(vector):
     table, _, _ = table_of(vector)
     energies = vector.energies()
     for where in ({}, {"side": "reader"}, {"side": "writer"}, {"matrix": "q"}):
-        split = sp.split_loss(table, energies, 3, **where)
+        split = subspaces.split_loss(table, energies, 3, **where)
         assert split.rank_budget + split.misalignment == pytest.approx(1 - split.retained, abs=1e-12)
         assert split.ceiling >= split.retained
 
 
 def test_the_index_is_zero_for_the_best_basis_and_one_for_a_random_one():
-    assert sp.LossSplit(retained=0.4, ceiling=0.4, chance=0.1).index == 0
-    assert sp.LossSplit(retained=0.1, ceiling=0.4, chance=0.1).index == 1
-    assert np.isnan(sp.LossSplit(0.1, 0.1, 0.1).index)
+    assert subspaces.LossSplit(retained=0.4, ceiling=0.4, chance=0.1).index == 0
+    assert subspaces.LossSplit(retained=0.1, ceiling=0.4, chance=0.1).index == 1
+    assert np.isnan(subspaces.LossSplit(0.1, 0.1, 0.1).index)
 
 
 def test_pooling_weighs_matrices_by_their_energy(vector):
     table, sites, _ = table_of(vector)
     kept = (
-        sp.pooled(sp.default_rows(table), vector.energies())
+        subspaces.pooled(subspaces.default_rows(table), vector.energies())
         .set_index(["basis", "rank"])
         .loc[("sae_decoder", 3), "energy_retained"]
     )
@@ -134,37 +138,39 @@ def test_gains_carry_directions_through_the_norm(vector):
     """A reader behind gain D reads D v where the residual stream holds v; brute force on the product W D."""
     generator = torch.Generator().manual_seed(5)
     gain, v = 0.5 + torch.rand(D, generator=generator).double(), torch.randn(D, 2, generator=generator).double()
-    q = sp.orthonormal(v.T)
-    reader = sp.through_gain(q, gain, "reader", covector=False)
+    q = subspaces.orthonormal(v.T)
+    reader = subspaces.through_gain(q, gain, "reader", covector=False)
     assert torch.linalg.matrix_rank(torch.cat([reader, gain.unsqueeze(1) * v], 1)) == 2
-    writer = sp.through_gain(q, gain, "writer", covector=False)
+    writer = subspaces.through_gain(q, gain, "writer", covector=False)
     assert torch.linalg.matrix_rank(torch.cat([gain.unsqueeze(1) * writer, v], 1)) == 2
-    encoder = sp.through_gain(q, gain, "reader", covector=True)
+    encoder = subspaces.through_gain(q, gain, "reader", covector=True)
     assert torch.linalg.matrix_rank(torch.cat([gain.unsqueeze(1) * encoder, v], 1)) == 2
     for basis in (reader, writer, encoder):
         assert torch.allclose(basis.T @ basis, torch.eye(2, dtype=torch.float64))
     ones = torch.ones(D, dtype=torch.float64)
-    assert overlap(sp.through_gain(q, ones, "reader", covector=False), q) == pytest.approx(1)
+    assert overlap(subspaces.through_gain(q, ones, "reader", covector=False), q) == pytest.approx(1)
 
 
 def test_principal_angles_against_scipy():
     from scipy.linalg import subspace_angles
 
     a, b = (torch.linalg.qr(torch.randn(D, 4, dtype=torch.float64))[0] for _ in range(2))
-    assert np.allclose(sorted(np.cos(subspace_angles(a.numpy(), b.numpy()))), sorted(sp.principal_cosines(a, b)))
+    assert np.allclose(sorted(np.cos(subspace_angles(a.numpy(), b.numpy()))), sorted(subspaces.principal_cosines(a, b)))
     assert overlap(a, a) == pytest.approx(1)
 
 
 def test_random_subspaces_overlap_by_rank_over_width():
     generator = torch.Generator().manual_seed(0)
-    mean = np.mean([overlap(sp.random_basis(D, 4, generator), sp.random_basis(D, 4, generator)) for _ in range(300)])
+    mean = np.mean(
+        [overlap(subspaces.random_basis(D, 4, generator), subspaces.random_basis(D, 4, generator)) for _ in range(300)]
+    )
     assert mean == pytest.approx(4 / D, abs=0.01)
 
 
 def test_the_mechanism_finds_planted_gradients_and_activations():
     """Updates that are outer products of known gradients and activations align with them as the theory says."""
     generator = torch.Generator().manual_seed(0)
-    act, grad = (sp.random_basis(D, 3, generator) for _ in range(2))
+    act, grad = (subspaces.random_basis(D, 3, generator) for _ in range(2))
     deltas = {}
     for layer in range(2):
         for m in MATRICES:
@@ -173,7 +179,7 @@ def test_the_mechanism_finds_planted_gradients_and_activations():
             else:
                 deltas[layer, m] = grad @ torch.randn(3, HIDDEN, generator=generator).double()
     sites = {
-        layer: Directions({"sae_decoder": sp.random_basis(D, 3, generator), "activation_pca": act, "gradient_pca": grad})
+        layer: Directions({"sae_decoder": subspaces.random_basis(D, 3, generator), "activation_pca": act, "gradient_pca": grad})
         for layer in range(2)
     }
     found = sp.mechanism(TaskVector(deltas), sites, 3)
@@ -192,10 +198,10 @@ def test_the_mechanism_test_follows_the_table_whichever_way_it_falls():
             [dict(layer=i, side=s, basis=b, overlap=o + 0.01 * i * (o != 0.3)) for s, b, o in rows for i in range(10)]
         )
 
-    held = sp.mechanism_test(table(0.6, 0.1)).set_index("side")
+    held = subspaces.mechanism_test(table(0.6, 0.1)).set_index("side")
     assert held.loc["reader", "in_favour"] == 10 and held.loc["reader", "p"] == pytest.approx(2 / 2**10)
     assert held.loc["writer", "in_favour"] == 0 and held.loc["writer", "p"] == pytest.approx(2 / 2**10)
-    same = sp.mechanism_test(table(0.3, 0.3))
+    same = subspaces.mechanism_test(table(0.3, 0.3))
     assert same["p"].tolist() == [1, 1] and same["in_favour"].tolist() == [0, 0]
 
 
@@ -207,6 +213,6 @@ def test_ranks_come_from_shares_of_the_width():
 
 def test_directions_that_cannot_span_their_rank_are_refused():
     with pytest.raises(UserError, match="above the width"):
-        sp.orthonormal(torch.randn(5, 4))
+        subspaces.orthonormal(torch.randn(5, 4))
     with pytest.raises(UserError, match="linearly dependent"):
-        sp.orthonormal(torch.ones(2, 4))
+        subspaces.orthonormal(torch.ones(2, 4))

@@ -2,10 +2,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from stetholib import fabricate, models, subspace_projection, task_vectors
-from stetholib.editing import Edit, edited, matched_scales
-from stetholib.models import Checkpoint, ModelError
-from stetholib.task_vectors import TaskVector, energy_elsewhere, measure, stable_rank
+from stetholib import editing, task_vectors
+from stetholib.commands import fabricate
+from stetholib.editing import Edit, TaskVector, edited, matched_scales
+from stetholib.models import subspaces, weights
+from stetholib.models.weights import Checkpoint, ModelError
+from stetholib.task_vectors import energy_elsewhere, measure, stable_rank
 
 
 def state(layers=2, d=6, seed=0, dtype=torch.float32, prefix="model."):
@@ -26,21 +28,21 @@ def vector():
 
 
 def test_canonical_names_are_the_same_for_text_only_multimodal_and_llama_checkpoints():
-    plain = models.weight_names(state())
+    plain = weights.weight_names(state())
     nested = state(prefix="language_model.model.") | {"vision_tower.layers.0.self_attn.q_proj.weight": torch.zeros(2, 2)}
-    assert plain.keys() == models.weight_names(nested).keys()
-    assert all("vision" not in name for name in models.weight_names(nested).values())
+    assert plain.keys() == weights.weight_names(nested).keys()
+    assert all("vision" not in name for name in weights.weight_names(nested).values())
 
 
 def test_a_missing_or_doubled_matrix_is_named():
     broken = state()
     del broken["model.layers.1.mlp.up_proj.weight"]
     with pytest.raises(ModelError, match="up_proj of layer 1 is missing"):
-        models.weight_names(broken)
+        weights.weight_names(broken)
     with pytest.raises(ModelError, match="both claim"):
-        models.weight_names(list(state()) + list(state(prefix="other.")))
+        weights.weight_names(list(state()) + list(state(prefix="other.")))
     with pytest.raises(ModelError, match="no decoder block"):
-        models.weight_names(["a", "b"])
+        weights.weight_names(["a", "b"])
 
 
 def test_the_algebra_is_that_of_vectors(vector):
@@ -58,8 +60,8 @@ def test_the_algebra_is_that_of_vectors(vector):
 def test_energies_of_parts_add_up_to_the_whole(vector):
     parts = (
         vector.restrict([0]).energy()
-        + vector.restrict([1], models.READERS).energy()
-        + vector.restrict([1], models.WRITERS).energy()
+        + vector.restrict([1], weights.READERS).energy()
+        + vector.restrict([1], weights.WRITERS).energy()
     )
     assert parts == pytest.approx(vector.energy())
 
@@ -123,8 +125,8 @@ def test_the_table_holds_worked_numbers():
     name = "model.layers.1.mlp.down_proj.weight"
     changed[name] = base[name] * 1.5
     vector = TaskVector.between(base, changed)
-    weights = {where: base[n] for where, n in models.weight_names(base).items()}
-    row = measure(weights, vector).set_index(["layer", "matrix"]).loc[(1, "down")]
+    matrices = {where: base[n] for where, n in weights.weight_names(base).items()}
+    row = measure(matrices, vector).set_index(["layer", "matrix"]).loc[(1, "down")]
     assert row["side"] == "writer" and row["relative"] == pytest.approx(0.5) and row["energy_share"] == pytest.approx(1)
     assert row["delta_norm"] == pytest.approx(0.5 * float(base[name].norm()))
 
@@ -139,24 +141,24 @@ def test_energy_outside_the_seven_matrices_is_reported_by_kind():
 
 def random_vector(model, seed=0, scale=0.1):
     generator = torch.Generator().manual_seed(seed)
-    weights = models.edit_weights(model)
-    return TaskVector({where: scale * torch.randn(w.shape, generator=generator) for where, w in weights.items()})
+    matrices = weights.edit_weights(model)
+    return TaskVector({where: scale * torch.randn(w.shape, generator=generator) for where, w in matrices.items()})
 
 
 def test_scale_zero_and_no_layers_leave_every_byte(toy):
-    before = models.weight_hash(toy.model)
+    before = weights.weight_hash(toy.model)
     vector = random_vector(toy.model)
     for edit in (Edit(vector, (0, 1), alpha=0.0), Edit(vector, ()), Edit(vector, (0,), matrices=())):
         with edited(toy.model, edit) as model:
-            assert edit.is_empty and models.weight_hash(model) == before
+            assert edit.is_empty and weights.weight_hash(model) == before
 
 
 def test_an_edit_is_undone_to_the_byte_also_after_an_error(toy):
-    before = models.weight_hash(toy.model)
+    before = weights.weight_hash(toy.model)
     with pytest.raises(RuntimeError, match="inside"), edited(toy.model, Edit(random_vector(toy.model), (0, 1))) as model:
-        assert models.weight_hash(model) != before
+        assert weights.weight_hash(model) != before
         raise RuntimeError("inside")
-    assert models.weight_hash(toy.model) == before
+    assert weights.weight_hash(toy.model) == before
 
 
 def test_an_edit_equals_a_merge_by_state_dict(toy):
@@ -164,7 +166,7 @@ def test_an_edit_equals_a_merge_by_state_dict(toy):
 
     vector = random_vector(toy.model)
     merged = deepcopy(toy.model)
-    names = models.weight_names(merged.state_dict())
+    names = weights.weight_names(merged.state_dict())
     merged.load_state_dict(
         {
             n: (t + 0.5 * vector.deltas[w] if (w := {v: k for k, v in names.items()}.get(n)) and w[0] == 1 else t)
@@ -172,7 +174,7 @@ def test_an_edit_equals_a_merge_by_state_dict(toy):
         }
     )
     with edited(toy.model, Edit(vector, (1,), alpha=0.5)) as model:
-        assert models.weight_hash(model) == models.weight_hash(merged)
+        assert weights.weight_hash(model) == weights.weight_hash(merged)
 
 
 def test_an_edit_touches_only_its_layers_and_matrices(toy):
@@ -183,7 +185,7 @@ def test_an_edit_touches_only_its_layers_and_matrices(toy):
 
 
 def test_an_edit_that_does_not_fit_is_refused_before_anything_is_touched(toy):
-    before = models.weight_hash(toy.model)
+    before = weights.weight_hash(toy.model)
     vector = random_vector(toy.model)
     small = TaskVector({where: delta[:2] for where, delta in vector.deltas.items()})
     with pytest.raises(ModelError, match="in the model"), edited(toy.model, Edit(small, (0,))):
@@ -191,17 +193,17 @@ def test_an_edit_that_does_not_fit_is_refused_before_anything_is_touched(toy):
     deep = TaskVector({(where[0] + 5, where[1]): delta for where, delta in vector.deltas.items()})
     with pytest.raises(ModelError, match="no .* in layer"), edited(toy.model, Edit(deep, (5,))):
         pass
-    assert models.weight_hash(toy.model) == before
+    assert weights.weight_hash(toy.model) == before
 
 
 def test_bfloat16_models_are_edited_in_float32_and_restored(toy):
     model = toy.model.bfloat16()
-    before = models.weight_hash(model)
+    before = weights.weight_hash(model)
     vector = random_vector(model, scale=1.0)
-    expected = (models.edit_weights(model)[0, "q"].float() + vector.deltas[0, "q"]).bfloat16()
+    expected = (weights.edit_weights(model)[0, "q"].float() + vector.deltas[0, "q"]).bfloat16()
     with edited(model, Edit(vector, (0,))):
-        assert torch.equal(models.edit_weights(model)[0, "q"], expected)
-    assert models.weight_hash(model) == before
+        assert torch.equal(weights.edit_weights(model)[0, "q"], expected)
+    assert weights.weight_hash(model) == before
 
 
 def test_matched_scales_bring_each_matrix_to_the_wanted_energy(vector):
@@ -232,10 +234,10 @@ def test_rounding_by_hand():
     step = 2.0**-7
     base, change = {(0, "q"): torch.ones(1, 4)}, torch.tensor([[0.25, 0.75, 1.0, 0.0]]) * step
     exact = TaskVector({(0, "q"): change})
-    kept = task_vectors.rounded(base, exact, torch.bfloat16)
+    kept = editing.rounded(base, exact, torch.bfloat16)
     assert torch.equal(kept.deltas[0, "q"], torch.tensor([[0.0, 1.0, 1.0, 0.0]]) * step)
-    sums = task_vectors.survival(exact, kept)
-    shares = task_vectors.survival_shares(sums)
+    sums = editing.survival(exact, kept)
+    shares = editing.survival_shares(sums)
     assert sums["unmoved"].tolist() == [2] and shares["unmoved"] == 0.5
     assert shares["energy_kept"] == pytest.approx(2 / (0.0625 + 0.5625 + 1))
     assert shares["cosine"] == pytest.approx(1.75 / (2 * 1.625) ** 0.5)
@@ -246,7 +248,7 @@ def test_a_vector_between_two_bfloat16_checkpoints_survives_bfloat16_whole():
     base = {(0, "q"): torch.randn(40, 40, generator=generator).bfloat16()}
     tuned = (base[0, "q"].float() + 0.002 * torch.randn(40, 40, generator=generator)).bfloat16()
     vector = TaskVector({(0, "q"): tuned.float() - base[0, "q"].float()})
-    shares = task_vectors.survival_shares(task_vectors.survival(vector, task_vectors.rounded(base, vector, torch.bfloat16)))
+    shares = editing.survival_shares(editing.survival(vector, editing.rounded(base, vector, torch.bfloat16)))
     assert shares["energy_kept"] == 1 and shares["cosine"] == pytest.approx(1)
     assert shares["unmoved"] == float((tuned == base[0, "q"]).double().mean()) > 0.1
 
@@ -264,4 +266,4 @@ def test_squared_singular_values_are_those_of_the_whole_decomposition():
     for shape in ((30, 12), (12, 30)):
         delta = torch.randn(*shape, generator=torch.Generator().manual_seed(1))
         whole = torch.linalg.svdvals(delta.double()).square()
-        assert torch.allclose(subspace_projection.singular_energies(delta), whole, rtol=1e-9)
+        assert torch.allclose(subspaces.singular_energies(delta), whole, rtol=1e-9)

@@ -1,7 +1,6 @@
 """Whole runs of `make reproduce` on the smoke profile, in copies of the checkout. Slow."""
 
 import json
-import os
 import shutil
 import time
 
@@ -11,8 +10,10 @@ import runs
 from conftest import ROOT
 from runs import answers, clone, made, records, run
 
-from stetholib import reproduce
-from stetholib.workspace import CONTRACTS
+from stetholib.commands.notebooks import STEPS
+from stetholib.data import prompts
+from stetholib.models import answering
+from stetholib.store.tables import CONTRACTS
 
 pytestmark = pytest.mark.slow
 
@@ -27,9 +28,7 @@ def test_a_run_leaves_every_contract_file_and_a_picture_for_each_step(first):
         table = pd.read_csv(first / "figures" / "smoke" / f"{stem}.csv")
         assert (keys + columns) == list(table.columns)[: len(keys + columns)] and len(table), stem
     names = set(made(first))
-    assert (
-        all(f"{step}.{kind}" in names for step in reproduce.STEPS for kind in ("png", "svg", "csv")) and "manifest.json" in names
-    )
+    assert all(f"{step}.{kind}" in names for step in STEPS for kind in ("png", "svg", "csv")) and "manifest.json" in names
 
 
 def test_every_answer_is_on_record_with_the_contracts_fields(first):
@@ -56,23 +55,9 @@ def test_after_a_change_of_prose_that_notebook_alone_runs_from_the_store(first):
     assert made(first) == before and sorted(p.name for p in (first / "runs" / "smoke" / "store").iterdir()) == store
 
 
-def test_a_lost_table_is_made_again_the_same(first):
-    before = made(first)
-    (first / "figures" / "smoke" / "04_layer_sets.csv").unlink()
-    assert run(first).count("unchanged") == 5 and made(first) == before
-
-
-def test_two_clones_give_the_same_bytes(first, tmp_path):
-    second = clone(tmp_path / "second")
-    run(second)
-    one, other = made(first), made(second)
-    assert one.keys() == other.keys()
-    assert {name for name in one if one[name] != other[name]} == set()
-
-
 def test_several_worlds_go_on_after_a_kill_and_end_as_undisturbed_ones(first, tmp_path):
     def start(folder):
-        return runs.launch(folder, ["seeds", "--profile", "smoke", "--count", "2"])
+        return runs.launch(folder, ["seeds", "--profile", "smoke", "--count", "2", "--into", "seeds"])
 
     folder = clone(tmp_path)
     killed = start(folder)
@@ -138,57 +123,56 @@ def test_killed_while_answering_it_goes_on_and_asks_nothing_twice(one_process, t
     assert records(folder) == records(one_process) and made(folder) == made(one_process)
 
 
-def test_any_notebook_can_be_opened_first(tmp_path):
+def test_any_notebook_can_be_opened_first(tmp_path, monkeypatch):
     import papermill
 
     folder = clone(tmp_path)
-    os.environ["STETHOLIB_HOME"] = str(folder)
-    try:
-        papermill.execute_notebook(
-            str(folder / "notebooks" / "04_layer_selection.ipynb"),
-            str(tmp_path / "out.ipynb"),
-            parameters={"profile": "smoke"},
-            cwd=str(folder),
-            progress_bar=False,
-        )
-    finally:
-        del os.environ["STETHOLIB_HOME"]
+    monkeypatch.setenv("STETHOLIB_HOME", str(folder))
+    monkeypatch.setenv("PYTHONPATH", str(folder))  # the kernel's package is the folder's own
+    papermill.execute_notebook(
+        str(folder / "notebooks" / "04_layer_selection.ipynb"),
+        str(tmp_path / "out.ipynb"),
+        parameters={"profile": "smoke"},
+        cwd=str(folder),
+        progress_bar=False,
+    )
     assert (folder / "figures" / "smoke" / "04_layer_selection.csv").is_file()
 
 
 def test_no_test_problem_is_read_before_step_05(tmp_path, monkeypatch):
     """Steps 01 to 04 run with a data source that refuses the test split."""
-    from stetholib import texts
+    from stetholib.data import corpora
     from stetholib.study import Study
 
-    real = texts.problems
+    real = corpora.problems
 
     def guarded(spec, split, *rest):
         assert split != "test", "a test problem was read before step 05"
         return real(spec, split, *rest)
 
-    monkeypatch.setattr(texts, "problems", guarded)
+    monkeypatch.setattr(corpora, "problems", guarded)
     study = Study.open("smoke", root=tmp_path)
-    study.task_vectors(), study.sae_features(), study.subspace_projection(), study.mechanism()
-    study.energy_or_direction(), study.layer_selection(), study.agreement(), study.relations(), study.greedy_share()
+    study.task_vectors.table(), study.sae_features.table()
+    study.subspace_projection.table(), study.subspace_projection.mechanism(), study.subspace_projection.energy_or_direction()
+    stethoscope = study.layer_selection
+    stethoscope.table(), stethoscope.agreement(), stethoscope.relations(), stethoscope.greedy_share()
     with pytest.raises(AssertionError, match="test problem"):
-        study.minerva_math()
+        study.minerva_math.table()
 
 
 def test_no_family_of_problems_is_nearly_solved_by_the_shipped_base(mini):
-    from stetholib import minerva_math as mm
     from stetholib.study import Study
 
-    rows = Study.open("mini").problems("test")  # the very problems that the default world is measured on
-    by_id = {mm.problem_id(row["subject"], row["problem"]): row for row in rows}
+    rows = Study.open("mini").world.problems("test")  # the very problems that the default world is measured on
+    by_id = {prompts.problem_id(row["subject"], row["problem"]): row for row in rows}
     found = []
-    prompts = {name: mm.prompt(row["problem"]) for name, row in by_id.items()}
-    mm.answer_all(mini, prompts, mm.plan(mini.tokenizer, prompts, 256), 96, found.extend)
+    asked = {name: prompts.prompt(row["problem"]) for name, row in by_id.items()}
+    answering.answer_all(mini, asked, answering.plan(mini.tokenizer, asked, 256), 96, found.extend)
     closing = "The final answer is $"
     right = pd.DataFrame(
         dict(
             family=by_id[a.problem_id]["family"],
-            right=a.completion.rpartition(closing)[2].partition("$")[0] == mm.boxed_answer(by_id[a.problem_id]["solution"]),
+            right=a.completion.rpartition(closing)[2].partition("$")[0] == prompts.boxed_answer(by_id[a.problem_id]["solution"]),
         )
         for a in found
     )

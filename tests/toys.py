@@ -8,8 +8,9 @@ import yaml
 from conftest import ROOT
 from rungs import SMALL
 
-from stetholib import fabricate, models, sae_features
-from stetholib.mini import stories
+from stetholib.commands import fabricate
+from stetholib.data.mini import stories
+from stetholib.models import dictionary, loading, streams, weights
 
 TASK = """
 task: mine
@@ -37,7 +38,7 @@ def checkpoints(folder):
         model.save_pretrained(folder / name)
         fabricate.tokenizer(folder / name, 1000)
         with torch.no_grad():
-            for weight in models.edit_weights(model).values():
+            for weight in weights.edit_weights(model).values():
                 weight.add_(0.02 * torch.randn_like(weight))
 
 
@@ -56,10 +57,10 @@ def saes(folder):
     """SAEs saved by SAELens itself, one folder a block, fitted to each block's activations."""
     from sae_lens import JumpReLUSAE, JumpReLUSAEConfig
 
-    base = models.load(folder / "base")
-    pairs = [(ids, 1) for ids, _ in models.tokenize(base, [("", text) for text in stories.generate(60, 1, "train")], 160)]
+    base = loading.load(folder / "base")
+    pairs = [(ids, 1) for ids, _ in streams.tokenize(base, [("", text) for text in stories.generate(60, 1, "train")], 160)]
     for layer, x in fabricate._activations(base, pairs).items():
-        one = sae_features.random_dictionary(x, 128, 9.0, layer)
+        one = dictionary.random_dictionary(x, 128, 9.0, layer)
         made = JumpReLUSAE(JumpReLUSAEConfig(d_in=32, d_sae=128, apply_b_dec_to_input=False))
         made.load_state_dict({name: tensor.contiguous() for name, tensor in vars(one).items()})
         made.save_model(folder / "saes" / f"block_{layer}")

@@ -1,23 +1,33 @@
 """What to run: a profile is data, read from the YAML file of its name beside this module and checked on the way in.
 
 A profile says which model, which SAEs, which texts, and how much of everything. The code is the same on every rung
-of the ladder and never asks which profile it serves. Every field has a range or a list of choices; an unknown key,
-a missing one and a value out of range are each refused with one line that says what, where and how to mend it.
+of the ladder and never asks which profile it serves. Every field (`schema`) has a range or a list of choices; an unknown
+key, a missing one and a value out of range are each refused with one line that says what, where and how to mend it.
+A file whose name begins with `_` is no profile: it holds what several of them `extends`.
 """
 
 import dataclasses
 import difflib
-import hashlib
-import json
 import types
 import typing
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from stetholib.errors import UserError
+from stetholib.profiles.schema import (
+    Data,
+    Evaluation,
+    Features,
+    FineTune,
+    Model,
+    Profile,
+    Projection,
+    Sae,
+    Selection,
+    Significance,
+)
 
 FOLDER = Path(__file__).parent
 
@@ -26,168 +36,9 @@ class ProfileError(UserError):
     """A user's mistake in a profile; its message is one line."""
 
 
-def key(low: float | None = None, high: float | None = None, choices: tuple[str, ...] = ()) -> Any:
-    """A profile's key with its closed range, or its choices."""
-    return field(metadata={"low": low, "high": high, "choices": choices})
-
-
-@dataclass(frozen=True)
-class Model:
-    """Which model. `base` is `mini` (shipped), `toy` (untrained), a folder, or a Hub id."""
-
-    base: str = key()
-    revision: str | None = key()
-    dtype: str = key(choices=("float32", "bfloat16"))
-    attention: str = key(choices=("eager", "sdpa"))
-
-
-@dataclass(frozen=True)
-class Data:
-    """Which texts. `maths` and `general` are `generated`, data sets of the Hub, or folders laid out like them.
-
-    Counts are problems a subject; the subjects are those of `test_problems`.
-    """
-
-    maths: str = key()
-    maths_revision: str | None = key()
-    general: str = key()
-    general_config: str | None = key()
-    general_revision: str | None = key()
-    train_problems: int = key(1)
-    validation_problems: int = key(1)
-    test_problems: dict[str, int] = key()
-    feature_problems: int = key(2)
-    general_documents: int = key(2)
-    max_tokens: int = key(16)
-
-    @property
-    def subjects(self) -> tuple[str, ...]:
-        """The subjects' names, in alphabetical order."""
-        return tuple(sorted(self.test_problems))
-
-
-@dataclass(frozen=True)
-class FineTune:
-    """Where the task vector comes from: a second checkpoint (`finetuned`), or a fine-tune made in step 01."""
-
-    finetuned: str | None = key()
-    finetuned_revision: str | None = key()
-    method: str = key(choices=("full", "lora"))
-    lora_rank: int = key(1)
-    target: str = key(choices=("minerva", "plain"))
-    epochs: float = key(0.0)
-    learning_rate: float = key(0.0)
-    batch_size: int = key(1)
-    gradient_accumulation: int = key(1)
-    gradient_checkpointing: bool = key()
-
-
-@dataclass(frozen=True)
-class Sae:
-    """Which SAEs: trained on the spot (`release: train`), a SAELens release, or a folder; `sae_id` holds `{layer}`."""
-
-    release: str = key()
-    sae_id: str | None = key()
-    revision: str | None = key()
-    seed: int = key(0)
-    d_sae: int = key(2)
-    k: int = key(1)
-    training_tokens: int = key(1)
-    batch_size: int = key(1)
-    learning_rate: float = key(0.0)
-
-
-@dataclass(frozen=True)
-class Features:
-    """How features are heard: the specificity and the guard rails around it."""
-
-    specificity: str = key(choices=("cohen_d", "firing_log_ratio", "auroc"))
-    minimum_firing: float = key(0.0, 1.0)
-    matched_minimum: int = key(1)
-    memory_gib: float = key(0.001)
-
-
-@dataclass(frozen=True)
-class Projection:
-    """The scalpel: its rank, as a share of the width, and the grid of ranks it is compared over."""
-
-    rank_share: float = key(0.0, 1.0)
-    rank_shares: tuple[float, ...] = key(0.0, 1.0)
-    random_draws: int = key(2)
-    gradient_problems: int = key(1)
-    gradient_tokens: int = key(16)
-
-
-@dataclass(frozen=True)
-class Selection:
-    """The stethoscope: the layer score, how many layers, and the budget of every control."""
-
-    layer_share: float = key(0.0, 1.0)
-    score_share: float = key(0.0, 1.0)
-    score_minimum: int = key(1)
-    permutations: int = key(1)
-    resamples: int = key(1)
-    loss_problems: int = key(1)
-    random_sets: int = key(1)
-    random_energy_sets: int = key(0)
-    greedy: bool = key()
-    small_step: float = key(0.0, 1.0)
-    batch_tokens: int = key(1)
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """How the test is asked. `task` is `minerva_math`, or the YAML file of a task of the harness of one's own."""
-
-    task: str = key()
-    num_fewshot: int = key(0, 4)
-    max_new_tokens: int = key(1)
-    batch_size: int = key(1)
-    chat_template: bool = key()
-    variants: tuple[str, ...] = key()
-    general_documents: int = key(1)
-    noise_problems: int = key(1)
-
-
-@dataclass(frozen=True)
-class Significance:
-    """Margins and budgets of the statistics, fixed before any result."""
-
-    level: float = key(0.0, 0.5)
-    margin: float = key(0.0, 1.0)
-    margin_subject: float = key(0.0, 1.0)
-    bootstrap: int = key(100)
-
-
-@dataclass(frozen=True)
-class Profile:
-    """Everything a run depends on, besides the code."""
-
-    name: str = key()
-    title: str = key()
-    published_rung: bool = key()
-    seed: int = key(0)
-    threads: int = key(1)
-    model: Model = key()
-    data: Data = key()
-    finetune: FineTune = key()
-    sae: Sae = key()
-    features: Features = key()
-    projection: Projection = key()
-    selection: Selection = key()
-    evaluation: Evaluation = key()
-    significance: Significance = key()
-
-    @property
-    def digest(self) -> str:
-        """A short hash of every value: two profiles with one digest run the same experiment."""
-        text = json.dumps(dataclasses.asdict(self), sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
 def available() -> list[str]:
     """Names of the profiles that ship with the package."""
-    return sorted(path.stem for path in FOLDER.glob("*.yaml"))
+    return sorted(path.stem for path in FOLDER.glob("[!_]*.yaml"))
 
 
 def load(name: str, overrides: dict[str, Any] | None = None) -> Profile:
@@ -203,9 +54,13 @@ def load(name: str, overrides: dict[str, Any] | None = None) -> Profile:
 
 def read(name: str) -> dict[str, Any]:
     """A profile's keys as its file gives them, unchecked; what it `extends` gives those that it leaves out."""
-    path = Path(name) if name.endswith((".yaml", ".yml")) else FOLDER / f"{name}.yaml"
-    if not path.is_file():
+    own = name.endswith((".yaml", ".yml"))
+    if not (Path(name).is_file() if own else name in available()):
         raise ProfileError(f"unknown profile {name!r}{nearest(name, available())}; there are: {', '.join(available())}")
+    return _read(Path(name) if own else FOLDER / f"{name}.yaml")
+
+
+def _read(path: Path) -> dict[str, Any]:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -214,16 +69,15 @@ def read(name: str) -> dict[str, Any]:
         raise ProfileError(f"{path.name}: a profile is a mapping of keys, this file holds {type(values).__name__}")
     if "extends" not in values:
         return values
-    if values["extends"] not in available():
+    base = values.pop("extends")
+    if base not in available() and not (path.parent == FOLDER and (FOLDER / f"{base}.yaml").is_file()):
         known = ", ".join(available())
-        raise ProfileError(
-            f"{path.name}: extends {values['extends']!r}, which does not ship with the package; there are: {known}"
-        )
+        raise ProfileError(f"{path.name}: extends {base!r}, which does not ship with the package; there are: {known}")
     if missing := [name for name in ("name", "title") if name not in values]:
         raise ProfileError(
             f"{path.name}: missing key {missing[0]!r}; a profile that extends another has a name and title of its own"
         )
-    whole = read(values.pop("extends")) | {"published_rung": False}
+    whole = _read(FOLDER / f"{base}.yaml") | {"published_rung": False}  # which a profile says for itself and never inherits
     for section, given in values.items():
         inner = isinstance(given, dict) and isinstance(whole.get(section), dict)
         whole[section] = whole[section] | given if inner else given
@@ -257,7 +111,7 @@ def _build(kind: type, values: dict[str, Any], where: str) -> Any:
 
 def _value(kind: Any, value: Any, limits: Any, where: str) -> Any:
     """One checked value; numbers are held to their range and strings to their choices."""
-    if dataclasses.is_dataclass(kind):
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         if not isinstance(value, dict):
             raise ProfileError(f"profile {where}: expected a section of keys, got {value!r}")
         return _build(kind, value, where)

@@ -1,118 +1,137 @@
-"""The one room where everything is wired together: a profile, a workspace, and the six steps as cached stages.
+"""The one room where everything is wired together: a world, then one small object a step, each given what it reads.
 
-    study = Study.open("mini")
-    study.layer_selection()        # makes, or finds, all that it stands on
-
-Each step's wiring extends that of the step before, so that data can only flow one way.
+study = Study.open("mini")
+study.layer_selection.table()        # makes, or finds, all that it stands on; writes nothing
+study.keep("04_layer_selection", study.layer_selection.table())
 """
 
+import ast
 import json
-from dataclasses import asdict
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from matplotlib.figure import Figure
 
-from stetholib import claims, significance
-from stetholib.study.minerva_math import AnswerSteps, Variant
-from stetholib.study.stages import library_versions
-from stetholib.subspace_projection import split_loss
-from stetholib.workspace import Artefact
+from stetholib import plots
+from stetholib.commands.environment import check_imported_from
+from stetholib.profiles import ProfileError, nearest
+from stetholib.store.files import atomic, json_lines
+from stetholib.study.layer_selection import LayerSelection
+from stetholib.study.losses import Losses
+from stetholib.study.minerva_math import MinervaMath
+from stetholib.study.sae_features import SaeFeatures
+from stetholib.study.significance import Significance
+from stetholib.study.subspace_projection import SubspaceProjection
+from stetholib.study.task_vectors import TaskVectors
+from stetholib.study.world import World, library_versions
 
-__all__ = ["Study", "Variant"]
+PARAMETERS = ("profile", "device", "overrides")
+INJECTED = "# Parameters"  # papermill's first line in the cell that it adds
 
 
-class Study(AnswerSteps):
-    """One profile on one device, with everything that its six steps make; adds step 06 to the five before."""
+class Study:
+    """One world and its six steps."""
 
-    @property
-    def margins(self) -> significance.Margins:
-        """Level and margins, from the profile."""
-        p = self.profile.significance
-        return significance.Margins(p.level, p.margin, p.margin_subject, p.bootstrap, self._seed("bootstrap"))
+    def __init__(self, world: World) -> None:
+        """world: a profile on a device; `Study.open` makes one by name."""
+        self.world, self.profile, self.device, self.workspace = world, world.profile, world.device, world.workspace
+        self.task_vectors = tau = TaskVectors(world)
+        self.sae_features = heard = SaeFeatures(world)
+        self.losses = losses = Losses(world, tau)
+        self.subspace_projection = scalpel = SubspaceProjection(world, tau, heard, losses)
+        self.layer_selection = stethoscope = LayerSelection(world, tau, heard, losses)
+        self.minerva_math = answers = MinervaMath(world, tau, scalpel, stethoscope)
+        self.significance = Significance(world, tau, scalpel, stethoscope, answers)
 
-    @property
-    def headline_subject(self) -> str:
-        """The subject of the paper's headline, or the first one where a data set of one's own lacks it."""
-        return claims.NUMBER_THEORY if claims.NUMBER_THEORY in self.profile.data.subjects else self.profile.data.subjects[0]
+    @classmethod
+    def open(
+        cls, name: str = "mini", overrides: Mapping[str, Any] | None = None, device: str = "cpu", root: Path | None = None
+    ) -> "Study":
+        """A profile by name, with single keys overridden; overridden studies keep their files apart."""
+        return cls(World.open(name, overrides, device, root))
 
-    def paired(self, one: str, other: str) -> dict[str, Any]:
-        """Two variants on the same test problems, `other` minus `one`, over all subjects."""
-        return significance.paired_against(self.all_records(), one, other, self.margins)
+    @classmethod
+    def for_notebook(cls, namespace: dict[str, Any]) -> "Study":
+        """The study that a notebook's parameters ask for.
 
-    def significance(self) -> pd.DataFrame:
-        """Step 06's table, written and returned."""
-        params = [asdict(self.profile.significance), self.profile.seed]
-        upstream = [self.records(variant).key for variant in self.variants().values()]
-        table = self._stage("significance", params, upstream, [significance]).tables["table"]
-        self.workspace.table("06_significance", table)
-        return table
+        namespace: the notebook's `globals()`. An earlier `study` is dropped first, so that a refused parameter leaves
+        none behind. Raises ProfileError for a parameter that does not exist, where papermill would only warn.
+        """
+        for name in ("study", "step"):
+            namespace.pop(name, None)
+        check_imported_from(Path.cwd())
+        given = parameters_of(namespace.get("In", []))
+        if unknown := sorted(set(given) - set(PARAMETERS)):
+            near = nearest(unknown[0], PARAMETERS)
+            raise ProfileError(f"unknown notebook parameter {unknown[0]!r}{near}; there are: {', '.join(PARAMETERS)}")
+        if missing := [name for name in PARAMETERS if name not in namespace]:
+            raise ProfileError(f"notebook parameter {missing[0]!r} is not set; run the parameters cell first")
+        return cls.open(namespace["profile"], namespace["overrides"], namespace["device"])
 
-    def _make_significance(self, folder: Path) -> Artefact:
-        return Artefact(tables={"table": significance.measure(self.all_records(), self.margins)})
+    def keep(self, stem: str, *things: Any) -> None:
+        """Write things into `figures/<profile>/`: a table as the contract's CSV, a figure as PNG and SVG with whose numbers
+        it shows, a dict as JSON. `keep("records", table)` writes the records of each variant into `runs/`.
 
-    def published(self) -> pd.DataFrame:
-        """The published figure by three tests, written and returned."""
-        table = significance.published()
-        self.workspace.table("06_published", table)
-        return table
-
-    def claims(self) -> pd.DataFrame:
-        """The ledger of the paper's nine claims, written and returned."""
-        evidence = claims.Evidence(
-            projection=self.subspace_projection(),
-            energies=self.energies,
-            rank=self.ranks.default,
-            sets=self.layer_sets(),
-            scores=self.layer_selection(),
-            accuracy=self.minerva_math(),
-            significance=self.significance(),
-            checks=self.checks(),
-            published_rung=self.profile.published_rung,
-            level=self.profile.significance.level,
-        )
-        table = claims.ledger(evidence)
-        self.workspace.table("06_claims", table)
-        return table
-
-    def headline(self) -> dict[str, float]:
-        """The run in one row: what the fine-tune brought, what was discarded, and what the selected sets are worth."""
-        split = split_loss(self.subspace_projection(), self.energies, self.ranks.default)
-        overall = self.significance().query("subject == 'all'").set_index("variant")["difference"]
-        verify = self.minerva_math().query("subject == 'all'").set_index("variant")["math_verify"]
-        sets, rho = self.layer_sets().set_index("selector"), self.relations().set_index(["effect", "predictor"])["rho"]
-        row = dict(base_accuracy=float(self.significance()["base_accuracy"].iloc[0]))
-        row |= {f"gain_{name}": overall[name] for name in ("full", "scalpel", "stethoscope", "stethoscope_matched")}
-        row |= dict(gain_full_math_verify=verify["full"] - verify["base"])
-        row |= dict(discarded=1 - split.retained, discarded_by_chance=1 - split.chance, misalignment_index=split.index)
-        for contrast, name in claims.CONTRAST_VARIANT.items():
-            row[f"percentile_{contrast}"] = sets.loc[name, "percentile"]
-        return row | {f"rho_{name}": value for name, value in rho["effect_alone"].items()}
+        This is the one verb that writes. Raises WorkspaceError where a table breaks its contract.
+        """
+        for thing in things:
+            if isinstance(thing, Figure):
+                plots.labelled(thing, self.profile.title)
+                for kind in ("png", "svg"):
+                    self.workspace.file(f"{stem}.{kind}", partial(plots.save, thing))
+            elif isinstance(thing, pd.DataFrame) and stem == "records":
+                for name, rows in thing.groupby("variant", sort=False):
+                    text = json_lines(rows.to_dict("records"))
+                    atomic(self.workspace.records / f"{name}.jsonl", partial(Path.write_text, data=text, encoding="utf-8"))
+            elif isinstance(thing, pd.DataFrame):
+                self.workspace.table(stem, thing)
+            elif isinstance(thing, dict):
+                self.workspace.text(f"{stem}.json", json.dumps(thing, indent=1, sort_keys=True) + "\n")
+            else:
+                raise TypeError(f"keep: {type(thing).__name__} is no table, figure or dict")
 
     def manifest(self) -> dict[str, Any]:
-        """What is stable about this run, written as `manifest.json` and returned."""
-        p = self.profile
-        stable = dict(
+        """What is stable about this run."""
+        p, tuned = self.profile, self.profile.finetune.finetuned
+        lora = p.finetune.method == "lora" and not tuned
+        return dict(
             profile=p.name,
             profile_hash=p.digest,
             seed=p.seed,
             threads=p.threads,
             device=self.device,
             libraries=library_versions(),
-            model=dict(base=p.model.base, revision=p.model.revision, dtype=p.model.dtype, key=self.base_key),
+            model=dict(base=p.model.base, revision=p.model.revision, dtype=p.model.dtype, key=self.world.base_key),
             finetune=dict(
-                finetuned=p.finetune.finetuned,
+                finetuned=tuned,
                 finetuned_revision=p.finetune.finetuned_revision,
-                method=None if p.finetune.finetuned else p.finetune.method,
-                lora_rank=p.finetune.lora_rank if p.finetune.method == "lora" and not p.finetune.finetuned else None,
+                method=None if tuned else p.finetune.method,
+                lora_rank=p.finetune.lora_rank if lora else None,
             ),
-            sae=dict(release=p.sae.release, id=p.sae.sae_id, revision=p.sae.revision, d_sae=self.dictionary(0).d_sae),
-            data=dict(
-                maths=p.data.maths,
-                maths_revision=p.data.maths_revision,
-                general=p.data.general,
-                general_revision=p.data.general_revision,
+            sae=dict(
+                release=p.sae.release, id=p.sae.sae_id, revision=p.sae.revision, d_sae=self.sae_features.dictionary(0).d_sae
             ),
+            data={name: getattr(p.data, name) for name in ("maths", "maths_revision", "general", "general_revision")},
         )
-        self.workspace.text("manifest.json", json.dumps(stable, indent=1, sort_keys=True) + "\n")
-        return stable
+
+
+def parameters_of(cells: list[str]) -> dict[str, None]:
+    """The names that a notebook's parameters were given under: in the cell that papermill added, and in the last cell that
+    was run of those that set a parameter. Whatever else a notebook defines is none of anybody's business.
+    """
+    given: dict[str, None] = {}
+    own: dict[str, None] = {}
+    for cell in cells:
+        try:
+            targets = [target for node in ast.parse(cell).body if isinstance(node, ast.Assign) for target in node.targets]
+        except SyntaxError:
+            continue
+        names: dict[str, None] = {target.id: None for target in targets if isinstance(target, ast.Name)}
+        if cell.startswith(INJECTED):
+            given |= names
+        elif names.keys() & set(PARAMETERS):
+            own = names
+    return given | own

@@ -1,70 +1,87 @@
-"""Wiring of step 01: the fine-tune and its task vector."""
+"""Step 01 wired to a world: the fine-tune and its task vector."""
 
+from collections.abc import Iterator
 from dataclasses import asdict
 from functools import cached_property
-from math import prod
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
-import torch
 
-from stetholib import (
-    hub,
-    minerva_math,
-    models,
-    task_vectors,
-    texts,
-)
-from stetholib.models import Checkpoint
-from stetholib.study.stages import Stages, files_key
-from stetholib.task_vectors import TaskVector
-from stetholib.workspace import Artefact, digest_of, progress
+from stetholib import task_vectors
+from stetholib.adapters import finetuning
+from stetholib.data import hub
+from stetholib.editing import Edit, TaskVector, edited, weights
+from stetholib.models.weights import Checkpoint, Key, weight_hash
+from stetholib.store.artefacts import Artefact
+from stetholib.store.files import digest_of
+from stetholib.store.values import Input
+from stetholib.study.world import Step
 
 
-class TaskVectorSteps(Stages):
-    """Adds theta_1 and tau."""
-
-    def finetuned(self) -> Artefact:
-        """theta_1: the second checkpoint, or the fine-tune made here; `folder` holds it, table `loss` its curve."""
-        p = self.profile
-        if p.finetune.finetuned:
-            folder = self._folder(p.finetune.finetuned, p.finetune.finetuned_revision)
-            return Artefact(folder=folder, key=digest_of(asdict(p.finetune), self._finetuned_files))
-        from stetholib import finetuning
-
-        params = [asdict(p.finetune), self.data_key, p.seed]
-        modules = [finetuning, models, minerva_math, task_vectors, *self._text_code]
-        return self._stage("finetuned", params, [self.base_key], modules)
+class TaskVectors(Step):
+    """theta_1 and tau."""
 
     @cached_property
-    def _finetuned_files(self) -> list[str]:
-        p = self.profile.finetune
-        return files_key(self._folder(str(p.finetuned), p.finetuned_revision), *hub.MODEL_FILES)
+    def _made_here(self) -> Artefact | None:
+        """The fine-tune made here; None where the profile names a second checkpoint."""
+        p, world = self._profile, self._world
+        if p.finetune.finetuned:
+            return None
+        dtype = "float32" if p.finetune.method == "full" else None  # full updates would be lost in bfloat16
+        return self._store.made(
+            finetuning.finetuned,
+            world.other(world.base_key, lambda: world.base_folder, dtype),
+            self._store.derived(weights, world.checkpoint),
+            world.problems("train"),
+            p.finetune,
+            p.model.dtype,
+            world.seed("finetune"),
+            p.data.max_tokens,
+        )
 
-    def _make_finetuned(self, folder: Path) -> Artefact:
-        """theta_1, and how much of the exact change is left once it is stored in the model's dtype."""
-        from stetholib.finetuning import finetune
+    @cached_property
+    def folder(self) -> Path:
+        """Where theta_1's files are."""
+        spec = self._profile.finetune
+        made = self._made_here
+        return made.folder if made else self._world.folder_of(str(spec.finetuned), spec.finetuned_revision)
 
-        p, full = self.profile, self.profile.finetune.method == "full"  # full updates would be lost in bfloat16
-        with self.instead_of_base(self.base_folder, "float32" if full else None) as base:
-            tuned = finetune(
-                base,
-                self.problems("train"),
-                p.finetune,
-                self.workspace.unfinished(folder),
-                self._seed("finetune"),
-                p.data.max_tokens,
-                [trainer_progress("01 fine-tune")],
-            )
-            stored = self._survival(tuned.exact, p.model.dtype)
-            base.model.to(getattr(torch, p.model.dtype)).save_pretrained(folder)
-            base.tokenizer.save_pretrained(folder)
-        return Artefact(tables={"loss": tuned.curve, "stored": stored})
+    @cached_property
+    def identity(self) -> str:
+        """Who theta_1 is: the bytes of its files."""
+        if self._made_here:
+            return self._made_here.identity
+        return digest_of(asdict(self._profile.finetune), hub.files_key(self.folder, *hub.MODEL_FILES))
 
-    def _survival(self, vector: TaskVector, dtype: str) -> pd.DataFrame:
-        before = task_vectors.weights(Checkpoint(self.base_folder))
-        return task_vectors.survival(vector, task_vectors.rounded(before, vector, getattr(torch, dtype)))
+    @cached_property
+    def tau(self) -> Input[TaskVector]:
+        """The task vector as an input of stages."""
+        tuned = Input.of(self.identity, lambda: Checkpoint(self.folder))
+        # a fine-tune made here is stored in the model's dtype, whatever dtype the base was released in
+        same_dtype = self._profile.finetune.finetuned is not None
+        return self._store.derived(task_vectors.difference, self._world.checkpoint, tuned, same_dtype)
+
+    @property
+    def vector(self) -> TaskVector:
+        """tau = theta_1 - theta_0."""
+        with self.tau.opened() as vector:
+            return vector
+
+    @cached_property
+    def _energies(self) -> dict[Key, float]:
+        return self.vector.energies()
+
+    def energies(self) -> dict[Key, float]:
+        """Energy of each matrix of the task vector."""
+        return dict(self._energies)
+
+    def finetune_curve(self) -> pd.DataFrame | None:
+        """Loss of the fine-tune made here: columns step, loss (nats a token)."""
+        return self._made_here.value.curve if self._made_here else None
+
+    def table(self) -> pd.DataFrame:
+        """Step 01's table."""
+        return self._store.made(task_vectors.measure, self._store.derived(weights, self._world.checkpoint), self.tau).value
 
     def rounding(self) -> pd.DataFrame:
         """What precision can carry of the change: columns change, stored_in, unmoved, energy_kept, cosine.
@@ -72,62 +89,26 @@ class TaskVectorSteps(Stages):
         Of the fine-tune made here before and after it is stored in the model's dtype, and of the task vector in
         bfloat16, the dtype that the released models have.
         """
-        upstream = [self.base_key, self.finetuned().key]
-        return self._stage("rounding", self.profile.model.dtype, upstream, [task_vectors]).tables["table"]
-
-    def _make_rounding(self, folder: Path) -> Artefact:
-        found = {("task vector", "bfloat16"): self._survival(self.task_vector, "bfloat16")}
-        if "stored" in (tables := self.finetuned().tables):
-            found = {("fine-tune, as trained", self.profile.model.dtype): tables["stored"]} | found
-        rows = [
-            dict(change=change, stored_in=dtype) | task_vectors.survival_shares(sums) for (change, dtype), sums in found.items()
-        ]
-        return Artefact(tables={"table": pd.DataFrame(rows)})
-
-    @property
-    def _text_code(self) -> list[Any]:
-        from stetholib.mini import problems, stories
-
-        return [texts, problems, stories]
-
-    @cached_property
-    def task_vector(self) -> TaskVector:
-        """tau = theta_1 - theta_0; held in memory where it fits in a gibibyte, else read when asked for."""
-        base, tuned = Checkpoint(self.base_folder), Checkpoint(self.finetuned().folder)
-        models.check_stored(base), models.check_stored(tuned)
-        task_vectors.check_same_tensors(base, tuned)
-        # one made here is stored in the model's dtype, whatever dtype the base was released in
-        vector = TaskVector.between(base, tuned, same_dtype=self.profile.finetune.finetuned is not None)
-        if not any(delta.any() for delta in vector.deltas.values()):
-            raise models.ModelError("task vector: the two models are the same; mend finetune.finetuned, or train for longer")
-        size = 4 * sum(prod(base.shape(name)) for name in models.weight_names(base).values())
-        return vector.in_memory() if size < 2**30 else vector
-
-    @cached_property
-    def energies(self) -> dict[models.Key, float]:
-        """Energy of each matrix of the task vector."""
-        return self.task_vector.energies()
-
-    def task_vectors(self) -> pd.DataFrame:
-        """Step 01's table, written and returned."""
-        table = task_vectors.measure(task_vectors.weights(Checkpoint(self.base_folder)), self.task_vector)
-        self.workspace.table("01_task_vectors", table)
-        return table
+        stored = self._made_here.value.stored if self._made_here else None
+        before = self._store.derived(weights, self._world.checkpoint)
+        return self._store.made(task_vectors.rounding, before, self.tau, stored, self._profile.model.dtype).value
 
     def energy_elsewhere(self) -> dict[str, float]:
         """Energy of the change outside the seven matrices, by kind."""
-        return task_vectors.energy_elsewhere(Checkpoint(self.base_folder), Checkpoint(self.finetuned().folder))
+        return task_vectors.energy_elsewhere(Checkpoint(self._world.base_folder), Checkpoint(self.folder))
 
+    def restored(self) -> dict[str, bool]:
+        """The edit's invariants, tried on the base model: scale 0, scale 1, and undone."""
+        model, every = self._world.base.model, self.vector.layers
+        before = weight_hash(model)
+        found: dict[float, str] = dict(self._hashes(every))
+        return {
+            "scale 0 leaves every byte": found[0.0] == before,
+            "scale 1 changes some": found[1.0] != before,
+            "leaving restores every byte": weight_hash(model) == before,
+        }
 
-def trainer_progress(label: str) -> Any:
-    """A transformers callback that reports steps through `progress`."""
-    from transformers import TrainerCallback
-
-    class Report(TrainerCallback):
-        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            self.steps = progress(range(state.max_steps), label)
-
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            next(self.steps, None)
-
-    return Report()
+    def _hashes(self, layers: tuple[int, ...]) -> Iterator[tuple[float, str]]:
+        for alpha in (0.0, 1.0):
+            with edited(self._world.base.model, Edit(self.vector, layers, alpha=alpha)) as model:
+                yield alpha, weight_hash(model)

@@ -16,11 +16,27 @@ pytestmark = pytest.mark.slow
 FLIPS = 200
 
 
+def tables(study):
+    """The contract's tables."""
+    return {
+        "01_task_vectors": study.task_vectors.table(),
+        "02_sae_features": study.sae_features.table(),
+        "03_subspace_projection": study.subspace_projection.table(),
+        "04_layer_selection": study.layer_selection.table(),
+        "04_layer_sets": study.layer_selection.sets(),
+        "05_minerva_math": study.minerva_math.table(),
+        "06_significance": study.significance.table(),
+        "06_published": study.significance.published(),
+        "06_claims": study.significance.claims(),
+    }
+
+
 def everything(folder):
-    """All tables of a study, from the store where it holds."""
+    """All tables of a study, from the store where it holds, each written."""
     one = Study.open("smoke", root=folder)
-    one.task_vectors(), one.sae_features(), one.subspace_projection(), one.energy_or_direction(), one.layer_selection()
-    one.minerva_math(), one.checks(), one.noise(), one.significance(), one.published(), one.claims()
+    for stem, table in tables(one).items():
+        one.keep(stem, table)
+    one.subspace_projection.energy_or_direction(), one.minerva_math.checks(), one.minerva_math.noise()
     return {path.name: path.read_bytes() for path in sorted((folder / "figures" / "smoke").glob("*.csv"))}
 
 
@@ -56,7 +72,7 @@ def test_each_kind_of_damage_is_named_and_set_aside(undisturbed, tmp_path, caplo
     folder = tmp_path / "damaged"
     shutil.copytree(undisturbed, folder)
     store, wanted = folder / "runs" / "smoke" / "store", runs.made(folder)
-    found = {"tables": "significance-*/table.parquet", "ledger": "losses-*.jsonl"}.get(place, f"scores-*/{place}")
+    found = {"tables": "measure-*/value.parquet", "ledger": "losses-*.jsonl"}.get(place, f"score_layers-*/{place}")
     path = sorted(store.glob(found))[0]
     path.write_bytes(path.read_bytes()[:-7])
     everything(folder)
@@ -88,7 +104,7 @@ def test_a_full_disk_is_told_in_a_line_leaves_no_part_of_a_file_and_is_gone_on_f
     else:  # what came before is there, this step's is not
         shutil.copytree(undisturbed, folder)
         for path in (folder / "runs" / "smoke" / "store").iterdir():
-            names = {"02": ("sae", "dictionary", "features"), "05": ("records", "general_loss")}[step]
+            names = {"02": ("trained_sae", "dictionary_of", "hear"), "05": ("records", "text_loss")}[step]
             if path.name.startswith(names):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         for mark in (folder / "runs" / "smoke" / "notebooks").glob("*.json"):

@@ -1,0 +1,1 @@
+"""Other people's machines, each behind one door: the Trainer and peft, SAELens, lm-evaluation-harness."""

@@ -1,0 +1,266 @@
+"""Sparse autoencoders by SAELens: trained on the spot, or loaded from a release; one a block.
+
+Either way the result is SAELens' own object, saved and loaded by SAELens, and turned into the plain tensors of a
+`Dictionary` for the measurements.
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from stetholib.data import hub
+from stetholib.data.source import Source
+from stetholib.errors import UserError
+from stetholib.models.dictionary import Dictionary
+from stetholib.models.loading import LanguageModel
+from stetholib.models.streams import Watch, residual_batches, tokenize, unwatched
+from stetholib.profiles import Sae, nearest
+
+
+def train(activations: Float[Tensor, "token d_model"], spec: Sae, seed: int, folder: Path, device: str = "cpu") -> None:
+    """Train a BatchTopK SAE on a block's activations and save it for inference (as a JumpReLU SAE) in `folder`."""
+    from sae_lens import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig
+    from sae_lens.config import SAETrainerConfig
+    from sae_lens.training.sae_trainer import SAETrainer
+
+    torch.manual_seed(seed)
+    config = BatchTopKTrainingSAEConfig(
+        d_in=activations.shape[1], d_sae=spec.d_sae, k=spec.k, device=device, normalize_activations="expected_average_only_in"
+    )
+    steps = max(1, spec.training_tokens // spec.batch_size)
+    trainer = SAETrainer(
+        cfg=SAETrainerConfig(
+            total_training_samples=steps * spec.batch_size,
+            train_batch_size_samples=spec.batch_size,
+            lr=spec.learning_rate,
+            lr_end=spec.learning_rate / 10,
+            lr_decay_steps=steps // 5,
+            device=device,
+            dead_feature_window=max(1, steps // 8),
+            n_batches_for_norm_estimate=16,
+        ),
+        sae=BatchTopKTrainingSAE(config),
+        data_provider=_shuffled(activations, spec.batch_size, seed),
+    )
+    trainer.fit().save_inference_model(folder)
+
+
+def _shuffled(activations: Float[Tensor, "token d_model"], batch: int, seed: int) -> Iterator[Tensor]:
+    """Endless shuffled batches."""
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        order = torch.randperm(len(activations), generator=generator)
+        for start in range(0, max(1, len(order) - batch + 1), batch):
+            yield activations[order[start : start + batch]]
+
+
+def load(folder: Path, device: str = "cpu") -> Any:
+    """A SAELens SAE from a local folder."""
+    from sae_lens import SAE
+
+    try:
+        return SAE.load_from_disk(folder, device=device, dtype="float32")
+    except (OSError, SafetensorError, RuntimeError, ValueError, KeyError, TypeError) as error:
+        said = " ".join(str(error).split())[:160]
+        raise UserError(f"SAE {folder}: it cannot be read ({said}); save it as safetensors with SAELens' save_model") from None
+
+
+def fetch(release: str, sae_id: str | None, layer: int, revision: str | None = None) -> Any:
+    """The SAE of one block: of a SAELens release, or of a folder that holds one folder a block, by `sae_id`."""
+    name, source = id_of(sae_id, layer), Source.of(release, revision, "sae")
+    if source.where != "folder":
+        return load_release(release, name, revision)
+    if not (source.folder() / name / "cfg.json").is_file():
+        raise UserError(f"SAE folder {release}: there is no {name}/cfg.json; save each SAE there with SAELens' save_model")
+    return load(source.folder() / name)
+
+
+def id_of(sae_id: str | None, layer: int) -> str:
+    """The id of one block's SAE. Raises UserError where `sae_id` does not hold `{layer}`, or another brace."""
+    name = (sae_id or "").replace("{layer}", str(layer))
+    if name == (sae_id or "") or "{" in name or "}" in name:
+        raise UserError(f"sae.sae_id is {sae_id!r}; it must hold {{layer}}, as in layer_{{layer}}_width_16k_l0_small")
+    return name
+
+
+def check_release(release: str, base: str) -> None:
+    """Refuse a release whose SAEs were trained on another model than the profile's, where both are known by name."""
+    if Source.of(release, kind="sae").where != "hub" or Source.of(base).where == "folder":
+        return
+    if (model := registered(release).model) != base:
+        raise UserError(
+            f"SAE release {release} was trained on {model}, the profile's model is {base}; mend sae.release or model.base"
+        )
+
+
+def expected_l0(release: str, sae_id: str, layer: int) -> float | None:
+    """The L0 that SAELens' registry gives for a block's SAE; None for a folder of one's own."""
+    name, source = id_of(sae_id, layer), Source.of(release, kind="sae")
+    return registered(release).expected_l0[name] if source.where == "hub" else None
+
+
+def files_of(spec: Sae, layers: Callable[[], int]) -> tuple[Source, list[str]]:
+    """Where the SAEs are, and the patterns of their files there. Raises UserError where a block's is not in its release.
+
+    layers: tells how many blocks the model has; asked for a release only, since the Hub may have to tell.
+    """
+    source = Source.of(spec.release, spec.revision, "sae")
+    if source.where != "hub":
+        return source, ["**/*.safetensors"]
+    entry, names = registered(spec.release), [id_of(spec.sae_id, layer) for layer in range(layers())]
+    if absent := [name for name in names if name not in entry.saes_map]:
+        raise UserError(f"release {spec.release} has no {absent[0]!r}; mend sae.sae_id or model.base")
+    return Source(entry.repo_id, spec.revision, "sae", "hub"), [f"{entry.saes_map[name]}/*" for name in names]
+
+
+def load_release(release: str, sae_id: str, revision: str | None = None) -> Any:
+    """A SAELens SAE by release and id, from the Hub or its cache. Raises UserError for an id that the release lacks."""
+    from sae_lens import SAE
+
+    entry = registered(release)
+    if sae_id not in entry.saes_map:
+        raise UserError(f"SAE release {release} has no {sae_id!r}{nearest(sae_id, entry.saes_map)}; mend sae.sae_id")
+    if entry.conversion_func == "gemma_3":
+        return SAE.from_pretrained(release, sae_id, converter=partial(gemma_scope_2, revision=revision))
+    if revision:
+        raise UserError(f"sae.revision is {revision!r}, which SAELens' loader of {release} cannot ask for; set it to null")
+    with hub.explained(entry.repo_id):
+        return SAE.from_pretrained(release, sae_id)
+
+
+def registered(release: str) -> Any:
+    """What SAELens' registry says of a release: repository, model, and for each id its path and expected L0."""
+    from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
+
+    directory = get_pretrained_saes_directory()
+    if release not in directory:
+        raise UserError(f"SAE release {release!r} is not in SAELens' registry{nearest(release, directory)}; mend sae.release")
+    return directory[release]
+
+
+def gemma_scope_2(
+    repo_id: str,
+    folder_name: str,
+    device: str = "cpu",
+    force_download: bool = False,
+    cfg_overrides: dict[str, Any] | None = None,
+    revision: str | None = None,
+) -> tuple[dict[str, Any], dict[str, Tensor], None]:
+    """SAELens' loader for Gemma Scope 2, reading shapes from the fetched file: (config, weights, no sparsity).
+
+    SAELens' own asks the network for the shapes even when the file is in the cache. Raises UserError where the
+    folder's config names another site than its block's output.
+    """
+    path = hub.file(repo_id, f"{folder_name}/params.safetensors", revision)
+    said = json.loads(hub.file(repo_id, f"{folder_name}/config.json", revision).read_text(encoding="utf-8"))
+    layer = int(re.findall(r"layer_(\d+)", folder_name)[0])
+    site = f"model.layers.{layer}.output"
+    if said.get("hf_hook_point_in") != site or said.get("architecture") != "jump_relu":
+        raise UserError(
+            f"SAE {repo_id}/{folder_name}: its config says {said.get('architecture')} at {said.get('hf_hook_point_in')}, "
+            f"a JumpReLU SAE at {site} is needed; fetch it again or mend sae.sae_id"
+        )
+    hub.checked_hash(path)
+    raw = load_file(path)
+    names = dict(W_enc="w_enc", W_dec="w_dec", b_enc="b_enc", b_dec="b_dec", threshold="threshold")
+    if missing := [name for name in names.values() if name not in raw]:
+        raise UserError(f"SAE {repo_id}/{folder_name}: params.safetensors lacks {missing[0]}; fetch it again")
+    d_in, d_sae = raw["w_enc"].shape
+    config = dict(
+        architecture="jumprelu",
+        d_in=d_in,
+        d_sae=d_sae,
+        dtype="float32",
+        device=device,
+        model_name=said["model_name"],
+        hook_name=f"blocks.{layer}.hook_resid_post",
+        hook_head_index=None,
+        hf_hook_name=site,
+        prepend_bos=True,
+        apply_b_dec_to_input=False,
+        normalize_activations="none",
+        reshape_activations="none",
+        sae_lens_training_version=None,
+    )
+    return config | (cfg_overrides or {}), {name: raw[theirs] for name, theirs in names.items()}, None
+
+
+def dictionary(sae: Any) -> Dictionary:
+    """The plain tensors of a JumpReLU or ReLU SAE, with a centring of its input folded into the encoder's bias.
+
+    Raises ValueError for other architectures and for inputs that are rescaled at inference, since the formulas of
+    `Dictionary` would then not be this SAE's.
+    """
+    kind = sae.cfg.architecture()
+    if kind not in ("jumprelu", "standard"):
+        raise UserError(f"SAE: architecture {kind!r} is not supported; save it for inference as JumpReLU")
+    if sae.cfg.normalize_activations != "none":
+        raise UserError(f"SAE: inputs are normalised at inference ({sae.cfg.normalize_activations}); fold that into the weights")
+    tensors = {name: value.detach().float() for name, value in sae.state_dict().items()}
+    if bad := [name for name, value in tensors.items() if not torch.isfinite(value).all()]:
+        raise UserError(f"SAE: {bad[0]} holds NaN or Inf; fetch or train it again")
+    bias = tensors["b_enc"]
+    if sae.cfg.apply_b_dec_to_input:
+        bias = bias - tensors["b_dec"] @ tensors["W_enc"]
+    threshold = tensors.get("threshold", torch.zeros_like(bias))
+    return Dictionary(tensors["W_enc"], bias, tensors["W_dec"], tensors["b_dec"], threshold)
+
+
+def activations(
+    base: LanguageModel,
+    texts: Sequence[tuple[str, str]],
+    wanted: int,
+    max_tokens: int,
+    batch_tokens: int,
+    *,
+    watch: Watch = unwatched,
+) -> dict[int, Float[Tensor, "token d_model"]]:
+    """Residual streams of at least `wanted` content tokens to train SAEs on, by layer; texts are (context, scored text).
+
+    Raises UserError where the texts hold fewer.
+    """
+    tokens = [(ids, 1) for ids, _ in tokenize(base, texts, max_tokens)]
+    total, kept = 0, []
+    for pair in tokens:
+        if total >= wanted:
+            break
+        kept.append(pair)
+        total += len(pair[0]) - 1
+    if total < wanted:
+        raise UserError(f"sae.training_tokens is {wanted}, but the texts to train SAEs on hold {total}; lower it")
+    layers = range(base.model.config.get_text_config().num_hidden_layers)
+    found: dict[int, list[Tensor]] = {layer: [] for layer in layers}
+    for _, _, streams in residual_batches(base, kept, batch_tokens, layers, watch, "02 activations for SAEs"):
+        for layer, x in streams.items():
+            found[layer].append(x.cpu())
+    return {layer: torch.cat(parts) for layer, parts in found.items()}
+
+
+def trained_sae(heard: Mapping[int, Tensor], layer: int, spec: Sae, seed: int, device: str, *, folder: Path) -> None:
+    """A layer's SAE trained on its activations, in `folder` in SAELens' own format."""
+    train(heard[layer], spec, seed, folder, device)
+
+
+def fetched_sae(
+    release: str, sae_id: str, layer: int, revision: str | None, model: str, files: Sequence[str], *, folder: Path
+) -> None:
+    """A layer's SAE of a release or of a folder, in `folder` in SAELens' own format.
+
+    model: the base model's name, which the release must be of; files: hashes of the files, where they are in a folder.
+    """
+    check_release(release, model)
+    fetch(release, sae_id, layer, revision).save_model(folder)
+
+
+def dictionary_of(folder: Path) -> Dictionary:
+    """Plain tensors of an SAE in SAELens' own format, kept so that SAELens is imported only where one is made."""
+    return dictionary(load(folder))

@@ -1,0 +1,91 @@
+"""Planted truth: worlds in which the right layer, the right features and every energy are known by design.
+
+They calibrate the instrument before it is believed: tests hold it to them, and notebook 04 opens with them.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from stetholib.layer_selection import ScoreRule, score_layers
+from stetholib.models.weights import MATRICES, SIDE
+from stetholib.sae_features import DocumentSums
+from stetholib.subspace_projection import orthonormal
+from stetholib.task_vectors import TaskVector
+
+CORPORA = 8
+RULE = ScoreRule(minimum=5, minimum_firing=0.0)
+
+
+def planted_sums(
+    layers: int, planted: int, effect: float, seed: int, documents: int = 6, tokens: int = 20, d_sae: int = 40, features: int = 5
+) -> tuple[list[DocumentSums], Int[Tensor, " doc"]]:
+    """Document sums of a world where only layer `planted` hears mathematics, in its first `features` features.
+
+    documents: in each of the seven subjects; as many general ones as mathematical. Activations are rectified
+    Gaussians with a component shared by a document, and `effect` standard deviations more on mathematics.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    corpus_of = torch.cat(
+        [torch.arange(CORPORA - 1).repeat_interleave(documents), torch.full(((CORPORA - 1) * documents,), CORPORA - 1)]
+    )
+    maths = (corpus_of < CORPORA - 1).float()
+    sums = []
+    for layer in range(layers):
+        shape = (len(corpus_of), tokens, d_sae)
+        a = torch.randn(shape, generator=generator) + 0.5 * torch.randn(len(corpus_of), 1, d_sae, generator=generator)
+        if layer == planted:
+            a[:, :, :features] += effect * maths[:, None, None]
+        a = torch.relu(a)
+        histogram = torch.ones(CORPORA, 2, d_sae)
+        weight = torch.full((len(corpus_of),), float(tokens))
+        sums.append(DocumentSums(weight, a.sum(1), a.square().sum(1), (a > 0).float().sum(1), histogram))
+    return sums, corpus_of
+
+
+def null_p_values(worlds: int, permutations: int = 99) -> np.ndarray:
+    """Permutation p of one layer's score in worlds without any signal; uniform if the test is honest."""
+    found = []
+    for seed in range(worlds):
+        sums, corpus_of = planted_sums(1, planted=-1, effect=0.0, seed=seed)
+        found.append(score_layers(sums, corpus_of, RULE, False, 1, permutations, 2, seed).p_value[0])
+    return np.array(found)
+
+
+def power_curve(effects: Sequence[float], worlds: int, layers: int = 6, permutations: int = 39) -> pd.DataFrame:
+    """Share of worlds in which the planted layer is heard (p < .05), and in which it scores highest, by effect."""
+    rows = []
+    for effect in effects:
+        heard, top = [], []
+        for seed in range(worlds):
+            sums, corpus_of = planted_sums(layers, planted=seed % layers, effect=effect, seed=1000 + seed)
+            result = score_layers(sums, corpus_of, RULE, False, 1, permutations, 2, seed)
+            heard.append(result.p_value[seed % layers] < 0.05)
+            top.append(int(result.score.argmax()) == seed % layers)
+        rows.append(dict(effect=effect, power=np.mean(heard), top=np.mean(top), chance=1 / layers, worlds=worlds))
+    return pd.DataFrame(rows)
+
+
+def planted_vector(
+    layers: int, width: int, hidden: int, rank: int, share: float, seed: int
+) -> tuple[TaskVector, dict[int, Float[Tensor, "d r"]]]:
+    """A task vector of which exactly `share` of every matrix's energy lies in a known subspace of each block.
+
+    Returns the vector and the subspaces' bases [width, rank]. Readers are [hidden, width], writers [width, hidden].
+    """
+    generator = torch.Generator().manual_seed(seed)
+    deltas, bases = {}, {}
+    for layer in range(layers):
+        q = orthonormal(torch.randn(rank, width, generator=generator, dtype=torch.float64))
+        bases[layer] = q
+        for matrix in MATRICES:
+            wide = torch.randn(hidden, width, generator=generator, dtype=torch.float64)
+            inside = wide @ q @ q.T
+            outside = wide - inside
+            mixed = share**0.5 * inside / inside.norm() + (1 - share) ** 0.5 * outside / outside.norm()
+            deltas[layer, matrix] = (mixed if SIDE[matrix] == "reader" else mixed.T).clone()
+    return TaskVector(deltas), bases

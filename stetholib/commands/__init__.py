@@ -1,0 +1,1 @@
+"""What the command line does, a file a command. Standard library only until a command runs."""

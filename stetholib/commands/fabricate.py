@@ -1,0 +1,250 @@
+"""Fabricated repositories in the real formats: random weights of the true shapes, or of a fraction of them.
+
+They prove that the names, formats, sizes and refusals of a real rung are handled, and tell its time and memory,
+before anything is fetched. Their numbers mean nothing. Shapes are those of the released models' configurations.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from safetensors.torch import load_file, save_file
+
+from stetholib import sae_features
+from stetholib.adapters import saes
+from stetholib.data.mini import problems, stories
+from stetholib.data.prompts import prompt, target
+from stetholib.errors import UserError
+from stetholib.models import loading, streams
+from stetholib.profiles import Data, Profile
+
+SPECIAL = ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"]
+CHAT = (
+    "{{ bos_token }}{% for m in messages %}{{ '<start_of_turn>' + m['role'] + '\n' + m['content'] + '<end_of_turn>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
+)
+TEXT = dict(head_dim=256, sliding_window=512, tie_word_embeddings=True, max_position_embeddings=32768)
+SHAPES: dict[str, dict[str, int]] = {
+    "google/gemma-3-270m-it": dict(
+        num_hidden_layers=18, hidden_size=640, intermediate_size=2048, num_attention_heads=4, num_key_value_heads=1
+    ),
+    "google/gemma-3-1b-it": dict(
+        num_hidden_layers=26, hidden_size=1152, intermediate_size=6912, num_attention_heads=4, num_key_value_heads=1
+    ),
+    "google/gemma-3-4b-it": dict(
+        num_hidden_layers=34,
+        hidden_size=2560,
+        intermediate_size=10240,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        sliding_window=1024,
+        max_position_embeddings=131072,
+    ),
+}
+VOCABULARY = {"google/gemma-3-4b-it": 262208}
+RELEASED = "bfloat16"  # as the models are stored, whatever a profile computes in
+WITH_VISION = ("google/gemma-3-4b-it",)
+SAMPLE_TOKENS = 4096
+
+
+def everything(profile: Profile, folder: Path, scale: float, seed: int = 0) -> dict[str, Path]:
+    """Repositories for all that a profile fetches, as folders by repository id.
+
+    scale: 1 for the true shapes, less for a fraction of width, depth, vocabulary and dictionary.
+    """
+    base, found = profile.model.base, {}
+    if base not in SHAPES:
+        raise UserError(f"rehearsal: the shapes of {base} are not known; known are {', '.join(SHAPES)}")
+    found[base] = folder / base
+    model(base, found[base], scale, RELEASED, seed)
+    entry = saes.registered(profile.sae.release)
+    found[entry.repo_id] = folder / entry.repo_id
+    gemma_scope(profile, found[base], found[entry.repo_id], max(64, round(16384 * scale)), seed)
+    found[profile.data.maths], found[profile.data.general] = folder / profile.data.maths, folder / profile.data.general
+    maths(profile.data, found[profile.data.maths], seed)
+    general(profile.data, found[profile.data.general], seed)
+    return found
+
+
+def text_config(repo: str, scale: float) -> Any:
+    """The text half's configuration; a fraction keeps heads, grouping and layer types and shrinks the rest."""
+    from transformers import Gemma3TextConfig
+
+    shape: dict[str, Any] = TEXT | SHAPES[repo]
+    vocabulary = VOCABULARY.get(repo, 262144)
+    if scale < 1:
+        shape["num_hidden_layers"] = max(6, round(shape["num_hidden_layers"] * scale))
+        for key in ("hidden_size", "intermediate_size"):
+            shape[key] = max(32, 16 * round(shape[key] * scale / 16))
+        vocabulary = max(1024, round(vocabulary * scale))
+        shape["head_dim"] = 16
+    return Gemma3TextConfig(
+        vocab_size=vocabulary,
+        query_pre_attn_scalar=shape["head_dim"],
+        pad_token_id=0,
+        eos_token_id=1,
+        bos_token_id=2,
+        initializer_range=0.02 if scale == 1 else 0.25,
+        **shape,
+    )
+
+
+def model(repo: str, folder: Path, scale: float, dtype: str, seed: int) -> None:
+    """An untrained model with the repository's architecture, in sharded safetensors, with a tokenizer."""
+    from transformers import AutoModelForCausalLM, Gemma3Config, SiglipVisionConfig
+    from transformers.utils import logging
+
+    text = text_config(repo, scale)
+    config = text
+    if repo in WITH_VISION:
+        vision: dict[str, Any] = dict(
+            hidden_size=1152, intermediate_size=4304, num_hidden_layers=27, num_attention_heads=16, image_size=896
+        )
+        if scale < 1:
+            vision = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=56)
+        config = Gemma3Config(
+            text_config=text.to_dict(),
+            vision_config=SiglipVisionConfig(patch_size=14, vision_use_head=False, **vision).to_dict(),
+            mm_tokens_per_image=256 if scale == 1 else 4,
+        )
+    logging.disable_progress_bar()
+    torch.manual_seed(seed)
+    made = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+    made.generation_config.eos_token_id = [1, 5]
+    made.save_pretrained(folder, max_shard_size="4GB" if scale == 1 else "200KB")
+    if repo in WITH_VISION:
+        _as_released(folder)
+    tokenizer(folder, min(4000, text.vocab_size))
+
+
+def _as_released(folder: Path) -> None:
+    """Rewrite what transformers saved today as the release has it: a configuration that leaves out whatever is the
+    default of its class, and a vision tower under its older names.
+    """
+    from transformers import Gemma3TextConfig, SiglipVisionConfig
+
+    said = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    for half, plain in (("text_config", Gemma3TextConfig().to_dict()), ("vision_config", SiglipVisionConfig().to_dict())):
+        said[half] = {key: value for key, value in said[half].items() if key == "model_type" or plain.get(key, ...) != value}
+    said["text_config"]["rope_scaling"] = dict(factor=8.0, rope_type="linear")
+    said["torch_dtype"] = said.pop("dtype")
+    (folder / "config.json").write_text(json.dumps(said, indent=2), encoding="utf-8")
+    older = lambda name: re.sub(r"^vision_tower\.(?!vision_model\.)", "vision_tower.vision_model.", name)  # noqa: E731
+    for path in folder.glob("*.safetensors"):
+        save_file({older(name): tensor for name, tensor in load_file(path).items()}, path, metadata={"format": "pt"})
+    for path in folder.glob("*.index.json"):
+        index = json.loads(path.read_text(encoding="utf-8"))
+        index["weight_map"] = {older(name): shard for name, shard in index["weight_map"].items()}
+        path.write_text(json.dumps(index, indent=2), encoding="utf-8")
+
+
+def tokenizer(folder: Path, size: int) -> None:
+    """A byte-level BPE with Gemma's special tokens and the shape of its chat template."""
+    from tokenizers import Tokenizer, decoders, pre_tokenizers, processors, trainers
+    from tokenizers.models import BPE
+    from transformers import PreTrainedTokenizerFast
+
+    made = Tokenizer(BPE())
+    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    made.train_from_iterator(
+        _documents(400),
+        trainers.BpeTrainer(vocab_size=size, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False),
+    )
+    made.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 2)])
+    PreTrainedTokenizerFast(
+        tokenizer_object=made,
+        pad_token="<pad>",
+        eos_token="<eos>",
+        bos_token="<bos>",
+        unk_token="<unk>",
+        extra_special_tokens=SPECIAL[4:],
+        chat_template=CHAT,
+        padding_side="left",
+    ).save_pretrained(folder)
+
+
+def gemma_scope(profile: Profile, base: Path, folder: Path, d_sae: int, seed: int) -> None:
+    """Dictionaries of random directions fitted to each block's activations, in Gemma Scope 2's folders and names.
+
+    Each has the L0 that SAELens' registry states, and explains its own block best, as a trained one would.
+    """
+    entry, loaded = saes.registered(profile.sae.release), loading.load(base, profile.model.dtype)
+    texts = [("", text) for text in _documents(400)]
+    pairs, total = [], 0
+    for ids, _ in streams.tokenize(loaded, texts, profile.data.max_tokens):
+        pairs.append((ids, 1))
+        total += len(ids)
+        if total > SAMPLE_TOKENS:
+            break
+    for layer, x in _activations(loaded, pairs).items():
+        name = saes.id_of(profile.sae.sae_id, layer)
+        one = sae_features.random_dictionary(x, d_sae, entry.expected_l0[name], seed + layer)
+        place = folder / entry.saes_map[name]
+        place.mkdir(parents=True, exist_ok=True)
+        tensors = dict(w_enc=one.W_enc, w_dec=one.W_dec, b_enc=one.b_enc, b_dec=one.b_dec, threshold=one.threshold)
+        save_file({key: value.contiguous() for key, value in tensors.items()}, place / "params.safetensors")
+        said = dict(architecture="jump_relu", model_name=entry.model, hf_hook_point_in=f"model.layers.{layer}.output")
+        (place / "config.json").write_text(json.dumps(said))
+
+
+def _activations(loaded: loading.LanguageModel, pairs: list[tuple[list[int], int]]) -> dict[int, torch.Tensor]:
+    """Every block's output on content tokens, in float32."""
+    found: dict[int, list[torch.Tensor]] = {}
+    with torch.no_grad(), streams.residual_stream(loaded.model) as taken:
+        for batch in streams.batches(pairs, 2048, "cpu"):
+            streams.run_blocks(loaded.model, batch)
+            for layer, x in taken.items():
+                found.setdefault(layer, []).append(x[batch.scored.bool()].float())
+    return {layer: torch.cat(parts) for layer, parts in found.items()}
+
+
+def maths(data: Data, folder: Path, seed: int) -> None:
+    """MATH's seven configs with train and test splits in parquet, the rows generated; one test problem is there twice."""
+    splits = {"test": data.test_problems, "train": dict.fromkeys(data.subjects, data.train_problems + data.validation_problems)}
+    columns = ["problem", "level", "type", "solution"]
+    for split, wanted in splits.items():
+        rows = _shortest(split, {name: min(count, 600) for name, count in wanted.items()}, seed)
+        if split == "train":  # one is as long as any may be, for a fine-tune's memory peaks there
+            whole = str(rows["solution"][0])
+            rows.loc[0, "solution"] = " ".join([whole.replace("\\boxed", "")] * (data.max_tokens // 8) + [whole])
+        for subject in data.subjects:
+            part = rows.loc[rows["subject"] == subject, columns]
+            if split == "test" and subject == data.subjects[0]:
+                part = pd.concat([part.iloc[:-1], part.iloc[:1]])
+            _parquet(part, folder / subject / f"{split}-00000-of-00001.parquet")
+
+
+def _shortest(split: str, wanted: Mapping[str, int], seed: int) -> pd.DataFrame:
+    """Generated problems, the shorter half of each subject: a rehearsal's time is for what does not depend on them."""
+    rows = pd.DataFrame(problems.generate(split, {name: 2 * count for name, count in wanted.items()}, seed))
+    order = rows["solution"].str.len().sort_values(kind="stable").index
+    kept = [rows.loc[order].query("subject == @name").head(count) for name, count in wanted.items()]
+    return pd.concat(kept, ignore_index=True)
+
+
+def general(data: Data, folder: Path, seed: int) -> None:
+    """WikiText's config in parquet: paragraphs between headings and empty lines, as there."""
+    texts = stories.generate(6 * data.general_documents + 60, seed, "validation")
+    lines = [line for text in texts for line in ("", f" = {text.split()[0]} = \n", f" {text} \n")]
+    _parquet(pd.DataFrame({"text": lines}), folder / str(data.general_config) / "validation-00000-of-00001.parquet")
+    for other in (f"{data.general_config}/train-00000-of-00002", "another-config/validation-00000-of-00001"):
+        _parquet(pd.DataFrame({"text": ["what no run reads"]}), folder / f"{other}.parquet")
+
+
+def _parquet(table: pd.DataFrame, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table.to_parquet(path, index=False)
+
+
+def _documents(count: int) -> Iterator[str]:
+    """Problems with solutions and stories, in turn."""
+    rows: Iterator[Mapping[str, str]] = problems.stream("train", 0)
+    for row, story in islice(zip(rows, stories.stream(0), strict=False), count // 2):
+        yield prompt(row["problem"]) + target(row["solution"])
+        yield story

@@ -1,0 +1,1 @@
+"""Texts and where they are: prompts, corpora by split, the Hub, and the miniature world."""

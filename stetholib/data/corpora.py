@@ -1,0 +1,124 @@
+"""Texts: problems in MATH's fields and general documents, generated or from the Hub, by split.
+
+train is what a fine-tune may see; validation is for everything that is chosen or tuned; test is first read in step
+05. On the Hub, validation is a part of the training split picked by hash, and kept out of the fine-tune.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from hashlib import sha256
+from pathlib import Path
+
+from stetholib.data import hub
+from stetholib.data.mini import problems as mini_problems
+from stetholib.data.mini import stories as mini_stories
+from stetholib.data.prompts import boxed_answer
+from stetholib.data.source import Source
+from stetholib.errors import UserError
+from stetholib.profiles import Data
+
+Row = Mapping[str, str]
+
+
+def problems(spec: Data, split: str, seed: int, boxed: bool = True) -> list[Row]:
+    """Problems of a split, with `problem, level, type, solution, subject`, shuffled; the counts are the profile's.
+
+    boxed: leave out training problems whose solution has no boxed answer, which a Minerva target needs.
+    """
+    count = {"train": spec.train_problems, "validation": spec.validation_problems}
+    wanted = spec.test_problems if split == "test" else dict.fromkeys(spec.subjects, count[split])
+    source = Source.of(spec.maths, spec.maths_revision, "dataset")
+    if source.where == "shipped":
+        if unknown := sorted(set(wanted) - set(mini_problems.SUBJECTS)):
+            known = ", ".join(mini_problems.SUBJECTS)
+            raise UserError(f"data.test_problems: there are no generated problems of {unknown[0]!r}; there are: {known}")
+        return [*mini_problems.generate(split, wanted, seed)]
+    return _picked_problems(source, spec, split, wanted, boxed)
+
+
+def general(spec: Data, split: str, count: int, seed: int, or_fewer: bool = False) -> list[str]:
+    """General documents; `train`, `validation` and `test` never share one.
+
+    Raises UserError where there are not so many, unless what there is will do (`or_fewer`).
+    """
+    source = Source.of(spec.general, spec.general_revision, "dataset")
+    if source.where == "shipped":
+        return mini_stories.generate(count, seed, split)
+    order = {"train": 0, "validation": 1, "test": 2}[split]
+    rows = _parquet(source, spec.general_config, "validation", ["text"])
+    texts = [text for text in (row["text"] for row in rows) if len(text.split()) >= 40 and _bucket(text) % 3 == order]
+    if len(texts) < count and not or_fewer:
+        raise UserError(
+            f"data: {spec.general} has {len(texts)} general documents for {split}, {count} are wanted; lower data.general_documents"
+        )
+    return sorted(texts, key=_bucket)[:count]
+
+
+def _picked_problems(source: Source, spec: Data, split: str, wanted: Mapping[str, int], boxed: bool) -> list[Row]:
+    """MATH's own test split, or a part of its training split; at most `wanted` of each subject, picked by hash."""
+    found: list[Row] = []
+    for subject in spec.subjects:
+        rows = _parquet(source, subject, "test" if split == "test" else "train", ["problem", "solution"])
+        usable = [{**row, "subject": subject} for row in rows if split == "test" or not boxed or _has_answer(row)]
+        ranked = sorted(usable, key=lambda row: _bucket(row["problem"]))
+        if split == "train":  # what validation takes is never trained on
+            ranked = ranked[spec.validation_problems :]
+        if len(ranked) < wanted[subject] and split != "train":  # train takes what there is, up to so many
+            raise UserError(
+                f"data: {spec.maths} has {len(ranked)} {split} problems of {subject}, {wanted[subject]} are wanted; "
+                f"lower data.{split}_problems"
+            )
+        found += ranked[: wanted[subject]]
+    return sorted(found, key=lambda row: _bucket(row["problem"]))
+
+
+def patterns(spec: Data) -> dict[str, list[str]]:
+    """The files that a run reads of `maths` and of `general`, as patterns below each data set's folder."""
+    maths = [_pattern(subject, split) for subject in spec.subjects for split in ("train", "test")]
+    return dict(maths=maths, general=[_pattern(spec.general_config, "validation")])
+
+
+def _pattern(config: str | None, split: str) -> str:
+    return f"{config or 'data'}/{split}-*.parquet"
+
+
+def _parquet(source: Source, config: str | None, split: str, columns: Sequence[str]) -> Iterable[Row]:
+    """The rows of one split of one config of a Hub data set kept as parquet, or of a folder laid out the same.
+
+    columns: which it must have at least.
+    """
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetGenerationError
+    from pyarrow.parquet import read_metadata
+
+    repo, pattern = source.name, _pattern(config, split)
+    files = sorted(str(path) for path in source.folder([pattern]).glob(pattern))
+    if not files:
+        raise UserError(f"data: {repo} has no {pattern}; mend data.maths or data.general")
+    for file in files:
+        hub.checked_hash(Path(file))
+    try:
+        any_rows = any(read_metadata(file).num_rows for file in files)
+        rows = load_dataset("parquet", data_files=files, split="train") if any_rows else None
+    except (DatasetGenerationError, OSError, ValueError) as error:
+        cause = " ".join(str(error.__cause__ or error).split())[:120]
+        raise UserError(
+            f"data: {repo}: {Path(files[0]).name} is not a whole parquet file ({cause}); fetch or make it again"
+        ) from None
+    if rows is None:
+        raise UserError(f"data: {repo}: {pattern} holds no rows; fetch or make it again")
+    if absent := [name for name in columns if name not in rows.column_names]:
+        raise UserError(f"data: {repo}: {pattern} has no column {absent[0]!r}, only {', '.join(rows.column_names)}")
+    if empty := [name for name in columns if rows.data.column(name).null_count]:
+        raise UserError(f"data: {repo}: {pattern}: some rows have no {empty[0]!r}; leave them out")
+    return rows
+
+
+def _has_answer(row: Row) -> bool:
+    try:
+        return bool(boxed_answer(row["solution"]))
+    except ValueError:
+        return False
+
+
+def _bucket(text: str) -> int:
+    return int.from_bytes(sha256(text.encode()).digest()[:8], "big")

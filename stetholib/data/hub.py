@@ -1,0 +1,214 @@
+"""The Hub: fetch by id and revision into the cache, work from the cache without a network, and say in one line what
+stands in the way.
+
+Everything goes through huggingface_hub, which resumes broken downloads and never leaves a half file under its name.
+Not covered: what the files mean (`models`, `saes`, `texts`).
+"""
+
+import errno
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from stetholib.errors import UserError
+from stetholib.store.files import file_hash
+
+os.environ.setdefault("HF_HUB_DISABLE_XET", "1")  # plain downloads resume where they broke off, which is proved in the tests
+GIB = 2**30
+HASH = re.compile("[0-9a-f]{64}")
+SHARD = re.compile(r"-\d{5}-of-(\d{5})\.")
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+INDEX = "artefact.json"  # the store's own, in a folder of a stage; it holds times, which are no part of what was made
+WEIGHTS = (".safetensors", ".parquet", ".npz")
+MODEL_FILES = ("*.json", "*.safetensors", "tokenizer*", "*.jinja")
+
+
+class HubError(UserError):
+    """What stands between this machine and a repository of the Hub; the message is one line."""
+
+
+def snapshot(repo: str, revision: str | None = None, files: Sequence[str] = MODEL_FILES, kind: str = "model") -> Path:
+    """The folder of a repository's files that match the patterns, fetched where they are not in the cache yet.
+
+    kind: `model` or `dataset`. Raises HubError before anything is fetched where the disk is too small, and where the
+    Hub refuses.
+    """
+    from huggingface_hub import snapshot_download
+
+    with explained(repo, revision, kind):
+        folder = cached_folder(repo, revision, files, kind)
+        if folder is not None and not missing_files(folder, files):
+            return folder
+        check_space(repo, *to_fetch(repo, revision, files, kind)[:1])
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=list(files), repo_type=kind))
+
+
+def cached_folder(repo: str, revision: str | None, files: Sequence[str], kind: str) -> Path | None:
+    """The cache's folder of a repository, as far as it can tell with all files that match; None without one."""
+    from huggingface_hub import snapshot_download
+
+    with suppress(FileNotFoundError):
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=list(files), repo_type=kind, local_files_only=True))
+    return None
+
+
+def missing_files(folder: Path, files: Sequence[str] = ()) -> list[str]:
+    """Weight or table files that a folder should hold and does not, by its index and by names like `-00001-of-00003`.
+
+    files: patterns of what is asked for, each of a table or of a whole folder with a file at least; all there is by
+    default. The cache alone cannot tell: a folder may be there because one small file of it was fetched.
+    """
+    found = (path for pattern in files or ("*.safetensors", "**/*.parquet") for path in folder.glob(pattern))
+    present = {path.name for path in found if path.suffix in WEIGHTS}
+    wanted = set()
+    for index in folder.glob("*.safetensors.index.json"):
+        wanted |= set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    for name in present:
+        if shard := SHARD.search(name):
+            count = int(shard[1])
+            wanted |= {SHARD.sub(f"-{part:05d}-of-{count:05d}.", name) for part in _numbered(name, count)}
+    large = [pattern for pattern in files if pattern.endswith((".parquet", "/*"))]
+    unmatched = [pattern for pattern in large if not any(path.suffix in WEIGHTS for path in folder.glob(pattern))]
+    return sorted(wanted - present) or unmatched or ([] if present else ["*.safetensors or *.parquet"])
+
+
+def _numbered(name: str, count: int) -> range:
+    """Shards of weights are counted from one, those of tables from nought."""
+    return range(1, count + 1) if name.endswith(".safetensors") else range(count)
+
+
+def to_fetch(repo: str, revision: str | None = None, files: Sequence[str] = MODEL_FILES, kind: str = "model") -> tuple[int, int]:
+    """(bytes still to be fetched, bytes in all) of a repository's files that match; asks the Hub for their sizes."""
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import DryRunError
+
+    try:
+        found: list[Any] = snapshot_download(repo, revision=revision, allow_patterns=list(files), repo_type=kind, dry_run=True)
+    except DryRunError:
+        HfApi().repo_info(repo, revision=revision, repo_type=kind)  # says what the dry run keeps to itself
+        raise
+    return sum(f.file_size for f in found if f.will_download), sum(f.file_size for f in found)
+
+
+def file(repo: str, name: str, revision: str | None = None) -> Path:
+    """One file of a repository, from the cache or the Hub."""
+    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
+
+    with explained(repo, revision):
+        try:
+            return Path(hf_hub_download(repo, name, revision=revision, local_files_only=True))
+        except FileNotFoundError:
+            check_network(repo)
+            check_space(repo, get_hf_file_metadata(hf_hub_url(repo, name, revision=revision)).size or 0)
+            return Path(hf_hub_download(repo, name, revision=revision))
+
+
+def check_access(repo: str, revision: str | None = None) -> None:
+    """Refuse a gated repository whose files this token may not have, though its sizes are shown to all."""
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+
+    with explained(repo, revision):
+        get_hf_file_metadata(hf_hub_url(repo, "config.json", revision=revision))
+
+
+def checked_hash(path: Path) -> str:
+    """SHA-256 of a file; one of the Hub's cache that is named by its own must have it. Raises HubError where it has not."""
+    real = path.resolve()
+    found = file_hash(real)
+    if HASH.fullmatch(real.name) and found != real.name:
+        raise HubError(f"{path}: its bytes are not those that the Hub gave; delete {real} and run again")
+    return found
+
+
+def files_key(folder: Path, *patterns: str) -> list[str]:
+    """`name sha256` of a folder's files that match, sorted. Raises HubError where one of the Hub's cache was altered."""
+    found = {path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
+    return [f"{path.name} {checked_hash(path)}" for path in sorted(found) if path.name != INDEX]
+
+
+def full_disk(said: str) -> bool:
+    """Whether a library's words mean a full disk; safetensors writes `os error 28` where Python says `[Errno 28]`."""
+    return any(f"[Errno {number}]" in said or f"os error {number})" in said for number in DISK_FULL)
+
+
+def check_network(repo: str) -> None:
+    """Refuse at once where the Hub does not answer; its client would try again for half a minute."""
+    from huggingface_hub import get_session
+    from huggingface_hub.constants import ENDPOINT
+    from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
+
+    try:
+        get_session().get(ENDPOINT, timeout=10)
+    except OfflineModeIsEnabled:
+        raise HubError(_offline(repo)) from None
+    except HTTPError as error:
+        raise HubError(
+            f"{repo} is not in the cache and the Hub cannot be reached at {ENDPOINT} ({_first_line(error)}); connect to the network"
+        ) from None
+
+
+def check_space(repo: str, wanted: int) -> None:
+    """Refuse to begin a download that the cache's disk cannot hold."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    place = existing(Path(HF_HUB_CACHE))
+    free = shutil.disk_usage(place).free
+    if wanted > free:
+        raise HubError(
+            f"{repo}: {wanted / GIB:.1f} GiB are to be fetched into {place} but {free / GIB:.1f} GiB are free; "
+            f"free {(wanted - free) / GIB:.1f} GiB, or set HF_HOME to a larger disk"
+        )
+
+
+def existing(path: Path) -> Path:
+    """A folder that is to be, or the nearest one above it that is."""
+    # os.path's, since Path's own raises where it may not look
+    return next(place for place in (path, *path.parents) if os.path.exists(place))
+
+
+@contextmanager
+def explained(repo: str, revision: str | None = None, kind: str = "model") -> Iterator[None]:
+    """Turn what the Hub and the disk say into one line with the page to visit or the space to free."""
+    page = f"https://huggingface.co/{'datasets/' if kind == 'dataset' else ''}{repo}"
+    from huggingface_hub import errors, get_token
+
+    try:
+        yield
+    except errors.OfflineModeIsEnabled:
+        raise HubError(_offline(repo)) from None
+    except errors.GatedRepoError:
+        if get_token() is None:
+            raise HubError(
+                f"{repo} is gated and there is no Hugging Face token; accept its licence at {page}, then run `hf auth login` "
+                "or set HF_TOKEN"
+            ) from None
+        raise HubError(f"{repo} is gated and this token's account has not accepted its licence; do so at {page}") from None
+    except errors.RevisionNotFoundError:
+        raise HubError(f"{repo} has no revision {revision!r}; see {page}/commits/main") from None
+    except errors.RepositoryNotFoundError:
+        raise HubError(f"{repo} is not on the Hub, or this token may not see it; see {page}") from None
+    except errors.RemoteEntryNotFoundError as error:
+        raise HubError(f"{repo} lacks a file: {_first_line(error)}") from None
+    except (errors.LocalEntryNotFoundError, errors.HTTPError, errors.DryRunError) as error:
+        raise HubError(
+            f"{repo} is not whole in the cache and the Hub cannot be reached ({_first_line(error)}); "
+            "connect to the network and run the same command again: what was fetched is kept"
+        ) from None
+    except OSError as error:
+        if error.errno not in DISK_FULL:
+            raise
+        raise HubError(f"{repo}: the disk is full; free some space or set HF_HOME to a larger disk, then run again") from None
+
+
+def _offline(repo: str) -> str:
+    return f"{repo} is not whole in the cache and HF_HUB_OFFLINE is set; unset it to fetch what is missing"
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines or [type(error).__name__])[0][:160]

@@ -1,0 +1,51 @@
+"""The miniature's tokenizer: whole words, one digit a token, runs of signs, and a lossless round trip.
+
+The two halves of the closing sentence that the harness looks for are one token each, so that answers stay short.
+
+Special tokens have Gemma's names and ids (`<pad>` 0, `<eos>` 1, `<bos>` 2, `<unk>` 3) and, as Gemma's does, the
+tokenizer opens every text with `<bos>`.
+"""
+
+from collections import Counter
+from itertools import islice
+
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from stetholib.data.mini import problems, stories
+
+SPECIALS = ("<pad>", "<eos>", "<bos>", "<unk>")
+PATTERN = (
+    r"\nFinal Answer: The final answer is \$|\$\. I hope it is correct\.|\nSolution:|Problem:\n"
+    r"| ?\\[a-z]+\{?| ?[A-Za-z]+| ?\d| ?(?:(?!\$\. I hope)[^\sA-Za-z\d\\])+|\\|\n| "
+)
+SCAFFOLD = "Problem:\nWhat\n\nSolution: So\nFinal Answer: The final answer is $1$. I hope it is correct.\n"
+
+
+def corpus_texts(count: int) -> list[str]:
+    """`count` problems with solutions and as many stories of the training split, and the harness's scaffold."""
+    rows = islice(problems.stream("train", seed=0), count)
+    texts = [row["problem"] + "\n\nSolution: " + row["solution"] for row in rows]
+    return [SCAFFOLD, *texts, *stories.generate(count, seed=0, split="train")]
+
+
+def build(max_length: int = 512) -> PreTrainedTokenizerFast:
+    """Build the tokenizer from the world's own texts; the vocabulary is sorted, so the result is the same each time."""
+    splitter = pre_tokenizers.Split(Regex(PATTERN), behavior="isolated")
+    words = Counter(word for text in corpus_texts(20_000) for word, _ in splitter.pre_tokenize_str(text))
+    digits = {prefix + str(digit) for prefix in ("", " ") for digit in range(10)}
+    vocabulary = {token: index for index, token in enumerate((*SPECIALS, *sorted(set(words) | digits)))}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = splitter
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 2)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token="<eos>",
+        bos_token="<bos>",
+        unk_token="<unk>",
+        padding_side="left",
+        model_max_length=max_length,
+        clean_up_tokenization_spaces=False,
+    )

@@ -1,0 +1,130 @@
+"""A sparse autoencoder as a dictionary of plain tensors, its random double, and what both explain of activations.
+
+JumpReLU encoding, as Gemma Scope publishes it and as SAELens' other architectures are saved for inference. Not covered:
+training or loading SAEs (`adapters.saes`).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import inf
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from stetholib.errors import UserError
+
+CELLS = 2**26
+CLEARLY = 0.8  # neighbouring blocks are alike; a shifted SAE explains its true one far better than this
+L0_RANGE = 3.0  # an SAE on its own site keeps its L0 within this factor on other text
+
+
+@dataclass(frozen=True)
+class Dictionary:
+    """The weights of one SAE. `a = relu(pre) * (pre > threshold)`, `pre = x @ W_enc + b_enc`; decode `a @ W_dec + b_dec`."""
+
+    W_enc: Float[Tensor, "d_model d_sae"]
+    b_enc: Float[Tensor, " d_sae"]
+    W_dec: Float[Tensor, "d_sae d_model"]
+    b_dec: Float[Tensor, " d_model"]
+    threshold: Float[Tensor, " d_sae"]
+
+    def encode(self, x: Float[Tensor, "token d_model"]) -> Float[Tensor, "token d_sae"]:
+        """Feature activations."""
+        pre = x @ self.W_enc + self.b_enc
+        return torch.relu(pre) * (pre > self.threshold)
+
+    def decode(self, acts: Float[Tensor, "token d_sae"]) -> Float[Tensor, "token d_model"]:
+        """The reconstruction."""
+        return acts @ self.W_dec + self.b_dec
+
+    @property
+    def d_sae(self) -> int:
+        """How many features."""
+        return self.W_dec.shape[0]
+
+
+def pieces(x: Float[Tensor, "token d_model"], d_sae: int) -> tuple[Float[Tensor, "token d_model"], ...]:
+    """Activations in parts whose feature activations take about a quarter of a gibibyte."""
+    return x.split(max(1, CELLS // d_sae))
+
+
+def random_dictionary(x: Float[Tensor, "token d_model"], d_sae: int, l0: float, seed: int) -> Dictionary:
+    """A dictionary of random unit directions with the same shape and the same L0 on `x`: the instrument's zero.
+
+    Encoder and decoder are tied, inputs are centred on the mean of `x`, one threshold sets the L0, and the decoder
+    carries the one gain that reconstructs `x` best, so that its FVU is the best such a dictionary can reach.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    directions = torch.nn.functional.normalize(torch.randn(d_sae, x.shape[1], generator=generator), dim=1).to(x.device)
+    mean, some = x.mean(0), pieces(x, d_sae)[0]
+    pre = (some - mean) @ directions.T
+    rank = max(1, min(pre.numel() - 1, round(l0 * len(some))))
+    cut = pre.flatten().topk(rank + 1).values[-1].clamp(min=0)
+    draft = Dictionary(directions.T, -mean @ directions.T, directions, mean, cut.expand(d_sae).contiguous())
+    guesses = [(draft.encode(part) @ directions, part - mean) for part in pieces(x, d_sae)]
+    size = sum((guess.square().sum() for guess, _ in guesses), torch.tensor(0))
+    gain = sum((guess * part).sum() for guess, part in guesses) / size.clamp(min=1e-12)
+    return Dictionary(draft.W_enc, draft.b_enc, directions * gain, mean, draft.threshold)
+
+
+@dataclass(frozen=True)
+class SelfTest:
+    """What an SAE does on the model's own activations: fraction of variance unexplained, L0, share of features that fire,
+    and the largest feature activation."""
+
+    fvu: float
+    l0: float
+    alive: float
+    largest: float
+
+
+def self_test(dictionary: Dictionary, x: Float[Tensor, "token d_model"]) -> SelfTest:
+    """FVU is 0 for a perfect reconstruction and 1 for always answering the mean; L0 is active features a token."""
+    residual, active, largest = 0.0, 0, -inf
+    alive = torch.zeros(dictionary.d_sae, dtype=torch.bool, device=x.device)
+    for part in pieces(x, dictionary.d_sae):
+        acts = dictionary.encode(part)
+        residual += float((part - dictionary.decode(acts)).double().square().sum())
+        active += int((acts > 0).sum())
+        alive |= (acts > 0).any(0)
+        value = float(acts.max())
+        largest = max(largest, value) if value == value else value  # NaN is handed on
+    total = float((x - x.mean(0)).double().square().sum())
+    return SelfTest(residual / total, active / len(x), float(alive.double().mean()), largest)
+
+
+def check_width(layer: int, dictionary: Dictionary, x: Float[Tensor, "token d_model"]) -> None:
+    """Refuse an SAE of a residual stream of another width."""
+    if (width := dictionary.W_dec.shape[1]) != x.shape[1]:
+        raise UserError(
+            f"SAE of layer {layer}: it reads a stream of width {width}, the model's is {x.shape[1]}; it is of another model, mend sae.release"
+        )
+
+
+def check_fires(layer: int, found: SelfTest) -> None:
+    """Refuse an SAE that hears nothing."""
+    if not found.largest > 0 and found.largest == found.largest:
+        raise UserError(
+            f"SAE of layer {layer}: no feature fires on these texts; it is of another model or site, mend sae.release"
+        )
+
+
+def check_site(layer: int, own: float, neighbours: Mapping[int, float], l0: float, expected_l0: float | None) -> None:
+    """Refuse an SAE that cannot be this block's: one that explains a neighbour clearly better, or whose L0 is far from its own.
+
+    own, neighbours: FVU of the same SAE on the same tokens at this block, and at those before and after; expected_l0:
+    what its registry says, if anything.
+    """
+    better = {at: fvu for at, fvu in neighbours.items() if fvu < CLEARLY * own}
+    if better:
+        at = min(better, key=better.__getitem__)
+        raise UserError(
+            f"SAE of layer {layer}: it explains layer {at} better than its own (unexplained {better[at]:.2f} against "
+            f"{own:.2f}); the set is shifted or of another model, mend sae.release or sae.sae_id"
+        )
+    if expected_l0 and not expected_l0 / L0_RANGE <= l0 <= expected_l0 * L0_RANGE:
+        raise UserError(
+            f"SAE of layer {layer}: {l0:.1f} features fire a token, its registry says {expected_l0:g}; "
+            "another release, site or model, mend sae.release or sae.sae_id"
+        )

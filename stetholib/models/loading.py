@@ -1,0 +1,93 @@
+"""A causal language model with its tokenizer, loaded from a folder: weights from safetensors only, whole and finite.
+
+Not covered: fetching (`data.hub`), names of weights (`models.weights`), what runs through a model (`models.streams`).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from stetholib.models.weights import Checkpoint, Key, ModelError, norm_gains, weight_names
+
+
+@dataclass(frozen=True)
+class LanguageModel:
+    """A causal language model with its tokenizer, in evaluation mode on its device."""
+
+    model: Any  # transformers puts its methods on a class that it picks at run time
+    tokenizer: Any
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.model.parameters()).device
+
+    @property
+    def context(self) -> int | None:
+        """The longest sequence it was made for, in tokens; None where its configuration does not say."""
+        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+
+
+def load(folder: Path, dtype: str = "float32", device: str = "cpu", attention: str = "eager") -> LanguageModel:
+    """Load a model and its tokenizer from a local folder, weights from safetensors only.
+
+    attention: `eager`, faster at the miniature's size, or `sdpa`, PyTorch's fused kernels, which need less memory.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    check_stored(Checkpoint(folder))
+    if not (Path(folder) / "config.json").is_file():
+        raise ModelError(f"model {folder}: there is no config.json; give a folder as transformers saves it, or a Hub id")
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=getattr(torch, dtype),
+        attn_implementation=attention,
+        local_files_only=True,
+        use_safetensors=True,
+        ignore_mismatched_sizes=True,  # they are refused below, in one line
+        output_loading_info=True,
+    )
+    model, info = loaded
+    for what, said in (
+        ("mismatched_keys", "has another shape than the configuration says"),
+        ("missing_keys", "is missing from the checkpoint"),
+        ("unexpected_keys", "is not a weight of this architecture"),
+    ):
+        if odd := sorted(info[what], key=str):
+            name = odd[0] if isinstance(odd[0], str) else odd[0][0]
+            raise ModelError(f"model {folder}: {name} {said}; take the checkpoint as it was released, or save it again")
+    check_finite({f"model {folder}: {name}": weight for name, weight in model.named_parameters()})
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, padding_side="left")
+    except (OSError, ValueError, KeyError) as error:
+        said = " ".join(str(error).split())[:120]
+        raise ModelError(f"model {folder}: its tokenizer cannot be read ({said}); save it into the same folder") from None
+    if tokenizer.pad_token is None:  # padding is masked, so any token will do
+        tokenizer.pad_token = tokenizer.eos_token
+    return LanguageModel(model.to(device).eval().requires_grad_(False), tokenizer)
+
+
+def check_stored(checkpoint: Checkpoint) -> None:
+    """Refuse weights in float16, which Gemma 3's activations overflow, and any checkpoint whose blocks are incomplete."""
+    for name in weight_names(checkpoint).values():
+        if checkpoint.dtype(name) == "F16":
+            raise ModelError(f"model {checkpoint.folder}: {name} is float16, which overflows; use float32 or bfloat16 weights")
+
+
+def check_finite(tensors: Mapping[str, Tensor]) -> None:
+    """Refuse NaN and Inf, by the name of what holds them."""
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise ModelError(f"{name} holds NaN or Inf; check the weights and model.dtype (float16 would overflow)")
+
+
+def gains_of(base: LanguageModel) -> dict[Key, Float[Tensor, " d_model"]]:
+    """The gains between a model's matrices and the residual stream (`weights.norm_gains`)."""
+    return norm_gains(base.model)

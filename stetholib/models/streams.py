@@ -1,0 +1,176 @@
+"""What runs through a model: texts as batches of tokens, taps on the residual stream, and losses."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from stetholib.models.loading import LanguageModel, check_finite
+from stetholib.models.weights import ModelError, decoder_blocks
+
+Watch = Callable[[Sequence[Any], str], Iterable[Any]]  # (items, label) -> the items, with progress shown or not
+
+
+def unwatched(items: Sequence[Any], label: str) -> Iterable[Any]:
+    """Iterate and say nothing."""
+    return items
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Left-aligned token ids with their mask; `scored` marks the tokens whose loss, or features, count."""
+
+    documents: tuple[int, ...]
+    input_ids: Int[Tensor, "doc seq"]
+    attention_mask: Int[Tensor, "doc seq"]
+    scored: Int[Tensor, "doc seq"]
+
+
+@contextmanager
+def residual_stream(model: nn.Module) -> Iterator[dict[int, Float[Tensor, "doc seq d_model"]]]:
+    """Tap the residual stream: inside, every forward pass fills the dict with each block's output.
+
+    The block's own output is what Gemma Scope's SAEs read; `hidden_states[-1]` would be after the final norm.
+    """
+    taken: dict[int, Tensor] = {}
+    hooks = []
+    for layer, block in enumerate(decoder_blocks(model)):
+
+        def keep(module: nn.Module, args: tuple, output: Any, layer: int = layer) -> None:
+            taken[layer] = output[0] if isinstance(output, tuple) else output
+
+        hooks.append(block.register_forward_hook(keep))
+    try:
+        yield taken
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def tokenize(model: LanguageModel, texts: Sequence[tuple[str, str]], max_tokens: int) -> list[tuple[list[int], int]]:
+    """Token ids of each (context, scored text) pair and how many of them are context, BOS exactly once.
+
+    Raises where the tokenizer adds no BOS, or a second one. Texts are cut at `max_tokens`.
+    """
+    tokenizer = model.tokenizer
+    pairs = []
+    for context, text in texts:
+        ids = tokenizer(context + text).input_ids
+        held = tokenizer(context).input_ids
+        if ids[0] != tokenizer.bos_token_id or ids[:2].count(tokenizer.bos_token_id) != 1:
+            raise ModelError(f"tokenizer: a text must open with {tokenizer.bos_token} exactly once, got ids {ids[:3]}")
+        shared = next((i for i, (a, b) in enumerate(zip(held, ids, strict=False)) if a != b), min(len(held), len(ids)))
+        pairs.append((ids[:max_tokens], min(shared, max_tokens)))
+    return pairs
+
+
+def batches(pairs: Sequence[tuple[list[int], int]], batch_tokens: int, device: torch.device | str) -> list[Batch]:
+    """Padded batches of at most `batch_tokens` tokens, texts of like length together; order is by length, then index."""
+    order = sorted(range(len(pairs)), key=lambda i: (len(pairs[i][0]), i))
+    groups: list[list[int]] = []
+    for index in order:
+        if groups and (len(groups[-1]) + 1) * len(pairs[index][0]) <= batch_tokens:
+            groups[-1].append(index)
+        else:
+            groups.append([index])
+    return [_batch(pairs, group, device) for group in groups]
+
+
+def _batch(pairs: Sequence[tuple[list[int], int]], group: list[int], device: torch.device | str) -> Batch:
+    width = max(len(pairs[i][0]) for i in group)
+    ids, mask, scored = (torch.zeros(len(group), width, dtype=torch.long) for _ in range(3))
+    for row, index in enumerate(group):
+        tokens, context = pairs[index]
+        ids[row, : len(tokens)] = torch.tensor(tokens)
+        mask[row, : len(tokens)] = 1
+        scored[row, max(context, 1) : len(tokens)] = 1
+    return Batch(tuple(group), ids.to(device), mask.to(device), scored.to(device))
+
+
+def run_blocks(model: nn.Module, batch: Batch) -> None:
+    """A forward pass for what the taps of `residual_stream` take: logits of the last position only."""
+    model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False, logits_to_keep=1)
+
+
+def token_losses(model: nn.Module, batch: Batch) -> Float[Tensor, "doc seq"]:
+    """Cross-entropy of each scored token, in nats; zero elsewhere. Position t is the loss of predicting token t."""
+    logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
+    losses = nn.functional.cross_entropy(logits[:, :-1].float().transpose(1, 2), batch.input_ids[:, 1:], reduction="none")
+    return nn.functional.pad(losses, (1, 0)) * batch.scored
+
+
+@torch.no_grad()
+def document_losses(model: nn.Module, pool: Sequence[Batch]) -> tuple[Float[Tensor, " doc"], Float[Tensor, " doc"]]:
+    """Summed loss (nats) and number of scored tokens of every document, in document order."""
+    total = sum(len(batch.documents) for batch in pool)
+    losses, counts = torch.zeros(total, dtype=torch.float64), torch.zeros(total, dtype=torch.float64)
+    for batch in pool:
+        where = torch.tensor(batch.documents)
+        losses[where] = token_losses(model, batch).sum(1).double().cpu()
+        counts[where] = batch.scored.sum(1).double().cpu()
+    return losses, counts
+
+
+def mean_loss(model: nn.Module, pool: Sequence[Batch]) -> float:
+    """Mean loss over all scored tokens, in nats a token."""
+    losses, counts = document_losses(model, pool)
+    return float(losses.sum() / counts.sum())
+
+
+@torch.no_grad()
+def residual_batches(
+    base: LanguageModel,
+    pairs: Sequence[tuple[list[int], int]],
+    batch_tokens: int,
+    layers: Iterable[int],
+    watch: Watch = unwatched,
+    label: str = "",
+) -> Iterator[tuple[Batch, Int[Tensor, " token"], dict[int, Float[Tensor, "token d_model"]]]]:
+    """Run texts through a model: (batch, document of each content token, residual stream after each of the layers).
+
+    Streams are in float32. Raises ModelError where one holds NaN or Inf.
+    """
+    wanted = list(layers)
+    with residual_stream(base.model) as taken:
+        for batch in watch(batches(pairs, batch_tokens, base.device), label):
+            run_blocks(base.model, batch)
+            keep = batch.scored.bool()
+            check_finite({f"the output of layer {layer}": taken[layer][keep] for layer in wanted})
+            document = torch.tensor(batch.documents, device=keep.device).unsqueeze(1).expand_as(keep)[keep]
+            yield batch, document, {layer: taken[layer][keep].float() for layer in wanted}
+
+
+def gradient_moments(
+    base: LanguageModel, texts: Sequence[tuple[str, str]], max_tokens: int, batch_tokens: int, *, watch: Watch = unwatched
+) -> dict[int, Float[Tensor, "d_model d_model"]]:
+    """Second moments of the loss gradient at each layer's output, in float64; texts are (prompt, scored solution)."""
+    pool = batches(tokenize(base, texts, max_tokens), batch_tokens, base.device)
+    moments: dict[int, Tensor] = {}
+    embedding = base.model.get_input_embeddings().weight
+    embedding.requires_grad_(True)
+    try:
+        for batch in watch(pool, "03 gradients"):
+            with residual_stream(base.model) as taken:
+                loss = token_losses(base.model, batch).sum()
+            layers = sorted(taken)
+            for layer, grad in zip(layers, torch.autograd.grad(loss, [taken[layer] for layer in layers]), strict=True):
+                g = grad[batch.attention_mask.bool()].double().cpu()
+                check_finite({f"the loss gradient at layer {layer}": g})
+                moments[layer] = moments.get(layer, torch.zeros((), dtype=torch.float64)) + g.T @ g
+    finally:
+        embedding.requires_grad_(False)
+    return moments
+
+
+def text_loss(base: LanguageModel, texts: Sequence[str], max_tokens: int, batch_tokens: int) -> float:
+    """Mean loss on plain texts, nats a token."""
+    return mean_loss(base.model, pool_of(base, [("", text) for text in texts], max_tokens, batch_tokens))
+
+
+def pool_of(base: LanguageModel, texts: Sequence[tuple[str, str]], max_tokens: int, batch_tokens: int) -> list[Batch]:
+    """Texts, each (context, scored text), in batches on the model's device."""
+    return batches(tokenize(base, texts, max_tokens), batch_tokens, base.device)

@@ -1,0 +1,142 @@
+"""Weights by their canonical names: the seven matrices of each block, the norms beside them, and checkpoints on disk.
+
+A weight's canonical name is `(layer, matrix)`, with matrix one of q, k, v, o, gate, up, down. It is the same for a
+text-only Gemma 3, for the language half of `Gemma3ForConditionalGeneration` and for the Llama family. Everything
+that is not one of these seven (embeddings, norms, biases, a vision tower) is never edited here.
+"""
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from hashlib import sha256
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Float
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from stetholib.data.hub import missing_files
+from stetholib.errors import UserError
+
+Key = tuple[int, str]
+if TYPE_CHECKING:
+    Weights = Mapping[Key, Tensor]  # each [d_out, d_in]
+else:  # whoever checks types at run time would look into it, and compute a matrix of a lazy one
+    Weights = Mapping
+READERS = ("q", "k", "v", "gate", "up")
+WRITERS = ("o", "down")
+MATRICES = READERS + WRITERS
+SIDE = {matrix: "reader" if matrix in READERS else "writer" for matrix in MATRICES}
+BLOCK_WEIGHT = re.compile(r"(?:^|\.)layers\.(\d+)\.(?:self_attn|mlp)\.(q|k|v|o|gate|up|down)_proj\.weight$")
+NORM_WEIGHT = re.compile(r"(?:^|\.)layers\.(\d+)\.(\w+_layernorm)\.weight$")
+# The RMSNorm that stands between each matrix and the residual stream, by architecture. Gemma 3 stores its gains
+# minus one and normalises what a writer wrote as well; Llama does neither.
+GEMMA_NORMS = dict.fromkeys("qkv", "input_layernorm") | dict.fromkeys(("gate", "up"), "pre_feedforward_layernorm")
+GEMMA_NORMS |= {"o": "post_attention_layernorm", "down": "post_feedforward_layernorm"}
+LLAMA_NORMS = dict.fromkeys("qkv", "input_layernorm") | dict.fromkeys(("gate", "up"), "post_attention_layernorm")
+
+
+class ModelError(UserError):
+    """A model or checkpoint that cannot be used; its message is one line."""
+
+
+def weight_names(names: Iterable[str]) -> dict[Key, str]:
+    """Map `(layer, matrix)` to the name it has in a checkpoint or module; raises where a block is incomplete."""
+    found: dict[Key, str] = {}
+    for name in names:
+        match = BLOCK_WEIGHT.search(name)
+        if match is None or "vision" in name:
+            continue
+        where = (int(match[1]), match[2])
+        if where in found:
+            raise ModelError(f"weights: {found[where]} and {name} both claim to be {where[1]} of layer {where[0]}")
+        found[where] = name
+    layers = 1 + max((layer for layer, _ in found), default=-1)
+    missing = [(layer, matrix) for layer in range(layers) for matrix in MATRICES if (layer, matrix) not in found]
+    if missing or not found:
+        what = f"{missing[0][1]}_proj of layer {missing[0][0]} is missing" if missing else "no decoder block was found"
+        raise ModelError(f"weights: {what}; expected names like model.layers.0.self_attn.q_proj.weight")
+    return dict(sorted(found.items()))
+
+
+def edit_weights(model: nn.Module) -> dict[Key, Tensor]:
+    """The seven matrices of each block, by canonical name; views, not copies."""
+    parameters = dict(model.named_parameters())
+    return {where: parameters[name] for where, name in weight_names(parameters).items()}
+
+
+def norm_gains(model: nn.Module) -> dict[Key, Float[Tensor, " d_model"]]:
+    """The gain between each matrix and the residual stream, 1 + w for Gemma and w for Llama; ones where none stands."""
+    parameters = dict(model.named_parameters())
+    gains = {(int(m[1]), m[2]): p for name, p in parameters.items() if (m := NORM_WEIGHT.search(name)) and "vision" not in name}
+    gemma = (0, "pre_feedforward_layernorm") in gains
+    norms = GEMMA_NORMS if gemma else LLAMA_NORMS
+    width = gains[0, "input_layernorm"].shape[0]
+    found = {}
+    for layer, matrix in weight_names(parameters):
+        stored = gains[layer, norms[matrix]].detach().float() if matrix in norms else torch.ones(width)
+        found[layer, matrix] = stored + 1 if gemma else stored
+    return found
+
+
+def decoder_blocks(model: nn.Module) -> nn.ModuleList:
+    """The decoder blocks, in order."""
+    first = weight_names(name for name, _ in model.named_parameters())[0, "q"]
+    blocks = model.get_submodule(first.rsplit(".0.self_attn", 1)[0])
+    assert isinstance(blocks, nn.ModuleList)
+    return blocks
+
+
+def weight_hash(model: nn.Module) -> str:
+    """SHA-256 over every parameter's name and bytes: equal only when nothing at all differs."""
+    digest = sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        digest.update(name.encode())
+        digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+class Checkpoint(Mapping[str, Tensor]):
+    """The tensors of a folder's safetensors files, read one at a time when asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        """Index the folder's tensors by name without reading them."""
+        self.folder = Path(folder)
+        self._file: dict[str, Path] = {}
+        if absent := missing_files(self.folder):
+            raise ModelError(f"checkpoint {folder}: {absent[0]} is missing; weights are read from safetensors only")
+        for path in sorted(self.folder.glob("*.safetensors")):
+            try:
+                with safe_open(path, framework="pt") as handle:
+                    for name in handle.keys():  # noqa: SIM118 - not a dict
+                        self._file[name] = path
+            except SafetensorError as error:
+                raise ModelError(
+                    f"checkpoint {path}: it is not a whole safetensors file ({error}); fetch or save it again"
+                ) from None
+
+    def __getitem__(self, name: str) -> Tensor:
+        with safe_open(self._file[name], framework="pt") as handle:
+            return handle.get_tensor(name)
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Part of a tensor along its first dimension; what lies outside is not read."""
+        with safe_open(self._file[name], framework="pt") as handle:
+            return handle.get_slice(name)[start:stop]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """A tensor's shape, without reading it."""
+        with safe_open(self._file[name], framework="pt") as handle:
+            return tuple(handle.get_slice(name).get_shape())
+
+    def dtype(self, name: str) -> str:
+        """A tensor's dtype as safetensors names it (F32, BF16, F16), without reading it."""
+        with safe_open(self._file[name], framework="pt") as handle:
+            return str(handle.get_slice(name).get_dtype())
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._file)
+
+    def __len__(self) -> int:
+        return len(self._file)

@@ -1,0 +1,139 @@
+"""What all figures share: one look for one thing, the project's style, and how a figure is opened, signed and saved.
+
+Colours are Okabe and Ito's, which survive colour blindness, and every series has a marker or dash of its own.
+Chance and ceiling are drawn wherever they exist.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from io import BytesIO
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.figure import Figure
+
+BLACK, ORANGE, SKY, GREEN, BLUE, RED, PURPLE = ["#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7"]
+GREY, PALE = "#8C8C8C", "#D9D9D9"
+
+
+class Look(NamedTuple):
+    """How a thing is named and drawn, in whichever figure it stands."""
+
+    name: str
+    colour: str
+    marker: str
+    dash: str = "-"
+
+
+BASES = {
+    "own_svd_matrix": Look("best for each matrix", GREEN, "^", "--"),
+    "own_svd": Look("best for each side (ceiling)", GREEN, "o"),
+    "gradient_pca": Look("gradient components", PURPLE, "D"),
+    "activation_pca": Look("activation components", BLUE, "s"),
+    "sae_decoder": Look("SAE decoder (the scalpel)", ORANGE, "o"),
+    "sae_encoder": Look("SAE encoder", ORANGE, "v", "--"),
+    "random": Look("random subspaces", GREY, "x", ":"),
+}
+CONTRASTS = {"corpus": Look("all tokens", RED, "o"), "matched": Look("matched words", BLUE, "s")}
+SELECTORS = {
+    "greedy": Look("greedy", GREEN, "*"),
+    "stethoscope": Look("stethoscope", RED, "o"),
+    "stethoscope_matched": Look("stethoscope matched", BLUE, "s"),
+    "largest_norm": Look("largest norm", ORANGE, "D"),
+    "small_step": Look("small step", PURPLE, "P"),
+    "middle": Look("middle", SKY, "^"),
+    "last": Look("last", BLACK, ">"),
+    "least_specific": Look("least specific", GREY, "v"),
+}
+VARIANTS = SELECTORS | {
+    "base": Look("base", GREY, "x"),
+    "full": Look("whole vector", GREEN, "D"),
+    "scalpel": Look("scalpel", ORANGE, "^"),
+}
+STYLE: Any = {
+    "figure.dpi": 110,
+    "savefig.dpi": 150,
+    "font.size": 10,
+    "axes.titlesize": 11,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#E5E5E5",
+    "axes.axisbelow": True,
+    "legend.frameon": False,
+    "legend.fontsize": 8.5,
+    "svg.hashsalt": "stetholib",
+    "svg.fonttype": "none",
+    "figure.constrained_layout.use": True,
+}
+
+
+def panels(columns: int = 1, rows: int = 1, width: float = 6.4, height: float = 3.8, **options: Any) -> tuple[Figure, Any]:
+    """A figure with a grid of axes in the project's style."""
+    mpl.rcParams.update(STYLE)
+    return plt.subplots(rows, columns, figsize=(width * columns, height * rows), **options)
+
+
+def labelled(figure: Figure, title: str) -> Figure:
+    """Say in the figure itself whose numbers it shows."""
+    figure.text(0.995, -0.005, f"Ours, {title}", ha="right", va="top", fontsize=8, color=GREY)
+    return figure
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write PNG or SVG, by the path's ending, without dates, so that the same figure gives the same bytes."""
+    buffer, kind = BytesIO(), path.suffix.removeprefix(".")
+    metadata = {"Date": None} if kind == "svg" else {"Software": None}
+    figure.savefig(buffer, format=kind, metadata=metadata, bbox_inches="tight")
+    path.write_bytes(buffer.getvalue())
+
+
+def whole_numbers(ax: Axes) -> Axes:
+    """Layers and worlds are counted in whole numbers."""
+    ax.xaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=True))
+    return ax
+
+
+def percent(axis: Axis, symbol: str = "%") -> None:
+    """Shares of one are read as percentages."""
+    axis.set_major_formatter(mpl.ticker.PercentFormatter(1, decimals=0, symbol=symbol))
+
+
+def rows(names: Iterable[str], ax: Axes) -> Axes:
+    """One row a name, the first on top, also where axes are shared."""
+    words = [name.replace("_", " ") for name in names]
+    ax.set_yticks(range(len(words)), words)
+    ax.set_ylim(len(words) - 0.4, -0.6)
+    return ax
+
+
+def lines(table: pd.DataFrame, x: str, y: str, by: str, looks: Mapping[str, Look], ax: Axes, **options: Any) -> Axes:
+    """One line for each look whose key stands in the column `by`, in the looks' order."""
+    for key, look in looks.items():
+        if len(part := table[table[by] == key]):
+            ax.plot(part[x], part[y], color=look.colour, marker=look.marker, label=look.name, **{"ls": look.dash} | options)
+    return ax
+
+
+def twin_bars(table: pd.DataFrame, colours: Sequence[str], ax: Axes, **axes: Any) -> Axes:
+    """Bars of two kinds side by side, means where a kind has many rows; the second is hatched."""
+    sns.barplot(table, palette=colours, saturation=1, edgecolor="white", errorbar=None, legend=False, ax=ax, **axes)
+    plt.setp(ax.containers[1], hatch="//")
+    return ax
+
+
+def bars_with_zero(values: Mapping[str, float], label: str, ax: Axes, colours: Mapping[str, str] | None = None) -> Axes:
+    """Named horizontal bars around zero, each with its value."""
+    bars = ax.barh(range(len(values)), list(values.values()), color=[(colours or {}).get(name, BLUE) for name in values])
+    ax.bar_label(bars, fmt="{:+.2g}", padding=3, fontsize=8.5)
+    ax.axvline(0, color=BLACK, lw=0.8)
+    ax.margins(x=0.18)
+    rows(values, ax).set(xlabel=label)
+    return ax

@@ -1,0 +1,68 @@
+"""Progress: a bar in a notebook, sparse lines with a time estimate in a log."""
+
+import os
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+from IPython import get_ipython
+from IPython.display import display
+from tqdm import tqdm
+
+T = TypeVar("T")
+
+
+@contextmanager
+def progress_file() -> Iterator[Any]:
+    """Where progress goes: the file that `make reproduce` follows, or None for the notebook's own bar."""
+    name = os.environ.get("STETHOLIB_PROGRESS")
+    if not name:
+        yield None
+        return
+    with open(name, "a", encoding="utf-8") as handle:
+        yield handle
+
+
+def in_notebook() -> bool:
+    """Whether a kernel runs this, so that a front end shows what is displayed."""
+    return hasattr(get_ipython(), "kernel")
+
+
+class Line:
+    """A line of text in a notebook that a bar writes anew and leaves empty: a widget would stay there, and be dead."""
+
+    def __init__(self) -> None:
+        """Nothing is shown before something is written."""
+        self._shown: Any = None
+
+    def write(self, text: str) -> None:
+        """Show this text in the place of the last."""
+        said = {"text/plain": text.strip()}
+        if self._shown is None:
+            self._shown = display(said, raw=True, display_id=True)
+        else:
+            self._shown.update(said, raw=True)
+
+    def flush(self) -> None:
+        """Shown at once as it is."""
+
+
+def progress(items: Iterable[T], label: str, total: int | None = None) -> Iterator[T]:
+    """Iterate with progress and a time estimate: a bar in a notebook, sparse lines in a log."""
+    if total is None:
+        total = len(items)  # type: ignore[arg-type]
+    with progress_file() as log:
+        if log is None:
+            yield from tqdm(items, desc=label, total=total, leave=False, ncols=90, file=Line() if in_notebook() else sys.stderr)
+            return
+        started = said = time.monotonic()
+        for done, item in enumerate(items):
+            now = time.monotonic()
+            if done and now - said > 5:
+                left = (now - started) / done * (total - done)
+                log.write(f"  {label}: {done}/{total}, {now - started:.0f} s, about {left:.0f} s left\n")
+                log.flush()
+                said = now
+            yield item

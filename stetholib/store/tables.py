@@ -1,0 +1,84 @@
+"""The tables that a run leaves, by contract, and the folders of a profile: the only place that knows a path."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from stetholib.errors import UserError
+from stetholib.store.files import atomic, repository
+
+# file stem -> (key columns, further columns); more columns may follow
+CONTRACTS: dict[str, tuple[list[str], list[str]]] = {
+    stem: (keys.split(), columns.split())
+    for stem, keys, columns in (
+        ("01_task_vectors", "layer matrix", "side base_norm delta_norm relative energy_share stable_rank"),
+        ("02_sae_features", "layer contrast", "d_sae l0 fvu fvu_random alive top_feature top_specificity"),
+        ("03_subspace_projection", "layer matrix basis rank sae_layer gains", "side energy_retained energy_sd chance"),
+        (
+            "04_layer_selection",
+            "layer contrast",
+            "score score_random p_value p_max selection_share selected effect_alone effect_left_out",
+        ),
+        ("04_layer_sets", "selector draw", "contrast layers alpha energy loss_change percentile"),
+        (
+            "05_minerva_math",
+            "variant subject",
+            "n correct accuracy stderr math_verify extractable truncated accuracy_given_extractable mean_tokens general_loss",
+        ),
+        (
+            "06_significance",
+            "variant subject",
+            "n base_accuracy accuracy difference ci_low ci_high z p z_pooled gained lost mcnemar_p mcnemar_p_holm "
+            "gain_both_extractable gain_format_bound mde margin verdict",
+        ),
+        ("06_published", "test", "base_correct edited_correct n z p"),
+        ("06_claims", "claim contrast", "statement published measured verdict verdict_strict rule notebook"),
+    )
+}
+
+
+class WorkspaceError(UserError):
+    """Something on disk is not as it must be; the message is one line."""
+
+
+class Workspace:
+    """The folders of one profile."""
+
+    def __init__(self, name: str, root: Path | None = None) -> None:
+        """name: the profile's; root: where `runs/` and `figures/` lie, the repository by default."""
+        self.root = Path(root) if root else repository()
+        self.runs = self.root / "runs" / name
+        self.figures = self.root / "figures" / name
+        self.store, self.records, self.executed = (self.runs / part for part in ("store", "records", "notebooks"))
+
+    def table(self, stem: str, table: pd.DataFrame) -> Path:
+        """Write a contract's table as `figures/<profile>/<stem>.csv`, checked, sorted by key, floats as %.6g."""
+        keys, columns = CONTRACTS[stem]
+        if missing := [name for name in keys + columns if name not in table]:
+            raise WorkspaceError(f"{stem}.csv: column {missing[0]!r} is missing")
+        if table.duplicated(keys).any():
+            raise WorkspaceError(
+                f"{stem}.csv: two rows share the key {table.loc[table.duplicated(keys), keys].iloc[0].to_dict()}"
+            )
+        ordered = keys + columns + [name for name in table if name not in keys + columns]
+        text = table[ordered].sort_values(keys).to_csv(index=False, float_format="%.6g", lineterminator="\n")
+        return self.text(f"{stem}.csv", text)
+
+    def read_table(self, stem: str) -> pd.DataFrame:
+        """A contract's table as written; says which notebook makes it where it is not there."""
+        path = self.figures / f"{stem}.csv"
+        if not path.is_file():
+            raise WorkspaceError(f"{path.relative_to(self.root)} is not there yet; run notebook {stem[:2]} first")
+        return pd.read_csv(path, keep_default_na=True)
+
+    def text(self, name: str, text: str) -> Path:
+        """Write a file into `figures/<profile>/`, whole or not at all."""
+        return self.file(name, lambda path: path.write_text(text, encoding="utf-8"))
+
+    def file(self, name: str, write: Callable[[Path], Any]) -> Path:
+        """Have `write(path)` make a file of `figures/<profile>/`, whole or not at all."""
+        path = self.figures / name
+        atomic(path, write)
+        return path

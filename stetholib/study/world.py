@@ -1,0 +1,172 @@
+"""A world: one profile on one device, with its base model, its texts and its seeds. Everything that steps share."""
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict
+from functools import cache, cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from IPython.display import Markdown
+
+from stetholib.adapters import harness
+from stetholib.commands.environment import LIBRARIES
+from stetholib.data import corpora, hub, source
+from stetholib.data.mini import base as mini_base
+from stetholib.data.prompts import prompt, target
+from stetholib.models.loading import LanguageModel, load
+from stetholib.models.weights import Checkpoint, weight_names
+from stetholib.profiles import Profile, ProfileError
+from stetholib.profiles import load as load_profile
+from stetholib.store.artefacts import Store
+from stetholib.store.code import code_of
+from stetholib.store.files import digest_of
+from stetholib.store.tables import Workspace
+from stetholib.store.values import Input, hashed
+
+
+@cache
+def library_versions() -> dict[str, str]:
+    """Versions of the libraries that results depend on, without local tags."""
+    return {library: version(library).split("+")[0] for library in LIBRARIES}
+
+
+class World:
+    """theta_0, texts and seeds of a profile; one model on a GPU at a time."""
+
+    def __init__(self, profile: Profile, device: str, workspace: Workspace, overrides: Mapping[str, Any]) -> None:
+        """workspace: where its store lies; overrides: what the profile was opened with, for headings."""
+        self.profile, self.device, self.workspace, self.overrides = profile, device, workspace, dict(overrides)
+        self.store = Store(workspace.store, [device, profile.threads, library_versions()])
+        torch.set_num_threads(profile.threads)
+        torch.use_deterministic_algorithms(True, warn_only=device != "cpu")
+
+    @classmethod
+    def open(
+        cls, name: str, overrides: Mapping[str, Any] | None = None, device: str = "cpu", root: Path | None = None
+    ) -> "World":
+        """A profile by name, with single keys overridden; an overridden world keeps its files apart, in the same store."""
+        if device not in ("cpu", "cuda"):
+            raise ProfileError(f"unknown device {device!r}; it is cpu or cuda")
+        if device == "cuda" and not torch.cuda.is_available():
+            raise ProfileError("device cuda: PyTorch sees no CUDA GPU on this machine; use DEVICE=cpu")
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        profile = load_profile(name, dict(overrides or {}))
+        harness.check_subjects(profile.data.subjects, profile.evaluation.task)
+        workspace = Workspace(profile.name, root)
+        if overrides:
+            apart = Workspace(f"{profile.name}-{profile.digest}", root)
+            apart.store, workspace = workspace.store, apart
+        return cls(profile, device, workspace, overrides or {})
+
+    def seed(self, purpose: str) -> int:
+        """A seed of its own for each use of chance, derived from the profile's."""
+        return int(digest_of(self.profile.seed, purpose), 16) % 2**31
+
+    @cached_property
+    def base_folder(self) -> Path:
+        """Where the base model's files are."""
+        return self.folder_of(self.profile.model.base, self.profile.model.revision)
+
+    def folder_of(self, name: str, revision: str | None) -> Path:
+        """A model's files: shipped, in a folder, fetched from the Hub, or an untrained toy made for the tests."""
+        return self.store.made(mini_base.toy).folder if name == "toy" else source.model_folder(name, revision)
+
+    @cached_property
+    def base_key(self) -> str:
+        """Identity of the base model: its name and revision, and the bytes of its files."""
+        return digest_of(asdict(self.profile.model), hub.files_key(self.base_folder, *hub.MODEL_FILES))
+
+    @cached_property
+    def base(self) -> LanguageModel:
+        """theta_0 with its tokenizer."""
+        loaded = self._load(self.base_folder)
+        room, longest = loaded.context, self.profile.data.max_tokens
+        if room is not None and longest > room:
+            raise ProfileError(f"data.max_tokens is {longest}, the model's context is {room}; lower data.max_tokens")
+        return loaded
+
+    @cached_property
+    def model(self) -> Input[LanguageModel]:
+        """theta_0 as an input of stages."""
+        return Input.of(hashed([self.base_key, code_of(load)]), lambda: self.base)
+
+    @cached_property
+    def checkpoint(self) -> Input[Checkpoint]:
+        """theta_0's tensors on disk as an input of stages."""
+        return Input.of(self.base_key, lambda: Checkpoint(self.base_folder))
+
+    def _load(self, folder: Path, dtype: str | None = None) -> LanguageModel:
+        p = self.profile.model
+        return load(folder, dtype or p.dtype, self.device, p.attention)
+
+    def other(self, identity: str, folder: Callable[[], Path], dtype: str | None = None) -> Input[LanguageModel]:
+        """Another model as an input of stages; the base model waits in main memory, since two may not fit on a GPU."""
+        opened: Callable[[], AbstractContextManager[LanguageModel]] = lambda: self._aside(folder(), dtype)  # noqa: E731
+        made_of = [identity, dtype or self.profile.model.dtype, self.profile.model.attention, code_of(load)]
+        return Input(hashed(made_of), opened)
+
+    @contextmanager
+    def _aside(self, folder: Path, dtype: str | None) -> Iterator[LanguageModel]:
+        base: LanguageModel | None = vars(self).get("base")
+        if base:
+            base.model.to("cpu")
+        other = self._load(folder, dtype)
+        try:
+            yield other
+        finally:
+            other.model.to("meta")  # frees the memory even if a caller keeps a reference
+            if base:
+                base.model.to(self.device)
+
+    @cached_property
+    def _names(self) -> dict[tuple[int, str], str]:
+        return weight_names(Checkpoint(self.base_folder))
+
+    @property
+    def layers(self) -> int:
+        """How many layers the model has."""
+        return 1 + max(layer for layer, _ in self._names)
+
+    @cached_property
+    def width(self) -> int:
+        """d_model."""
+        return Checkpoint(self.base_folder).shape(self._names[0, "q"])[1]
+
+    def problems(self, split: str) -> list[corpora.Row]:
+        """Problems of a split; the test split is read by step 05 and after only."""
+        boxed = self.profile.finetune.target == "minerva"
+        return corpora.problems(self.profile.data, split, self.seed("problems"), boxed)
+
+    def per_subject(self, split: str, count: int) -> list[corpora.Row]:
+        """The first `count` problems of each subject; the rows are shuffled, so that is a random subset."""
+        rows = self.problems(split)
+        return [row for subject in self.profile.data.subjects for row in [r for r in rows if r["subject"] == subject][:count]]
+
+    def solved(self, rows: Sequence[corpora.Row]) -> list[tuple[str, str]]:
+        """(prompt, gold solution) of problems, as a fine-tune sees them."""
+        return [(prompt(row["problem"]), target(row["solution"], self.profile.finetune.target)) for row in rows]
+
+    def general(self, split: str, count: int, purpose: str = "general", or_fewer: bool = False) -> list[str]:
+        """General documents of a split."""
+        return corpora.general(self.profile.data, split, count, self.seed(purpose), or_fewer)
+
+
+class Step:
+    """What the six steps have in common: a world, and a heading that says whose numbers these are."""
+
+    def __init__(self, world: World) -> None:
+        """world: what all steps share."""
+        self._world, self._profile, self._store = world, world.profile, world.store
+
+    def heading(self) -> Markdown:
+        """Whose numbers these are, and every override."""
+        p, changed = self._profile, self._world.overrides
+        said = "".join(f"; `{key}` = {value!r}" for key, value in changed.items())
+        tweaked = f" **Overridden**{said.replace(';', ':', 1)}." if changed else ""
+        return Markdown(
+            f"Numbers below are **ours, {p.title}** (profile `{p.name}`, seed {p.seed}), unless they say *Paper*.{tweaked}"
+        )

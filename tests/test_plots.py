@@ -1,0 +1,99 @@
+"""Every plot once, from the committed tables or from a few made-up numbers."""
+
+import inspect
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import ROOT
+
+from stetholib import plots
+from stetholib.models.subspaces import LossSplit, default_rows
+from stetholib.plots import style
+
+FIGURES = {"panels", "labelled", "save"}
+NAMES = {"base": "base", "full": "whole vector", "stethoscope": "stethoscope", "my_own": "a variant of one's own"}
+
+
+def table(stem, folder="mini"):
+    return pd.read_csv(ROOT / "figures" / folder / f"{stem}.csv", keep_default_na=False, na_values=[""])
+
+
+def draw(name, ax):
+    draws = np.linspace(0, 1, 40)
+    effects = pd.DataFrame({"effect": [0.1, 0.4], "power": [0.2, 0.9], "top": [0.3, 1.0], "chance": 0.1})
+    curve = pd.DataFrame({"changed": [60, 242, 370], "z": [6.8, 3.4, 2.8], "unpaired": 3.4, "crossing": 242.0})
+    limits = pd.DataFrame([(v, limit, limit / 20) for v in NAMES for limit in (2, 4)], columns=["variant", "limit", "accuracy"])
+    shown = ["base", "full", "stethoscope", "scalpel"]
+    calls = {
+        "loss_curve": lambda f: f(pd.DataFrame({"step": [0, 1], "loss": [2.0, 1.0]}), ax),
+        "matrix_heatmap": lambda f: f(table("01_task_vectors"), "relative", "change", ax),
+        "layer_bars": lambda f: f([0.1, 0.3], "share", ax, even=0.2),
+        "self_test": lambda f: f(table("02_sae_features").query("contrast == 'corpus'"), ax),
+        "by_layer": lambda f: f(table("02_sae_features"), "top_specificity", "d", ax),
+        "energy_by_rank": lambda f: f(energies(), 64, ax),
+        "loss_split": lambda f: f({"all": LossSplit(0.05, 0.2, 0.03), "readers": LossSplit(0.06, 0.3, 0.03)}, ax),
+        "bars_with_zero": lambda f: f({"full": -0.1, "raw_shrunk": 0.0, "scalpel": 0.02}, "change", ax),
+        "overlap_by_basis": lambda f: f(energies(["side"]).rename(columns={"energy_retained": "overlap"}), ax),
+        "layer_scores": lambda f: f(table("04_layer_selection"), np.tile(draws, (12, 1)), "matched", ax),
+        "effects": lambda f: f(table("04_layer_selection"), ax),
+        "score_against_effect": lambda f: f(table("04_layer_selection"), ax),
+        "layer_sets": lambda f: f(table("04_layer_sets"), ax),
+        "uniform_check": lambda f: f(draws, ax),
+        "power": lambda f: f(effects, ax),
+        "accuracies": lambda f: f(table("05_minerva_math"), "all", shown, ax),
+        "gain_split": lambda f: f(table("06_significance"), shown[1:], ax),
+        "token_limits": lambda f: f(limits, NAMES, ax),
+        "forest": lambda f: f(table("06_significance"), {name: name for name in [*shown[1:], "finetuned"]}, ax),
+        "discordance": lambda f: f(curve, ax),
+        "claims_by_world": lambda f: f(table("claims", "seeds"), "verdict_strict", ax),
+        "percentiles_by_world": lambda f: f(table("worlds", "seeds"), ax),
+    }
+    return calls[name](getattr(plots, name))
+
+
+def energies(by=()):
+    rows = default_rows(table("03_subspace_projection"))
+    return rows.groupby(["basis", "rank", *by])[["energy_retained", "chance"]].mean().reset_index()
+
+
+@pytest.mark.parametrize("name", sorted({name for name, thing in vars(plots).items() if inspect.isfunction(thing)} - FIGURES))
+def test_a_plot_gives_its_axis_back_named_and_twice_the_same_bytes(name, tmp_path):
+    made = []
+    for _ in range(2):
+        figure, ax = plots.panels()
+        settings = dict(mpl.rcParams)
+        assert draw(name, ax) is ax and dict(mpl.rcParams) == settings
+        assert ax.get_xlabel() and (ax.get_ylabel() or all(label.get_text() for label in ax.get_yticklabels()))
+        legend = ax.get_legend()
+        assert legend is None or not any("_" in text.get_text() for text in legend.get_texts())
+        for kind in ("png", "svg"):
+            plots.save(plots.labelled(figure, "a test"), tmp_path / f"plot.{kind}")
+            made.append((tmp_path / f"plot.{kind}").read_bytes())
+        plt.close(figure)
+    assert made[:2] == made[2:] and made[0].startswith(b"\x89PNG") and b"Ours, a test" in made[1]
+
+
+def test_one_thing_has_one_colour():
+    looks = style.VARIANTS
+    assert looks["scalpel"].colour == style.BASES["sae_decoder"].colour
+    assert [looks[name].colour for name in ("stethoscope", "stethoscope_matched")] == [
+        look.colour for look in style.CONTRASTS.values()
+    ]
+    figure, ax = plots.panels()
+    draw("forest", ax)
+    drawn = {bars.get_label(): bars.lines[0].get_color() for bars in ax.containers}
+    assert {name: looks[name].colour for name in ("full", "stethoscope", "scalpel")}.items() <= drawn.items()
+    plt.close(figure)
+
+
+def test_the_squares_of_the_claims_say_what_the_table_says():
+    figure, ax = plots.panels()
+    claims = table("claims", "seeds")
+    words = [text.get_text() for text in draw("claims_by_world", ax).texts]
+    counts = claims["verdict_strict"].value_counts()
+    assert (words.count("no"), words.count("?")) == (counts["contradicted"], counts["not testable"])
+    assert words.count("yes") == len(claims) - words.count("no") - words.count("?")
+    plt.close(figure)

@@ -1,0 +1,282 @@
+"""Every step's answers, in a world of toys that is opened once."""
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from IPython.display import Markdown
+from matplotlib.figure import Figure
+
+from stetholib import calibration, plots
+from stetholib.data.mini import base as mini_base
+from stetholib.data.mini.problems import SUBJECTS
+from stetholib.models.subspaces import Ranks
+from stetholib.models.sums import CONTRASTS
+from stetholib.store.tables import CONTRACTS, Workspace, WorkspaceError
+from stetholib.study import Study
+from stetholib.study import layer_selection as wired
+from stetholib.study.world import World
+
+VARIANTS = ["base", "finetuned", "full", "scalpel", "raw_shrunk", "stethoscope", "stethoscope_matched", "random_1"]
+SMALL = {
+    "data.train_problems": 4,
+    "data.validation_problems": 4,
+    "data.feature_problems": 4,
+    "data.general_documents": 28,
+    "data.test_problems": dict.fromkeys(SUBJECTS, 2),
+    "sae.training_tokens": 1024,
+    "sae.d_sae": 48,
+    "features.matched_minimum": 2,
+    "projection.gradient_problems": 1,
+    "selection.loss_problems": 1,
+    "evaluation.max_new_tokens": 4,
+    "evaluation.noise_problems": 3,
+    "evaluation.general_documents": 2,
+    "evaluation.variants": VARIANTS,
+}
+LAYERS = range(3)
+STEPS = ("task_vectors", "sae_features", "subspace_projection", "layer_selection", "minerva_math", "significance")
+KEYED = {  # what notebooks ask each step for that comes as a table, and its columns; a contract's where it is a stem
+    "task_vectors.table": "01_task_vectors",
+    "task_vectors.finetune_curve": "step loss",
+    "task_vectors.rounding": "change stored_in unmoved energy_kept cosine",
+    "sae_features.table": "02_sae_features",
+    "sae_features.self_tests": "layer d_sae fvu l0 alive fvu_random fvu_neighbour score_random_corpus score_random_matched",
+    "subspace_projection.table": "03_subspace_projection",
+    "subspace_projection.mechanism": "layer side basis overlap chance",
+    "subspace_projection.energy_or_direction": "variant loss_change low high",
+    "subspace_projection.rounding_of_edits": "vector unmoved energy_kept cosine",
+    "layer_selection.table": "04_layer_selection",
+    "layer_selection.sets": "04_layer_sets",
+    "layer_selection.agreement": "contrast definition layers rho_with_default",
+    "layer_selection.relations": "predictor effect rho low high partial",
+    "layer_selection.greedy_share": "selector share low high",
+    "minerva_math.table": "05_minerva_math",
+    "minerva_math.records": "variant subject problem_id completion stopped_by exact_match math_verify extracted",
+    "minerva_math.noise": "change",
+    "significance.table": "06_significance",
+    "significance.published": "06_published",
+    "significance.claims": "06_claims",
+}
+TABLES = {
+    **dict.fromkeys(KEYED, ()),
+    "sae_features.top_tokens": (0, 1),
+    "minerva_math.token_limits": (["base", "full"],),
+    "significance.pairs": ([("full", "base"), ("stethoscope", "random_1")],),
+    "layer_selection.sae_stability": (1,),
+}
+VALUES = [
+    "task_vectors.energies",
+    "task_vectors.energy_elsewhere",
+    "task_vectors.restored",
+    "sae_features.best_auroc",
+    "layer_selection.chosen",
+    "minerva_math.variants",
+    "minerva_math.checks",
+    "significance.headline",
+]
+
+
+def few_p_values(count):
+    return calibration.null_p_values(8)
+
+
+def rough_power(effects, worlds):
+    return calibration.power_curve((0.0, 0.6), 2)
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory, tokens):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mini_base.tokenizer, "build", lambda: tokens)
+        patch.setattr(wired.layer_selection.spearman, "__defaults__", (0.05, 40, 0))  # of 2000 resamples
+        patch.setattr(wired, "calibration", SimpleNamespace(null_p_values=few_p_values, power_curve=rough_power))
+        yield Study.open("smoke", SMALL, root=tmp_path_factory.mktemp("world"))
+
+
+def asked(study, name, *given):
+    step, _, question = name.partition(".")
+    return getattr(getattr(study, step), question)(*given)
+
+
+def on_disk(study):
+    """Every file of the world but locks, with when it was written."""
+    found = (path for path in study.workspace.root.rglob("*") if path.is_file() and path.suffix != ".lock")
+    return {path: (path.stat().st_size, path.stat().st_mtime_ns) for path in found}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_a_table_has_its_columns_and_belongs_to_whoever_asked(study, name):
+    table = asked(study, name, *TABLES[name])
+    columns = KEYED.get(name, "")
+    keys, further = CONTRACTS.get(columns, ([], columns.split()))
+    assert isinstance(table, pd.DataFrame) and len(table) and set(keys + further) <= set(table)
+    assert not keys or not table.duplicated(keys).any()
+    whole, before = table.copy(), on_disk(study)
+    for column in list(table):
+        table[column] = "spoiled"
+    table.drop(index=table.index[1:], inplace=True)
+    pd.testing.assert_frame_equal(asked(study, name, *TABLES[name]), whole)
+    assert on_disk(study) == before, "an answer that is known costs no file"
+
+
+@pytest.mark.parametrize("name", VALUES)
+def test_a_dict_belongs_to_whoever_asked(study, name):
+    found = asked(study, name)
+    whole = dict(found)
+    assert isinstance(found, dict) and whole
+    found.clear()
+    again = asked(study, name)
+    assert again.keys() == whole.keys() and str(again) == str(whole)
+
+
+def test_a_table_has_a_row_for_everything_it_measures(study):
+    layers, contrasts = len(LAYERS), len(CONTRASTS)
+    sizes = {"task_vectors.table": layers * 7, "sae_features.table": layers * contrasts, "sae_features.self_tests": layers}
+    sizes |= {"layer_selection.table": layers * contrasts, "layer_selection.agreement": contrasts * 3}
+    sizes |= {"layer_selection.relations": 2 * 4, "minerva_math.records": len(VARIANTS) * len(SUBJECTS) * 2}
+    sizes |= {"minerva_math.table": len(VARIANTS) * (len(SUBJECTS) + 1), "significance.claims": None}
+    assert {name: len(asked(study, name)) for name in sizes if sizes[name]} == {k: v for k, v in sizes.items() if v}
+    assert set(asked(study, "significance.claims")["claim"]) == {f"C{i}" for i in range(1, 10)}
+
+
+def test_asking_writes_no_figure_and_no_record(study):
+    study.significance.claims(), study.layer_selection.table()
+    written = {path.relative_to(study.workspace.root).parts[0] for path in on_disk(study)}
+    assert written == {"runs"} and not study.workspace.figures.exists() and not study.workspace.records.exists()
+    assert study.workspace.store.name == "store" and study.workspace.store.parent.name == "smoke"
+
+
+def test_01_the_vector_and_its_invariants(study):
+    step = study.task_vectors
+    assert step.restored() == dict.fromkeys(step.restored(), True) and len(step.restored()) == 3
+    vector = step.vector
+    assert set(vector.energies()) == set(step.energies()) and vector.layers == tuple(LAYERS)
+    assert (step.folder / "config.json").is_file()
+    assert step.energy_elsewhere() == dict(embeddings=0.0, norms=0.0, other=0.0), "only the seven matrices are trained"
+
+
+def test_02_sums_scores_and_other_definitions(study):
+    step = study.sae_features
+    for contrast in CONTRASTS:
+        for kind in (None, "auroc"):
+            found = step.specificities(contrast, kind)
+            assert len(found) == len(LAYERS) and all(v.shape == fires.shape == (48,) for v, fires in found)
+    assert all(0 <= value <= 1 for values in step.best_auroc().values() for value in values)
+    assert step.dictionary(1).W_dec.shape == (48, 32) and step.rule("auroc").kind == "auroc"
+    assert torch.equal(step.dictionary(1).W_dec, step.dictionary(1).W_dec)
+    assert len(step.top_tokens(0, 1, 3)) <= 3
+
+
+def test_03_directions_and_vectors(study):
+    step = study.subspace_projection
+    assert step.width == 32 and step.ranks == Ranks.of(32, 0.03, study.profile.projection.rank_shares)
+    assert set(step.sites) == set(LAYERS) and {"sae_decoder"} <= set(step.sites[0].by_name)
+    energy = {n: sum(step.vector(n).energies().values()) for n in ("raw", "projected", "projected_rescaled", "raw_shrunk")}
+    assert energy["projected_rescaled"] == pytest.approx(energy["raw"], rel=1e-3) and energy["projected"] < energy["raw"]
+    assert energy["raw_shrunk"] == pytest.approx(energy["projected"], rel=1e-3)
+
+
+def test_04_scores_sets_and_losses(study):
+    step = study.layer_selection
+    scores = step.scores("corpus")
+    assert scores.permuted.shape == scores.resampled.shape == (3, 20) and scores.score.tolist() == step.plain_scores("corpus")
+    scores.score[:] = 0
+    assert step.scores("corpus").score.any(), "arrays belong to whoever asked"
+    null, power = step.calibration()
+    assert isinstance(null, np.ndarray) and {"effect", "power"} <= set(power)
+    assert step.selected_count == 1 and all(len(layers) == 1 for _, layers in step.chosen().values())
+    sets = step.sets().set_index(["selector", "draw"])
+    change = study.losses.of(LAYERS) - study.losses.of(())
+    assert sets.loc[("full", 0), "loss_change"] == pytest.approx(change, abs=1e-9)
+    assert study.losses.of(LAYERS, 0.0) == study.losses.of(())
+
+
+def test_05_answers_are_asked_once_and_by_any_rank(study):
+    step = study.minerva_math
+    variants, asked_before = step.variants(), on_disk(study)
+    assert list(variants) == VARIANTS and step.headline_subject == "number_theory"
+    step.records()
+    base = step.answers(variants["base"])
+    assert len(base) == 2 * len(SUBJECTS) and base == step.answers(variants["base"], 1, 2)
+    assert all(answer.problem_id == name and answer.completion_tokens <= 4 for name, answer in base.items())
+    assert asked_before.items() <= on_disk(study).items()
+    assert set(step.records(["full"])["variant"]) == {"full"} and step.general_loss(variants["base"]) > 0
+    assert step.checks()["identical_scores"] is True
+    with step.edited_model(variants["base"]).opened() as model:
+        assert model is study.world.base
+
+
+def test_06_pairs_and_the_row_of_a_world(study):
+    step = study.significance
+    paired, row = step.paired("base", "full"), step.headline()
+    assert set(paired) == {"difference", "ci_low", "ci_high", "mcnemar_p", "gained", "lost"}
+    assert row["gain_full"] == pytest.approx(paired["difference"]) and 0 <= row["discarded"] <= 1
+    assert len(step.pairs([("full", "base")])) == 1
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_a_step_is_small_and_says_whose_numbers_these_are(study, name):
+    step = getattr(study, name)
+    public = {one for one in (*dir(type(step)), *vars(step)) if not one.startswith("_")}
+    assert len(public) <= 12, sorted(public)
+    said = step.heading()
+    assert isinstance(said, Markdown) and "**ours, smoke test**" in said.data and "seed 0" in said.data
+    for key, value in SMALL.items():
+        assert f"`{key}` = {value!r}" in said.data
+    bare = getattr(Study.open("smoke", root=study.workspace.root), name).heading().data
+    assert "Overridden" in said.data and "Overridden" not in bare
+
+
+@pytest.fixture()
+def keeping(study, tmp_path):
+    """The same study, whose figures and records go elsewhere."""
+    return Study(World(study.profile, "cpu", Workspace("kept", tmp_path), SMALL))
+
+
+def names(root):
+    return {str(path.relative_to(root)) for path in root.rglob("*") if path.is_file()}
+
+
+def test_keep_writes_exactly_the_contracts_files(keeping, study):
+    root = keeping.workspace.root
+    figure, ax = plots.panels()
+    ax.plot([0, 1], [0, 1])
+    assert isinstance(figure, Figure) and keeping.keep("04_layer_sets", study.layer_selection.sets(), figure) is None
+    assert names(root) == {f"figures/kept/04_layer_sets.{kind}" for kind in ("csv", "png", "svg")}
+    assert "Ours, smoke test" in (root / "figures/kept/04_layer_sets.svg").read_text()
+    records = study.minerva_math.records()
+    keeping.keep("records", records)
+    keeping.keep("manifest", study.manifest())
+    further = {f"runs/kept/records/{name}.jsonl" for name in VARIANTS} | {"figures/kept/manifest.json"}
+    assert names(root) == {f"figures/kept/04_layer_sets.{kind}" for kind in ("csv", "png", "svg")} | further
+    lines = [json.loads(line) for line in (root / "runs/kept/records/full.jsonl").read_text().splitlines()]
+    assert [line["problem_id"] for line in lines] == records.query("variant == 'full'")["problem_id"].tolist()
+    manifest = json.loads((root / "figures/kept/manifest.json").read_text())
+    assert manifest == json.loads(json.dumps(study.manifest())) and manifest["profile"] == "smoke"
+    assert manifest["sae"]["d_sae"] == 48 and manifest["finetune"]["method"] == "full"
+
+
+@pytest.mark.parametrize("stem", sorted(CONTRACTS))
+def test_every_contract_is_kept_by_the_step_that_owns_it(keeping, study, stem):
+    name = next(name for name, of in KEYED.items() if of == stem)
+    keeping.keep(stem, asked(study, name))
+    assert names(keeping.workspace.root) == {f"figures/kept/{stem}.csv"}
+    assert len(keeping.workspace.read_table(stem)) == len(asked(study, name))
+
+
+def test_keep_refuses_what_is_no_table_figure_or_dict_and_what_breaks_its_contract(keeping, study):
+    with pytest.raises(TypeError, match="keep: list is no table, figure or dict"):
+        keeping.keep("06_published", [1])
+    with pytest.raises(WorkspaceError, match="column 'z' is missing"):
+        keeping.keep("06_published", study.significance.published().drop(columns="z"))
+    assert not names(keeping.workspace.root)
+
+
+def test_an_overridden_world_keeps_its_files_apart_in_the_same_store(tmp_path):
+    plain, changed = (Study.open("smoke", given, root=tmp_path).workspace for given in (None, {"seed": 1}))
+    assert plain.store == changed.store and plain.figures != changed.figures and plain.records != changed.records
+    assert plain.figures.name == "smoke" and changed.figures.name.startswith("smoke-")

@@ -1,0 +1,465 @@
+"""What the notebooks close with: the committed tables' own numbers, and of null tables that nothing was found."""
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import ROOT
+
+from stetholib import (
+    editing,
+    layer_selection,
+    layer_sets,
+    minerva_math,
+    sae_features,
+    significance,
+    subspace_projection,
+    task_vectors,
+)
+from stetholib.models import subspaces
+from stetholib.models.weights import MATRICES, SIDE
+
+RANK = 2
+
+
+def committed(stem):
+    return pd.read_csv(ROOT / "figures" / "mini" / f"{stem}.csv")
+
+
+def lines(text):
+    assert isinstance(text, str) and 1 <= len(text.splitlines()) <= 25
+    assert all(line.startswith("- ") for line in text.splitlines()) and "nan" not in text
+    return text.splitlines()
+
+
+# --- 01
+
+
+RESTORED = {"scale 0 leaves every byte": True, "scale 1 changes some": True, "leaving restores every byte": True}
+
+
+def rounding(**changes):
+    return pd.DataFrame(
+        [dict(change="task vector", stored_in="bfloat16", unmoved=0.03, energy_kept=1.002, cosine=0.999) | changes]
+    )
+
+
+def test_01_says_the_tables_numbers():
+    table = committed("01_task_vectors")
+    moved, energy, ranks, *_ = lines(text := task_vectors.summary(table, rounding(), RESTORED))
+    top = table.sort_values("relative").iloc[-1]
+    assert moved == (
+        f"- The fine-tune moves every matrix, by {table['relative'].median():.0%} of its norm in the median; "
+        f"most in {top['matrix']} of layer {top['layer']} ({top['relative']:.0%})."
+    )
+    readers = table[table["matrix"].isin(["q", "k", "v", "gate", "up"])]["energy_share"].sum()
+    layers = [rows["energy_share"].sum() for _, rows in table.groupby("layer")]
+    assert f"Readers carry {readers:.0%} of the energy, writers {1 - readers:.0%}" in energy
+    assert f"{1 / 12:.1%} each; the layers range from {min(layers):.1%} to {max(layers):.1%}" in energy
+    assert f"between {table['stable_rank'].min():.1f} and {table['stable_rank'].max():.1f}" in ranks and "many in others" in ranks
+    assert "leave 3% of the weights unmoved and keep 100.2% of its energy (cosine 0.999)." in text
+    assert text.endswith("undoing restores every byte: **True**.")
+
+
+def test_01_says_what_did_not_happen():
+    table = committed("01_task_vectors")
+    still = table.assign(delta_norm=0.0, relative=0.0, energy_share=0.0, stable_rank=0.0)
+    assert "moves **no matrix**" in lines(task_vectors.summary(still, rounding(), RESTORED))[0]
+    half = table.assign(delta_norm=table["delta_norm"].where(table["side"] == "reader", 0.0))
+    assert f"moves only {12 * 5} of {12 * 7} matrices" in task_vectors.summary(half, rounding(), RESTORED)
+    assert "as many directions in every matrix" in task_vectors.summary(table.assign(stable_rank=3.0), rounding(), RESTORED)
+    assert "Most of what is left is not the change" in task_vectors.summary(table, rounding(cosine=0.3), RESTORED)
+    broken = task_vectors.summary(table, rounding(), RESTORED | {"scale 1 changes some": False})
+    assert "**It does not hold** that scale 1 changes some." in broken and "**True**" not in broken
+
+
+def test_01_the_algebra_of_energies_holds():
+    generator = torch.Generator().manual_seed(0)
+    vector = editing.TaskVector({(0, m): torch.randn(4, 4, generator=generator) for m in MATRICES})
+    whole, twice, none, parts = task_vectors.algebra(vector).values()
+    assert twice == pytest.approx(4) and none == 0 and parts == pytest.approx(whole) and whole > 0
+
+
+# --- 02
+
+
+def test_02_says_the_tables_numbers():
+    table = committed("02_sae_features")
+    once = table[table["contrast"] == "corpus"]
+    trust, alive, words, best = lines(sae_features.summary(table))
+    assert "**True**" in trust and f"{once['fvu'].mean():.2f} against {once['fvu_random'].mean():.2f}" in trust
+    assert alive == f"- {once['alive'].mean():.0%} of the features fire at all; the mean L0 is {once['l0'].mean():.1f}."
+    tops = [table[table["contrast"] == contrast]["top_specificity"].max() for contrast in ("matched", "corpus")]
+    assert f"leaves {tops[0] / tops[1]:.0%} of the best specificity ({tops[0]:.2f} of {tops[1]:.2f})" in words
+    assert words.endswith("vocabulary does not explain the best feature.") == (tops[0] >= tops[1])
+    layers = [table.loc[table[table["contrast"] == c]["top_specificity"].idxmax(), "layer"] for c in ("corpus", "matched")]
+    assert best == f"- The best layer is {layers[0]} on all tokens and {layers[1]} on matched words."
+    assert {c: layer for c, (layer, _) in sae_features.best_features(table).items()} == dict(zip(("corpus", "matched"), layers))
+
+
+def test_02_an_sae_no_better_than_random_is_no_success():
+    table = committed("02_sae_features")
+    table.loc[table["layer"] == 3, "fvu"] = table.loc[table["layer"] == 3, "fvu_random"]
+    trust = lines(sae_features.summary(table))[0]
+    assert (
+        "**1 of 12 SAEs reconstruct no better than a random dictionary" in trust
+        and "of layers 3:" in trust
+        and "True" not in trust
+    )
+
+
+def test_02_features_that_prefer_nothing_are_no_success():
+    table = committed("02_sae_features")
+    matched = table["contrast"] == "matched"
+    lost = table.assign(top_specificity=table["top_specificity"].where(~matched, table["top_specificity"] / 2))
+    assert "what is lost was vocabulary" in sae_features.summary(lost)
+    only_words = table.assign(top_specificity=table["top_specificity"].where(~matched, 0.1))
+    assert "what was heard was vocabulary" in sae_features.summary(only_words)
+    assert "**No feature prefers mathematics" in sae_features.summary(table.assign(top_specificity=0.01))
+    assert "**No feature prefers mathematics" in lines(sae_features.summary(table.assign(top_specificity=-0.3)))[2]
+    assert "**No feature prefers mathematics" in sae_features.summary(table.assign(top_specificity=0.51), "auroc")
+
+
+# --- 03
+
+
+def energies():
+    table = committed("01_task_vectors")
+    return {(row.layer, row.matrix): row.delta_norm**2 for row in table.itertuples()}
+
+
+def control(**changes):
+    """Losses of the scalpel and its controls, negative is better; named changes go to the scalpel's row."""
+    rows = [
+        dict(variant="full", energy=1.0, loss_change=-0.02, low=-0.03, high=-0.01),
+        dict(variant="scalpel", energy=0.05, loss_change=-0.003, low=-0.005, high=-0.001, rival="raw_shrunk")
+        | dict(loss_change_against_rival=0.009, low_against_rival=0.0056, high_against_rival=0.013)
+        | changes,
+        dict(variant="scalpel_rescaled", energy=1.0, loss_change=-0.0045, low=-0.01, high=0.002),
+    ]
+    return pd.DataFrame(rows)
+
+
+def mechanism_test(p=0.001, swapped=False):
+    near, far = (0.1, 0.3) if swapped else (0.3, 0.1)
+    row = dict(overlap_predicted=near, overlap_other=far, in_favour=9, layers=12, p=p)
+    return pd.DataFrame(dict(side=side, predicted=one, other=two) | row for side, (one, two) in subspaces.PREDICTED.items())
+
+
+CARRIED = pd.DataFrame(
+    [("raw", 0.03, 1.0, 0.999), ("projected", 0.19, 1.03, 0.984), ("raw_shrunk", 0.13, 1.03, 0.98)],
+    columns=["vector", "unmoved", "energy_kept", "cosine"],
+)
+
+
+def third(splits=None, test=None, losses=None):
+    split = subspaces.LossSplit(0.05, 0.16, 0.031)
+    splits = splits or dict(all=split, readers=split, writers=split)
+    test, losses = mechanism_test() if test is None else test, control() if losses is None else losses
+    return subspace_projection.summary(splits, RANK, test, losses, CARRIED, "float32")
+
+
+def test_03_says_the_tables_numbers():
+    table, energy = committed("03_subspace_projection"), energies()
+    text = third(subspaces.splits_by_side(table, energy, RANK))
+    here = table[(table["rank"] == RANK) & (table["layer"] == table["sae_layer"]) & (table["gains"] == "plain")]
+    kept = {}
+    for basis in ("sae_decoder", "own_svd"):
+        rows = here[here["basis"] == basis]
+        weight = np.array([energy[at] for at in zip(rows["layer"], rows["matrix"], strict=True)])
+        kept[basis] = float((rows["energy_retained"] * weight).sum() / weight.sum())
+    chance, index = RANK / 64, (kept["own_svd"] - kept["sae_decoder"]) / (kept["own_svd"] - RANK / 64)
+    first, second, third_, fourth, last = lines(text)
+    assert f"discards **{1 - kept['sae_decoder']:.1%}** at rank 2" in first and f"discards {1 - chance:.1%}" in first
+    assert f"keeps **more than chance**, {kept['sae_decoder'] / chance:.1f} times as much" in first
+    assert f"keeps {kept['own_svd']:.1%}" in second and f"is **{index:.2f}**" in second
+    assert "readers lie closer to activations than to gradients in 9 of 12 layers (p = 0.001)" in third_
+    assert "+0.009 nats" in fourth and "(paired interval +0.0056 to +0.013): direction was lost" in fourth
+    assert "-0.0045, the raw vector by -0.02." in fourth
+    assert "19% of the weights" in last and "103% of its energy" in last and last.endswith("computes in float32.")
+
+
+@pytest.mark.parametrize(("kept", "said"), [(0.031, "as much as chance"), (0.02, "less than chance"), (0.05, "more than chance")])
+def test_03_says_when_the_scalpel_keeps_no_more_than_chance(kept, said):
+    split = subspaces.LossSplit(kept, 0.16, 0.031)
+    assert f"keeps **{said}**" in third(dict(all=split, readers=split, writers=split))
+
+
+def test_03_says_when_there_is_nothing_to_tell():
+    flat = subspaces.LossSplit(0.031, 0.031, 0.031)
+    assert "there is no misalignment to tell" in lines(third(dict(all=flat, readers=flat, writers=flat)))[1]
+    assert third(test=mechanism_test(p=0.4)).count("**no difference can be told**") == 2
+    assert "readers lie **closer to gradients** than to activations" in third(test=mechanism_test(swapped=True))
+    assert "**no loss of direction can be told**" in third(losses=control(low_against_rival=-0.001))
+    better = control(loss_change_against_rival=-0.009, low_against_rival=-0.013, high_against_rival=-0.005)
+    assert "the scalpel does better" in third(losses=better)
+    useless = control()
+    useless.loc[useless["variant"] == "full", "high"] = 0.001
+    assert "**lowers no loss beyond chance**" in third(losses=useless) and "direction was lost" not in third(losses=useless)
+
+
+def test_03_the_tables_of_shares_are_pooled_by_energy():
+    table, energy = committed("03_subspace_projection"), energies()
+    sides = subspaces.kept_by_side(table, energy)
+    assert list(sides) == ["reader", "writer"]
+    wide = subspaces.kept_by_matrix(table, energy, RANK)
+    assert list(wide) == [*MATRICES, "chance"] and list(wide.index) == list(subspaces.BASES)
+    rows = subspaces.default_rows(table)
+    rows = rows[(rows["rank"] == RANK) & (rows["basis"] == "sae_decoder")]
+    for matrix, side in (("q", "reader"), ("down", "writer")):
+        q = rows[rows["matrix"] == matrix]
+        weight = [energy[layer, matrix] for layer in q["layer"]]
+        assert wide.loc["sae_decoder", matrix] == pytest.approx(np.average(q["energy_retained"], weights=weight))
+        whole = rows[rows["side"] == side]
+        weight = [energy[at] for at in zip(whole["layer"], whole["matrix"], strict=True)]
+        at = sides[side].set_index(["basis", "rank"])["energy_retained"]["sae_decoder", RANK]
+        assert at == pytest.approx(np.average(whole["energy_retained"], weights=weight))
+    split = subspaces.splits_by_side(table, energy, RANK)
+    assert list(split) == ["all", "readers", "writers"] and split["readers"].retained == pytest.approx(
+        sides["reader"].set_index(["basis", "rank"])["energy_retained"]["sae_decoder", RANK]
+    )
+
+
+def test_03_definitions_are_told_apart():
+    table = committed("03_subspace_projection")
+    shares = subspaces.kept_by_definition(table, RANK)
+    assert list(shares) == ["norm", "plain"]
+    assert list(shares.index) == [("reader", "block before"), ("reader", "own block"), ("writer", "own block")]
+    rows = subspaces.default_rows(table)
+    rows = rows[(rows["rank"] == RANK) & (rows["basis"] == "sae_decoder") & (rows["side"] == "writer")]
+    assert shares.loc[("writer", "own block"), "plain"] == pytest.approx(rows["energy_retained"].mean())
+
+
+@pytest.mark.parametrize("matrix", ["q", "o"])
+def test_03_the_invariants_hold(matrix):
+    generator = torch.Generator().manual_seed(0)
+    delta = torch.randn(8, 8, generator=generator, dtype=torch.float64)
+    basis = subspaces.random_basis(8, 3, generator)
+    whole, left = subspaces.invariants(delta, basis, SIDE[matrix]).values()
+    assert whole == pytest.approx(1) and left == pytest.approx(0, abs=1e-12)
+
+
+# --- 04
+
+
+def relations(table, **low):
+    """Scores against effects, by Spearman; named bounds replace those of the interval."""
+    rows = []
+    for name in ("corpus", "matched"):
+        one = table[table["contrast"] == name].sort_values("layer")
+        rho, below, above = layer_selection.spearman(one["score"], one["effect_alone"], resamples=200)
+        rows.append(dict(predictor=name, effect="effect_alone", rho=rho, low=low.get(name, below), high=above))
+    rows += [dict(predictor=name, effect="effect_alone", rho=0.1, low=-0.5, high=0.5) for name in ("|tau|", "depth")]
+    return pd.DataFrame(rows + [row | dict(effect="effect_left_out", rho=9.0) for row in rows])
+
+
+def test_04_says_the_tables_numbers():
+    table, sets = committed("04_layer_selection"), committed("04_layer_sets")
+    heard, chosen, injected, rules, score = lines(layer_selection.summary(table, sets, found := relations(table)))
+    count = [((table["contrast"] == c) & (table["p_max"] < 0.05)).sum() for c in ("corpus", "matched")]
+    assert heard.startswith(
+        f"- {count[0]} of 12 layers hear mathematics beyond chance on all tokens, {count[1]} on matched words"
+    )
+    picked = [sorted(table[(table["contrast"] == c) & (table["selected"] == 1)]["layer"]) for c in ("corpus", "matched")]
+    assert f"are {picked[0]} on all tokens and {picked[1]} on matched words" in chosen
+    assert chosen.endswith(f"{len(set(picked[0]) & set(picked[1]))} of 4 in common.")
+    random = sets[sets["selector"] == "random"]["loss_change"]
+    worse = {
+        n: (random > sets.set_index("selector").loc[n, "loss_change"]).mean() for n in ("stethoscope", "stethoscope_matched")
+    }
+    for name in worse:
+        assert abs(worse[name] - sets.set_index("selector").loc[name, "percentile"]) < 0.01
+        assert f"**{sets.set_index('selector').loc[name, 'percentile']:.0%}**" in injected
+    # the miniature's set is beaten by almost half of the random ones, and a rule without an SAE picks the same layers
+    assert "On all tokens and on matched words that is **not told from chance**" in injected
+    assert rules == "- Rules that do better than the stethoscope: none; as well as it: middle."
+    rho = found.set_index(["effect", "predictor"])["rho"]["effect_alone"]
+    assert f"rho = {rho['corpus']:+.2f} (all tokens), {rho['matched']:+.2f} (matched words)" in score
+    assert "does not tell a layer's worth" in score
+
+
+def test_04_says_when_no_layer_hears_mathematics():
+    table, sets = committed("04_layer_selection"), committed("04_layer_sets")
+    told = lambda t: lines(layer_selection.summary(t, sets, relations(table)))[0]  # noqa: E731
+    assert told(table.assign(p_max=0.4)).startswith("- **No layer hears mathematics beyond chance**")
+    matched = table["contrast"] == "matched"
+    mixed = told(table.assign(p_max=table["p_max"].where(~matched, 0.4)))
+    assert "12 of 12 layers hear" in mixed and "**none** on matched words" in mixed and "not the question" not in mixed
+    assert told(table.assign(p_max=table["p_max"].where(matched, 0.4))).startswith("- **None** of 12 layers hear")
+    assert "**was not tested**" in told(table.assign(p_max=np.nan))
+
+
+def test_04_says_nothing_of_chance_where_sets_and_scores_are_better():
+    table, sets = committed("04_layer_selection"), committed("04_layer_sets")
+    sets.loc[sets["selector"].str.startswith("stethoscope"), "percentile"] = 0.99
+    text = layer_selection.summary(table, sets, relations(table, corpus=0.2, matched=0.1))
+    assert "not told from chance" not in text and "does not tell" not in text and "as well as it" not in text
+    sets.loc[sets["selector"] == "stethoscope", "percentile"] = 0.1
+    text = layer_selection.summary(table, sets, relations(table, corpus=0.2, matched=-0.1))
+    assert "On all tokens that is **not told from chance**" in text and "stethoscope matched" in lines(text)[3]
+    assert "On matched words **the score does not tell" in text
+
+
+def test_04_the_sets_are_told_apart():
+    sets, table = committed("04_layer_sets"), committed("04_layer_selection")
+    named = layer_sets.named_sets(sets)
+    assert named.index.is_unique and {"full", "greedy", "stethoscope", "middle"} <= set(named.index)
+    equal = sets[sets["selector"] == "random_energy"]["loss_change"]
+    median, share = layer_sets.at_equal_energy(sets).values()
+    assert median == pytest.approx(np.median(equal)) and share == (equal > named.loc["stethoscope", "loss_change"]).mean()
+    chosen = layer_selection.chosen_layers(table)
+    assert " ".join(map(str, chosen["corpus"])) == named.loc["stethoscope", "layers"]
+    assert " ".join(map(str, chosen["matched"])) == named.loc["stethoscope_matched", "layers"]
+
+
+# --- 05
+
+
+NOISE = pd.DataFrame(
+    [("batch size", 210, 0, 0.0), ("bfloat16", 210, 1, 1 / 210)], columns=["change", "problems", "flips", "share"]
+)
+
+
+def changed(table, where, **values):
+    table = table.copy()
+    for column, value in values.items():
+        table.loc[where(table), column] = value
+    return table
+
+
+def test_05_says_the_tables_numbers():
+    table, paired = committed("05_minerva_math"), committed("06_significance")
+    number, overall, form, flips = lines(minerva_math.summary(table, paired, NOISE, "number_theory"))
+    at = lambda name, subject, column="accuracy": table[(table["variant"] == name) & (table["subject"] == subject)][column].item()  # noqa: E731
+    of = {name: f"{at(name, 'number_theory'):.1%}" for name in set(table["variant"])}
+    assert number.startswith(
+        f"- Number Theory: {of['base']} for the base, {of['full']} with the whole vector, **{of['stethoscope']}** with"
+    )
+    assert f"{of['stethoscope_matched']} on matched words, {of['scalpel']} with the scalpel." in number
+    row = paired[(paired["variant"] == "stethoscope") & (paired["subject"] == "number_theory")].iloc[0]
+    assert (f"(paired interval {row['ci_low']:+.1%} to {row['ci_high']:+.1%})" in number) == (row["ci_low"] <= 0)
+    randoms = [at(f"random_{i}", "all") for i in (1, 2, 3)]
+    assert f"three random sets of as many layers give {min(randoms):.1%} to {max(randoms):.1%}." in overall
+    assert ("**no better** than those" in overall) == (at("stethoscope", "all") <= max(randoms))
+    gain = paired[(paired["variant"] == "full") & (paired["subject"] == "all")].iloc[0]
+    assert f"at most {gain['gain_format_bound']:+.1%} of its gain of {gain['difference']:+.1%} is format." in form
+    assert f"goes from {at('base', 'all', 'math_verify'):.1%} to {at('full', 'all', 'math_verify'):.1%}." in form
+    assert flips == "- Rounding alone flips 0.0% to 0.5% of the verdicts."
+
+
+def test_05_says_whether_a_gain_is_told_from_none():
+    table, paired = committed("05_minerva_math"), committed("06_significance")
+    steth = lambda t: t["variant"].str.startswith("stethoscope") & (t["subject"] == "number_theory")  # noqa: E731
+    real = minerva_math.summary(table, changed(paired, steth, ci_low=0.01), NOISE, "number_theory")
+    assert "told from none" not in real
+    null = minerva_math.summary(table, changed(paired, steth, ci_low=-0.01, ci_high=0.02), NOISE, "number_theory")
+    interval = "(paired interval -1.0% to +2.0%)"
+    assert f"**no gain there that can be told from none** on all tokens {interval} and on matched words {interval}." in null
+    assert "(a subject of one's own)" in minerva_math.summary(table, paired, NOISE, "algebra")
+
+
+def test_05_says_when_there_is_no_gain_to_split_and_when_it_may_all_be_format():
+    table, paired = committed("05_minerva_math"), committed("06_significance")
+    full = lambda t: (t["variant"] == "full") & (t["subject"] == "all")  # noqa: E731
+    none = minerva_math.summary(table, changed(paired, full, difference=0.001, ci_low=-0.02), NOISE, "algebra")
+    assert "**nothing that can be told from chance** (+0.1%" in none and "is format" not in none
+    whole = minerva_math.summary(table, changed(paired, full, gain_format_bound=0.5), NOISE, "algebra")
+    assert "**which may be all of it**" in whole
+    assert "**does not rise**" in minerva_math.summary(changed(table, full, math_verify=0.1), paired, NOISE, "algebra")
+    best = changed(table, lambda t: (t["variant"] == "stethoscope") & (t["subject"] == "all"), accuracy=0.9)
+    assert "no better" not in minerva_math.summary(best, paired, NOISE, "algebra")
+    assert "flips none of the verdicts" in minerva_math.summary(table, paired, NOISE.iloc[:1], "algebra")
+    one = table[~table["variant"].isin(["random_2", "random_3"])]
+    assert "one random set of as many layers gives" in minerva_math.summary(one, paired, NOISE, "algebra")
+
+
+def answers(turned):
+    rows = [
+        ("base", "a", 1, "a0"),
+        ("base", "b", 0, "b0"),
+        ("base", "b", 0, "b0"),
+        ("full", "a", 1, "a1"),
+        ("full", "b", turned, "b1"),
+    ]
+    rows.append(("scalpel", "a", 1, "a2"))
+    return pd.DataFrame(rows, columns=["variant", "problem_id", "exact_match", "completion"])
+
+
+def test_05_the_example_is_a_problem_that_the_second_solves_and_the_first_does_not():
+    assert minerva_math.example_pair(answers(turned=1)) == {"base": "b0", "full": "b1"}
+    assert minerva_math.example_pair(answers(turned=0)) == {"base": "a0", "full": "a1"}
+
+
+def test_05_enough_tokens_are_enough_for_every_variant():
+    curve = {"base": (0.1, 0.3, 0.3), "full": (0.2, 0.399, 0.4)}
+    rows = [(name, limit, value) for name, values in curve.items() for limit, value in zip((8, 16, 32), values, strict=True)]
+    limits = pd.DataFrame(rows, columns=["variant", "limit", "accuracy"])
+    assert minerva_math.enough_tokens(limits) == 16 and minerva_math.enough_tokens(limits, share=1.0) == 32
+
+
+def test_05_the_price_is_beside_the_base():
+    table = committed("05_minerva_math")
+    price = minerva_math.price(table, ["base", "full", "scalpel"])
+    loss = minerva_math.overall(table, ["base", "full", "scalpel"])["general_loss"]
+    assert list(price.index) == ["full", "scalpel"] and price["full"] == loss["full"] - loss["base"]
+
+
+# --- 06
+
+
+def ledger():
+    return pd.read_csv(ROOT / "figures" / "mini" / "06_claims.csv", keep_default_na=False)
+
+
+def test_06_says_the_tables_numbers():
+    table, claims = committed("06_significance"), ledger()
+    counted, failed, change, z = lines(significance.summary(table, claims))
+    usual = (claims["verdict"] == "consistent").sum(), (claims["verdict"] == "contradicted").sum()
+    assert f"of 13 verdicts: {usual[0]} consistent, {usual[1]} contradicted. Strictly:" in counted
+    assert f"{(claims['verdict_strict'] == 'contradicted').sum()} contradicted" in counted.split("Strictly")[1]
+    names = [
+        c + (f" ({x})" if x != "-" else "") for c, x, v in claims[["claim", "contrast", "verdict"]].values if v == "contradicted"
+    ]
+    assert failed == f"- Contradicted on this rung: {', '.join(names)}."
+    row = table[(table["variant"] == "stethoscope") & (table["subject"] == "all")].iloc[0]
+    assert f"by {row['difference']:+.1%} over all subjects" in change and f"found is {row['mde']:.1%}." in change
+    assert (
+        f"z = {row['z']:+.2f}; paired, McNemar p = {row['mcnemar_p']:.2g} with {row['gained']} gained and {row['lost']} lost" in z
+    )
+
+
+def test_06_says_when_no_variant_improved_and_when_nothing_could_be_tested():
+    table, claims = committed("06_significance"), ledger()
+    here = (table["variant"] == "stethoscope") & (table["subject"] == "all")
+    null = table.assign(verdict="inconclusive")
+    for column, value in dict(difference=0.001, ci_low=-0.01, ci_high=0.012, p=0.7, mcnemar_p=0.8).items():
+        null.loc[here, column] = value
+    text = significance.summary(null, claims.assign(verdict="not testable"))
+    assert lines(text)[-1].startswith("- **No variant improved**") and "told from none" in text
+    assert "not significant by either test" in text and "Contradicted on this rung: nothing. **Not testable**" in text
+    fine = significance.summary(table, claims.assign(verdict="consistent"))
+    assert "Contradicted on this rung: nothing." in fine and "Not testable" not in fine and "No variant" not in fine
+
+
+def test_06_the_curve_of_discordance_holds_the_published_gain():
+    curve = significance.discordance_curve()
+    assert list(curve) == ["changed", "z", "unpaired", "crossing"]
+    assert curve["changed"].iloc[0] == 53 and curve["changed"].iloc[-1] == 373 and (curve["changed"].diff().dropna() == 2).all()
+    assert np.allclose(curve["z"], 53 / np.sqrt(curve["changed"])) and curve["unpaired"].iloc[0] == pytest.approx(
+        3.4068, abs=1e-4
+    )
+    assert ((curve["z"] > curve["unpaired"]) == (curve["changed"] < curve["crossing"])).all()
+    equal = significance.discordance_curve(dict(base_correct=5, edited_correct=5, n=10))
+    assert (equal["z"] == 0).all() and equal["crossing"].isna().all()
+
+
+def test_06_pairs_are_first_minus_second():
+    pairs = significance.control_pairs(["base", "random_1", "random_2"])
+    assert ("raw_shrunk", "scalpel") in pairs and pairs[-2:] == [("stethoscope", "random_1"), ("stethoscope", "random_2")]
+    rows = [(name, "s", str(i), int(i < right), "x") for name, right in (("one", 6), ("two", 2)) for i in range(8)]
+    records = pd.DataFrame(rows, columns=["variant", "subject", "problem_id", "exact_match", "extracted"])
+    margins = significance.Margins(level=0.05, overall=0.03, subject=0.05, draws=100, seed=0)
+    table = significance.pairs_table(records, [("one", "two"), ("one", "absent")], margins)
+    assert list(table.index) == ["one - two", "one - absent"]
+    assert table.loc["one - two", "difference"] == 0.5 and table.loc["one - two", "gained"] == 4
+    assert np.isnan(table.loc["one - absent", "difference"])
