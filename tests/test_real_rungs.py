@@ -44,6 +44,7 @@ def test_a_rung_runs_from_a_cold_cache_and_again_with_the_hub_gone(name, tmp_pat
 
 
 def test_a_rung_with_its_chat_template_answers_and_scores(tmp_path):
+    from stetholib.minerva_math import Variant
     from stetholib.study import Study
 
     profile = small_profile(
@@ -54,7 +55,7 @@ def test_a_rung_with_its_chat_template_answers_and_scores(tmp_path):
     study = Study.open(str(profile), root=tmp_path)
     step = study.minerva_math
     assert all(text.startswith("<start_of_turn>user\nProblem:") for text in step._asked.prompts.values())
-    records = step.records(["base"])
+    records = step._records(Variant("base"))
     assert len(records) == 14 and records["prompt_tokens"].min() > 100 and set(records["stopped_by"]) <= {"length", "eos", "stop"}
 
 
