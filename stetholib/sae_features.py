@@ -163,7 +163,7 @@ def _tested(
 
     An SAE that was not trained here is refused where it cannot be this layer's.
     """
-    last, corpus_of = max(dictionaries), torch.tensor(listening.corpus_of)
+    last, corpus_of = max(listening.dictionary_seeds), torch.tensor(listening.corpus_of)
     near_group = range(max(0, group[0] - 1), min(last + 1, group[-1] + 2))
     sample = _sample(base, listening, pairs, near_group)
     generator = torch.Generator().manual_seed(listening.neighbour_seed)

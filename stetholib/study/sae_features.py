@@ -81,7 +81,10 @@ class SaeFeatures(Step):
     @cached_property
     def dictionaries(self) -> Input[Mapping[int, Dictionary]]:
         """All layers' SAEs as an input of stages, each read when it is asked for."""
-        kept = {layer: self._store.made(saes.dictionary_of, self._sae(layer).files) for layer in range(self._world.layers)}
+        return self._of(range(self._world.layers))
+
+    def _of(self, layers: range) -> Input[Mapping[int, Dictionary]]:
+        kept = {layer: self._store.made(saes.dictionary_of, self._sae(layer).files) for layer in layers}
 
         def placed(layer: int) -> Dictionary:
             tensors = vars(kept[layer].value)
@@ -99,11 +102,10 @@ class SaeFeatures(Step):
 
     def _heard(self, group: range) -> Artefact:
         spec, world = self._spec, self._world
-        fetched = spec.release != "train"
-        expected = (
-            {layer: saes.expected_l0(spec.release, str(spec.sae_id), layer) for layer in range(world.layers)} if fetched else None
-        )
-        inputs = (world.model, self.listening, self.dictionaries, expected, self.rule(), list(group))
+        expected: dict[int, float | None] | None = None
+        if spec.release != "train":
+            expected = {layer: saes.expected_l0(spec.release, str(spec.sae_id), layer) for layer in group}
+        inputs = (world.model, self.listening, self._of(group), expected, self.rule(), list(group))
         return self._store.made(sae_features.hear, *inputs)
 
     @cached_property
