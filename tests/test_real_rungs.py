@@ -24,7 +24,7 @@ def tables(home, name):
     return {path.name: path.read_bytes() for path in sorted((home / "figures" / name).glob("*.csv"))}
 
 
-@pytest.mark.parametrize("name", ["gemma-3-270m", "gemma-3-1b", "paper"])
+@pytest.mark.parametrize("name", ["gemma-3-270m", pytest.param("gemma-3-1b", marks=pytest.mark.campaign), "paper"])
 def test_a_rung_runs_from_a_cold_cache_and_again_with_the_hub_gone(name, tmp_path):
     profile = small_profile(name, tmp_path)
     with Hub(repositories(profile, tmp_path / "made")) as hub:
