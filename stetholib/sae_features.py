@@ -18,7 +18,7 @@ from torch import Tensor
 from stetholib.errors import UserError
 from stetholib.models.dictionary import Dictionary, check_fires, check_site, check_width, random_dictionary, self_test
 from stetholib.models.loading import LanguageModel, check_finite
-from stetholib.models.streams import Batch, Watch, residual_batches, tokenize, unwatched
+from stetholib.models.streams import Batch, Watch, collected, residual_batches, tokenize, unwatched, up_to
 from stetholib.models.sums import CONTRASTS, Covariance, DocumentSums, FeatureSums, firing, moments, one_hot, specificity
 
 SELF_TEST_TOKENS = 20_000
@@ -202,17 +202,8 @@ def _sample(
     """Activations of a random part of the documents, for self-tests and the random dictionaries."""
     order = list(range(len(pairs)))
     random.Random(listening.sample_seed).shuffle(order)
-    total, kept = 0, []
-    for index in order:
-        if total >= SELF_TEST_TOKENS:
-            break
-        kept.append(pairs[index])
-        total += len(pairs[index][0]) - 1
-    found: dict[int, list[Tensor]] = {layer: [] for layer in layers}
-    for _, _, streams in residual_batches(base, kept, listening.batch_tokens, found):
-        for layer, x in streams.items():
-            found[layer].append(x)
-    return {layer: torch.cat(parts) for layer, parts in found.items()}
+    kept, _ = up_to((pairs[index] for index in order), SELF_TEST_TOKENS)
+    return collected(base, kept, listening.batch_tokens, layers)
 
 
 def specificities(

@@ -59,7 +59,7 @@ def saes(folder):
 
     base = loading.load(folder / "base")
     pairs = [(ids, 1) for ids, _ in streams.tokenize(base, [("", text) for text in stories.generate(60, 1, "train")], 160)]
-    for layer, x in fabricate._activations(base, pairs).items():
+    for layer, x in streams.collected(base, pairs, 2048, range(4)).items():
         one = dictionary.random_dictionary(x, 128, 9.0, layer)
         made = JumpReLUSAE(JumpReLUSAEConfig(d_in=32, d_sae=128, apply_b_dec_to_input=False))
         made.load_state_dict({name: tensor.contiguous() for name, tensor in vars(one).items()})

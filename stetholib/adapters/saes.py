@@ -22,7 +22,7 @@ from stetholib.data.source import Source
 from stetholib.errors import UserError
 from stetholib.models.dictionary import Dictionary
 from stetholib.models.loading import LanguageModel
-from stetholib.models.streams import Watch, residual_batches, tokenize, unwatched
+from stetholib.models.streams import Watch, collected, tokenize, unwatched, up_to
 from stetholib.profiles import Sae, nearest
 
 
@@ -228,21 +228,11 @@ def activations(
 
     Raises UserError where the texts hold fewer.
     """
-    tokens = [(ids, 1) for ids, _ in tokenize(base, texts, max_tokens)]
-    total, kept = 0, []
-    for pair in tokens:
-        if total >= wanted:
-            break
-        kept.append(pair)
-        total += len(pair[0]) - 1
+    kept, total = up_to([(ids, 1) for ids, _ in tokenize(base, texts, max_tokens)], wanted)
     if total < wanted:
         raise UserError(f"sae.training_tokens is {wanted}, but the texts to train SAEs on hold {total}; lower it")
     layers = range(base.model.config.get_text_config().num_hidden_layers)
-    found: dict[int, list[Tensor]] = {layer: [] for layer in layers}
-    for _, _, streams in residual_batches(base, kept, batch_tokens, layers, watch, "02 activations for SAEs"):
-        for layer, x in streams.items():
-            found[layer].append(x.cpu())
-    return {layer: torch.cat(parts) for layer, parts in found.items()}
+    return collected(base, kept, batch_tokens, layers, watch, "02 activations for SAEs", device="cpu")
 
 
 def trained_sae(heard: Mapping[int, Tensor], layer: int, spec: Sae, seed: int, device: str, *, folder: Path) -> None:

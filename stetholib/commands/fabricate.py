@@ -182,7 +182,8 @@ def gemma_scope(profile: Profile, base: Path, folder: Path, d_sae: int, seed: in
         total += len(ids)
         if total > SAMPLE_TOKENS:
             break
-    for layer, x in _activations(loaded, pairs).items():
+    layers = range(loaded.model.config.get_text_config().num_hidden_layers)
+    for layer, x in streams.collected(loaded, pairs, 2048, layers).items():
         name = saes.id_of(profile.sae.sae_id, layer)
         one = sae_features.random_dictionary(x, d_sae, entry.expected_l0[name], seed + layer)
         place = folder / entry.saes_map[name]
@@ -191,17 +192,6 @@ def gemma_scope(profile: Profile, base: Path, folder: Path, d_sae: int, seed: in
         save_file({key: value.contiguous() for key, value in tensors.items()}, place / "params.safetensors")
         said = dict(architecture="jump_relu", model_name=entry.model, hf_hook_point_in=f"model.layers.{layer}.output")
         (place / "config.json").write_text(json.dumps(said))
-
-
-def _activations(loaded: loading.LanguageModel, pairs: list[tuple[list[int], int]]) -> dict[int, torch.Tensor]:
-    """Every block's output on content tokens, in float32."""
-    found: dict[int, list[torch.Tensor]] = {}
-    with torch.no_grad(), streams.residual_stream(loaded.model) as taken:
-        for batch in streams.batches(pairs, 2048, "cpu"):
-            streams.run_blocks(loaded.model, batch)
-            for layer, x in taken.items():
-                found.setdefault(layer, []).append(x[batch.scored.bool()].float())
-    return {layer: torch.cat(parts) for layer, parts in found.items()}
 
 
 def maths(data: Data, folder: Path, seed: int) -> None:

@@ -144,6 +144,34 @@ def residual_batches(
             yield batch, document, {layer: taken[layer][keep].float() for layer in wanted}
 
 
+def up_to(pairs: Iterable[tuple[list[int], int]], wanted: int) -> tuple[list[tuple[list[int], int]], int]:
+    """Texts in their order until they hold so many content tokens, BOS aside, and how many they hold."""
+    total, kept = 0, []
+    for pair in pairs:
+        if total >= wanted:
+            break
+        kept.append(pair)
+        total += len(pair[0]) - 1
+    return kept, total
+
+
+def collected(
+    base: LanguageModel,
+    pairs: Sequence[tuple[list[int], int]],
+    batch_tokens: int,
+    layers: Iterable[int],
+    watch: Watch = unwatched,
+    label: str = "",
+    device: str | None = None,
+) -> dict[int, Float[Tensor, "token d_model"]]:
+    """The residual streams of `residual_batches` by layer, all tokens of all texts; on the model's device unless told."""
+    found: dict[int, list[Tensor]] = {layer: [] for layer in layers}
+    for _, _, streams in residual_batches(base, pairs, batch_tokens, found, watch, label):
+        for layer, x in streams.items():
+            found[layer].append(x.to(device or x.device))
+    return {layer: torch.cat(parts) for layer, parts in found.items()}
+
+
 def gradient_moments(
     base: LanguageModel, texts: Sequence[tuple[str, str]], max_tokens: int, batch_tokens: int, *, watch: Watch = unwatched
 ) -> dict[int, Float[Tensor, "d_model d_model"]]:
