@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 PACKAGE = __name__.partition(".")[0]
+PACKAGE_FOLDER = Path(__file__).parents[1]
 WHOLE = "*"  # a module used as a value: all of it counts
 ON_IMPORT = "on import"  # statements that run when a module is imported
 Name = tuple[str, str]  # (module, definition)
@@ -112,9 +113,6 @@ def _imported(node: ast.stmt) -> Iterator[tuple[str, Name]]:
             inner = f"{node.module}.{alias.name}"
             is_module = Path(PACKAGE_FOLDER, *inner.split(".")[1:]).is_dir() or _file(inner).is_file()
             yield alias.asname or alias.name, (inner, WHOLE) if is_module else (str(node.module), alias.name)
-
-
-PACKAGE_FOLDER = Path(__file__).parents[1]
 
 
 def _file(module: str) -> Path:

@@ -58,13 +58,8 @@ def identity_of(value: Any) -> Any:
     if isinstance(value, Mapping):
         return ["mapping", *([identity_of(key), identity_of(one)] for key, one in value.items())]
     if isinstance(value, Tensor):
-        data = value.detach().cpu().contiguous()
-        return [
-            "tensor",
-            str(data.dtype),
-            list(data.shape),
-            _sha(data.view(torch.uint8).numpy().tobytes() if data.ndim else data.numpy().tobytes()),
-        ]
+        data = value.detach().cpu().reshape(-1).contiguous()
+        return ["tensor", str(value.dtype), list(value.shape), _sha(data.view(torch.uint8).numpy().tobytes())]
     if isinstance(value, np.ndarray) and value.dtype != object:
         return ["array", str(value.dtype), list(value.shape), _sha(np.ascontiguousarray(value).tobytes())]
     if isinstance(value, pd.DataFrame):

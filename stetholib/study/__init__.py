@@ -64,7 +64,7 @@ class Study:
             namespace.pop(name, None)
         check_imported_from(Path.cwd())
         given = parameters_of(namespace.get("In", []))
-        if unknown := sorted(set(given) - set(PARAMETERS)):
+        if unknown := sorted(given - set(PARAMETERS)):
             near = nearest(unknown[0], PARAMETERS)
             raise ProfileError(f"unknown notebook parameter {unknown[0]!r}{near}; there are: {', '.join(PARAMETERS)}")
         if missing := [name for name in PARAMETERS if name not in namespace]:
@@ -118,20 +118,20 @@ class Study:
         )
 
 
-def parameters_of(cells: list[str]) -> dict[str, None]:
+def parameters_of(cells: list[str]) -> set[str]:
     """The names that a notebook's parameters were given under: in the cell that papermill added, and in the last cell that
     was run of those that set a parameter. Whatever else a notebook defines is none of anybody's business.
     """
-    given: dict[str, None] = {}
-    own: dict[str, None] = {}
+    given: set[str] = set()
+    own: set[str] = set()
     for cell in cells:
         try:
             targets = [target for node in ast.parse(cell).body if isinstance(node, ast.Assign) for target in node.targets]
         except SyntaxError:
             continue
-        names: dict[str, None] = {target.id: None for target in targets if isinstance(target, ast.Name)}
+        names = {target.id for target in targets if isinstance(target, ast.Name)}
         if cell.startswith(INJECTED):
             given |= names
-        elif names.keys() & set(PARAMETERS):
+        elif names & set(PARAMETERS):
             own = names
     return given | own

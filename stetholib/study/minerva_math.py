@@ -89,6 +89,11 @@ class MinervaMath(Step):
         p = self._profile.evaluation
         return self._store.made(planned, self._world.model, self._asked.prompts, p.batch_size, p.max_new_tokens).value
 
+    @cached_property
+    def _plan(self) -> str:
+        """Who the prompts are, each in the batch that it is answered in: hashed once for all variants."""
+        return hashed([[(name, self._asked.prompts[name]) for name in batch] for batch in self._batches])
+
     def answers(self, variant: Variant, rank: int = 0, world: int = 1) -> dict[str, Answer]:
         """Every answer of a variant, by problem id; each was asked once and is on disk.
 
@@ -108,18 +113,16 @@ class MinervaMath(Step):
 
         busy = f"{ledger.path.name} is being written by another process; end it, or wait for it"
         with held(ledger.path.with_suffix(".lock"), busy), self.edited_model(variant).opened() as model:
-            watched = list(missing)
-            answer_all(model, self._asked.prompts, progress(watched, f"05 {variant.name}"), limit, keep, self._asked.stops)
+            watched = progress(missing, f"05 {variant.name}")
+            answer_all(model, self._asked.prompts, watched, limit, keep, self._asked.stops)
         return known
 
     def _answering(self, variant: Variant) -> tuple[Any, ...]:
         """What the answers of a variant depend on."""
-        batches = [[(name, self._asked.prompts[name]) for name in batch] for batch in self._batches]
-        return self.edited_model(variant), batches, self._profile.evaluation.max_new_tokens, self._asked.stops
+        return self.edited_model(variant), self._plan, self._profile.evaluation.max_new_tokens, self._asked.stops
 
     def _records(self, variant: Variant) -> pd.DataFrame:
-        identity = hashed([self._store.key(answer_all, *self._answering(variant))])
-        answers = Input.of(identity, lambda: self.answers(variant))
+        answers = Input.of(self._store.key(answer_all, *self._answering(variant)), lambda: self.answers(variant))
         return self._store.made(harness.records, variant.name, self._problems, answers, self._tasks).value
 
     def records(self, names: Sequence[str] | None = None) -> pd.DataFrame:

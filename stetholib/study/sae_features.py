@@ -83,8 +83,14 @@ class SaeFeatures(Step):
         """All layers' SAEs as an input of stages, each read when it is asked for."""
         return self._of(range(self._world.layers))
 
+    @cached_property
+    def _every(self) -> dict[int, Artefact]:
+        """Each layer's SAE: its files are hashed once in a process."""
+        layers = range(self._world.layers)
+        return {layer: self._store.made(saes.dictionary_of, self._sae(layer).files) for layer in layers}
+
     def _of(self, layers: range) -> Input[Mapping[int, Dictionary]]:
-        kept = {layer: self._store.made(saes.dictionary_of, self._sae(layer).files) for layer in layers}
+        kept = {layer: self._every[layer] for layer in layers}
 
         def placed(layer: int) -> Dictionary:
             tensors = vars(kept[layer].value)
@@ -111,13 +117,17 @@ class SaeFeatures(Step):
     @cached_property
     def heard(self) -> Input[dict[int, Heard]]:
         """What every layer heard, as an input of stages: by layer, what its group left."""
-        kept = {group: self._heard(group) for group in self._groups}
 
         def fetch() -> dict[int, Heard]:
-            found = {group: artefact.value for group, artefact in kept.items()}
+            found = {group: artefact.value for group, artefact in self._left.items()}
             return {layer: found[group] for group in found for layer in group}
 
-        return Input.of(hashed(list(kept.values())), fetch)
+        return Input.of(hashed(list(self._left.values())), fetch)
+
+    @cached_property
+    def _left(self) -> dict[range, Artefact]:
+        """What each group of layers heard."""
+        return {group: self._heard(group) for group in self._groups}
 
     def rule(self, kind: str | None = None) -> ScoreRule:
         """How features become a layer's score."""
@@ -137,7 +147,7 @@ class SaeFeatures(Step):
 
     def self_tests(self) -> pd.DataFrame:
         """One row a layer: what its SAE and its random double explain, how sparsely, and the doubles' layer scores."""
-        return pd.concat([self._heard(group).value.tests for group in self._groups], ignore_index=True)
+        return pd.concat([artefact.value.tests for artefact in self._left.values()], ignore_index=True)
 
     def specificities(self, contrast: str, kind: str | None = None) -> Specificity:
         """(specificity, whether it fires) of every feature, layer by layer."""

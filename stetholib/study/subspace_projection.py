@@ -1,12 +1,11 @@
 """Step 03 wired to a world: directions at every layer, and the scalpel."""
 
 from functools import cached_property
-from typing import Any
 
 import pandas as pd
 
 from stetholib import subspace_projection
-from stetholib.editing import TaskVector, weights
+from stetholib.editing import TaskVector
 from stetholib.models.loading import gains_of
 from stetholib.models.streams import gradient_moments
 from stetholib.store.artefacts import Artefact
@@ -84,8 +83,7 @@ class SubspaceProjection(Step):
 
     def rounding_of_edits(self) -> pd.DataFrame:
         """What a model in bfloat16 can carry of each edit: columns vector, unmoved, energy_kept, cosine."""
-        before = self._store.derived(weights, self._world.checkpoint)
-        inputs: tuple[Any, ...] = (before, self._vectors.tau, self._directions, self.ranks.default)
+        inputs = (self._world.weights, self._vectors.tau, self._directions, self.ranks.default)
         return self._store.made(subspace_projection.rounding_of_edits, *inputs).value
 
     def energy_or_direction(self) -> pd.DataFrame:

@@ -10,7 +10,7 @@ import pandas as pd
 from stetholib import task_vectors
 from stetholib.adapters import finetuning
 from stetholib.data import hub
-from stetholib.editing import Edit, TaskVector, edited, weights
+from stetholib.editing import Edit, TaskVector, edited
 from stetholib.models.weights import Checkpoint, Key, weight_hash
 from stetholib.store.artefacts import Artefact
 from stetholib.store.files import digest_of
@@ -31,7 +31,7 @@ class TaskVectors(Step):
         return self._store.made(
             finetuning.finetuned,
             world.other(world.base_key, lambda: world.base_folder, dtype),
-            self._store.derived(weights, world.checkpoint),
+            world.weights,
             world.problems("train"),
             p.finetune,
             p.model.dtype,
@@ -81,7 +81,7 @@ class TaskVectors(Step):
 
     def table(self) -> pd.DataFrame:
         """Step 01's table."""
-        return self._store.made(task_vectors.measure, self._store.derived(weights, self._world.checkpoint), self.tau).value
+        return self._store.made(task_vectors.measure, self._world.weights, self.tau).value
 
     def rounding(self) -> pd.DataFrame:
         """What precision can carry of the change: columns change, stored_in, unmoved, energy_kept, cosine.
@@ -90,8 +90,7 @@ class TaskVectors(Step):
         bfloat16, the dtype that the released models have.
         """
         stored = self._made_here.value.stored if self._made_here else None
-        before = self._store.derived(weights, self._world.checkpoint)
-        return self._store.made(task_vectors.rounding, before, self.tau, stored, self._profile.model.dtype).value
+        return self._store.made(task_vectors.rounding, self._world.weights, self.tau, stored, self._profile.model.dtype).value
 
     def energy_elsewhere(self) -> dict[str, float]:
         """Energy of the change outside the seven matrices, by kind."""

@@ -17,8 +17,9 @@ from stetholib.commands.environment import LIBRARIES
 from stetholib.data import corpora, hub, source
 from stetholib.data.mini import base as mini_base
 from stetholib.data.prompts import prompt, target
+from stetholib.editing import weights
 from stetholib.models.loading import LanguageModel, load
-from stetholib.models.weights import Checkpoint, weight_names
+from stetholib.models.weights import Checkpoint, Weights, weight_names
 from stetholib.profiles import Profile, ProfileError
 from stetholib.profiles import load as load_profile
 from stetholib.store.artefacts import Store
@@ -41,6 +42,7 @@ class World:
         """workspace: where its store lies; overrides: what the profile was opened with, for headings."""
         self.profile, self.device, self.workspace, self.overrides = profile, device, workspace, dict(overrides)
         self.store = Store(workspace.store, [device, profile.threads, library_versions()])
+        self._problems: dict[str, list[corpora.Row]] = {}
         torch.set_num_threads(profile.threads)
         torch.use_deterministic_algorithms(True, warn_only=device != "cpu")
 
@@ -99,6 +101,11 @@ class World:
         """theta_0's tensors on disk as an input of stages."""
         return Input.of(self.base_key, lambda: Checkpoint(self.base_folder))
 
+    @cached_property
+    def weights(self) -> Input[Weights]:
+        """theta_0's seven matrices of each layer, as they are stored, as an input of stages."""
+        return self.store.derived(weights, self.checkpoint)
+
     def _load(self, folder: Path, dtype: str | None = None) -> LanguageModel:
         p = self.profile.model
         return load(folder, dtype or p.dtype, self.device, p.attention)
@@ -138,8 +145,10 @@ class World:
 
     def problems(self, split: str) -> list[corpora.Row]:
         """Problems of a split; the test split is read by step 05 and after only."""
-        boxed = self.profile.finetune.target == "minerva"
-        return corpora.problems(self.profile.data, split, self.seed("problems"), boxed)
+        if split not in self._problems:  # every key that holds them asks again
+            boxed = self.profile.finetune.target == "minerva"
+            self._problems[split] = corpora.problems(self.profile.data, split, self.seed("problems"), boxed)
+        return list(self._problems[split])
 
     def per_subject(self, split: str, count: int) -> list[corpora.Row]:
         """The first `count` problems of each subject; the rows are shuffled, so that is a random subset."""
