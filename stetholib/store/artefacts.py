@@ -26,11 +26,10 @@ from torch import Tensor
 
 from stetholib.store.code import code_of
 from stetholib.store.files import CHECK, LOG, append_json, digest_of, file_hash, read_json_lines
-from stetholib.store.progress import progress
+from stetholib.store.progress import libraries_quiet, progress
 from stetholib.store.values import Input, hashed, packed, unpacked
 
 INDEX = "artefact.json"  # of a stage's folder; it tells how long the stage took, so no two are alike
-GIVEN = ("folder", "unfinished", "watch")  # what the store gives a stage that asks for it; no part of any key
 
 
 @dataclass(frozen=True)
@@ -85,8 +84,8 @@ class Store:
     def made(self, function: Callable[..., Any], /, *inputs: Any) -> Artefact:
         """`function(*inputs)`: from this process, from the disk, or made now; one process at a time.
 
-        A function with a keyword-only parameter `folder` may leave files of its own there; `unfinished` is a folder that outlives
-        a kill, for work that resumes; `watch(items, label)` reports progress.
+        A function with a keyword-only parameter `folder` may leave files of its own there; `unfinished` is a folder that
+        outlives a kill, for work that resumes; `watch(items, label)` reports progress.
         """
         key = self.key(function, *inputs)
         if key not in self._memo:
@@ -99,8 +98,7 @@ class Store:
 
         def value() -> Any:
             if key not in self._derived:
-                with ExitStack() as stack:
-                    self._derived[key] = function(*_opened(inputs, stack), **self._given(function))
+                self._derived[key] = _run(function, inputs)
             return self._derived[key]
 
         return Input.of(key, value)
@@ -126,8 +124,7 @@ class Store:
             draft.mkdir()
             try:
                 started = time.monotonic()
-                with ExitStack() as stack:
-                    value = function(*_opened(inputs, stack), **self._given(function, draft, unfinished))
+                value = _run(function, inputs, folder=draft, unfinished=unfinished)
                 _write(draft, value, function.__name__, key, time.monotonic() - started)
                 os.replace(draft, self.folder / name)
                 shutil.rmtree(unfinished, ignore_errors=True)
@@ -137,13 +134,6 @@ class Store:
         if found is None:
             raise RuntimeError(f"store: {name} was altered while it was being written")
         return found
-
-    def _given(self, function: Callable[..., Any], *folders: Path) -> dict[str, Any]:
-        asked = inspect.signature(function).parameters
-        given = dict(zip(GIVEN, (*folders, progress) if folders else (None, None, progress), strict=True))
-        return {
-            name: value for name, value in given.items() if name in asked and asked[name].kind is inspect.Parameter.KEYWORD_ONLY
-        }
 
     def _read(self, name: str, set_aside: bool = True) -> Artefact | None:
         """The artefact of a name, or None where there is no whole one; who holds the lock may set a damaged one aside."""
@@ -165,6 +155,15 @@ class Store:
             os.replace(place, aside)
             LOG.warning("store: %s is damaged (%s); set aside as %s, made anew", place.name, error, aside.name)
             return None
+
+
+def _run(function: Callable[..., Any], inputs: tuple[Any, ...], **folders: Path) -> Any:
+    """The function on its opened inputs, and what it asks for by keyword only, none of which is part of a key."""
+    asked = inspect.signature(function).parameters.values()
+    named = {one.name for one in asked if one.kind is inspect.Parameter.KEYWORD_ONLY}
+    given = {name: value for name, value in {**folders, "watch": progress}.items() if name in named}
+    with libraries_quiet(), ExitStack() as stack:
+        return function(*_opened(inputs, stack), **given)
 
 
 def _opened(inputs: tuple[Any, ...], stack: ExitStack) -> Iterator[Any]:

@@ -5,11 +5,13 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partialmethod
 from typing import Any, TypeVar
 
 from IPython import get_ipython
 from IPython.display import display
 from tqdm import tqdm
+from tqdm.notebook import tqdm_notebook
 
 T = TypeVar("T")
 
@@ -23,6 +25,17 @@ def progress_file() -> Iterator[Any]:
         return
     with open(name, "a", encoding="utf-8") as handle:
         yield handle
+
+
+@contextmanager
+def libraries_quiet() -> Iterator[None]:
+    """Inside, bars that libraries draw as widgets are not shown, which no setting of theirs does: they would stay, dead."""
+    loud = tqdm_notebook.__init__
+    tqdm_notebook.__init__ = partialmethod(loud, disable=True)
+    try:
+        yield
+    finally:
+        tqdm_notebook.__init__ = loud
 
 
 def in_notebook() -> bool:

@@ -50,7 +50,7 @@ class Significance(Step):
 
     def pairs(self, wanted: Sequence[tuple[str, str]]) -> pd.DataFrame:
         """Pairs of variants on the same test problems, first minus second, over all subjects; one row a pair."""
-        return significance.pairs_table(self._answers.records(), wanted, self.margins)
+        return self._store.made(significance.pairs_table, self._answers.records(), list(wanted), self.margins).value
 
     def claims(self) -> pd.DataFrame:
         """The ledger of the paper's nine claims."""

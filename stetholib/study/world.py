@@ -15,7 +15,6 @@ from IPython.display import Markdown
 from stetholib.adapters import harness
 from stetholib.commands.environment import LIBRARIES
 from stetholib.data import corpora, hub, source
-from stetholib.data.mini import base as mini_base
 from stetholib.data.prompts import prompt, target
 from stetholib.editing import weights
 from stetholib.models.loading import LanguageModel, load
@@ -75,7 +74,11 @@ class World:
 
     def folder_of(self, name: str, revision: str | None) -> Path:
         """A model's files: shipped, in a folder, fetched from the Hub, or an untrained toy made for the tests."""
-        return self.store.made(mini_base.toy).folder if name == "toy" else source.model_folder(name, revision)
+        if name != "toy":
+            return source.model_folder(name, revision)
+        from stetholib.data.mini import base  # here, so that what needs no model starts without transformers
+
+        return self.store.made(base.toy).folder
 
     @cached_property
     def base_key(self) -> str:
