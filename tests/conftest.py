@@ -1,5 +1,6 @@
 """Every test is offline (only loopback sockets), seeded, and leaves the checkout as it was."""
 
+import gc
 import os
 import socket
 from pathlib import Path
@@ -32,6 +33,22 @@ COVERED: list[str] = []
 def covered():
     """Say in the run's last lines what a test has covered."""
     return COVERED.append
+
+
+def pytest_collection_finish(session):
+    """What was imported stays: statsmodels collects garbage at each correction by Holm, and looks at all of it."""
+    gc.freeze()
+
+
+def pytest_sessionfinish(session):
+    """A worker hands what its tests have covered to whoever prints the last lines."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["covered"] = COVERED
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    COVERED.extend(getattr(node, "workeroutput", {}).get("covered", []))
 
 
 def pytest_terminal_summary(terminalreporter):
