@@ -57,6 +57,15 @@ def kill(process: subprocess.Popen, how: signal.Signals = signal.SIGKILL) -> Non
     process.communicate()
 
 
+def held(process: subprocess.Popen, condition: Callable[[], bool]) -> bool:
+    """Hold a run still and look again; where the condition no longer holds, it goes on."""
+    os.killpg(process.pid, signal.SIGSTOP)
+    if condition():
+        return True
+    os.killpg(process.pid, signal.SIGCONT)
+    return False
+
+
 def killed_after(folder: Path, profile: str, seconds: float) -> bool:
     """Begin a run and kill it; False where it had ended by then."""
     process = start(folder, profile)

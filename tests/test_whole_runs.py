@@ -116,7 +116,7 @@ def test_killed_while_answering_it_goes_on_and_asks_nothing_twice(one_process, t
         sizes = [len(ids) for ids in answers(folder).values()]
         return sum(sizes) >= 70 and any(0 < size < 30 for size in sizes)
 
-    runs.wait_for(halfway, killed)
+    runs.wait_for(lambda: halfway() and runs.held(killed, halfway), killed)
     runs.kill(killed)
     before = answers(folder)
     assert any(0 < len(ids) < 30 for ids in before.values())
