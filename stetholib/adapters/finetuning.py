@@ -1,8 +1,6 @@
-"""The fine-tune behind the task vector: transformers' Trainer, full or LoRA, on worked solutions.
+"""The fine-tune behind the task vector: transformers' Trainer, full or LoRA, on worked solutions, whose loss alone counts.
 
-Loss counts on solutions only. Embeddings, norms and everything else outside the seven matrices of each block stay
-frozen, so that theta_0 + tau is the fine-tuned model itself. Training goes on from its last whole checkpoint.
-"""
+All but the seven matrices of each block stays frozen, so that theta_0 + tau is the fine-tuned model itself."""
 
 import json
 import shutil
@@ -85,11 +83,8 @@ def finetune(
     callbacks: Sequence[Any] = (),
     save_every: float = SAVE_EVERY,
 ) -> FineTuned:
-    """Fine-tune `base` in place: afterwards its model is theta_1, in its own dtype, LoRA factors merged.
-
-    unfinished: a folder that outlives a kill. A second call goes on from what was saved there, at most `save_every`
-    seconds and a twentieth of the run ago, and its result is the same, byte for byte.
-    """
+    """Fine-tune `base` in place: its model becomes theta_1, in its own dtype, LoRA factors merged. A second call goes on from
+    what is saved in `unfinished` every `save_every` seconds and a twentieth of the run, to the same result, byte for byte."""
     from transformers import PrinterCallback, set_seed
 
     set_seed(seed)
@@ -205,9 +200,7 @@ def _saving(unfinished: Path, every: float) -> Any:
 
 def _goes_on_from(unfinished: Path) -> str | None:
     """The last whole checkpoint, the only one that is kept; what else there is cannot be relied on.
-
-    Orders of examples that it does not vouch for are drawn again, and are the same.
-    """
+    Orders of examples that it does not vouch for are drawn again, and are the same."""
     found = last_whole(unfinished)
     known = json.loads(Path(found, WHOLE).read_text(encoding="utf-8")) if found else {}
     for checkpoint in unfinished.glob("checkpoint-*"):
@@ -251,9 +244,7 @@ def finetuned(
     watch: Watch = unwatched,
 ) -> Report:
     """theta_1, saved in `folder` in `dtype`, and how much of the exact change is left of it there.
-
-    base: theta_0, which is trained in place; before: its weights as they are stored.
-    """
+    base: theta_0, which is trained in place; before: its weights as they are stored."""
     tuned = finetune(base, rows, spec, unfinished, seed, max_tokens, [_progress("01 fine-tune", watch)])
     kept = getattr(torch, dtype)
     stored = survival(tuned.exact, rounded(before, tuned.exact, kept))

@@ -1,8 +1,6 @@
 """lm-evaluation-harness behind one door: its tasks on local problems, its prompts, and its verdicts on our answers.
 
-Its `minerva_math` tasks are included unchanged and only pointed at local files. A task of the harness of one's own can
-take their place.
-"""
+Its `minerva_math` tasks, or a task of one's own, are included unchanged and only pointed at local files."""
 
 import json
 import logging
@@ -51,9 +49,7 @@ def task_files(task: str) -> list[Path]:
 
 def write_tasks(folder: Path, rows: Sequence[Mapping[str, str]], num_fewshot: int, task: str = MINERVA) -> list[str]:
     """Point the harness's tasks at local problems: one YAML and one JSON-lines file a subject; returns task names.
-
-    task: `minerva_math`, or the YAML file of a task of one's own, which every subject then uses.
-    """
+    task: `minerva_math`, or the YAML file of a task of one's own, which every subject then uses."""
     import lm_eval
 
     home = Path(lm_eval.__file__).parent / "tasks" / MINERVA
@@ -129,11 +125,8 @@ class Memory:
 
 
 def remembering(process_results: FunctionType, memory: Memory) -> Callable[..., dict[str, int]]:
-    """The harness's scorer, which gives the same pair of strings its verdict without computing it again.
-
-    A comparison by sympy costs up to 30 ms, and variants share most of their answers. The harness's module stays as it
-    is: its scorer's code runs with names of its own, where `is_equiv` is the one that remembers.
-    """
+    """The harness's scorer, which gives the same pair of strings its verdict without computing it again: sympy takes 30 ms.
+    The harness's module stays as it is: its scorer's code runs with names of its own, where `is_equiv` remembers."""
     names = dict(process_results.__globals__)
     compare = names["is_equiv"]
 
@@ -175,9 +168,7 @@ def _id_of(request: Any) -> str:
 
 def prompts_of(loaded: Mapping[str, Any], chat: Any = None) -> dict[str, str]:
     """Every prompt exactly as the harness builds it, few-shot examples included, by problem id.
-
-    chat: a tokenizer whose chat template wraps the prompts, examples as turns; its BOS is left to the tokenizer.
-    """
+    chat: a tokenizer whose chat template wraps the prompts, examples as turns; its BOS is left to the tokenizer."""
     found: dict[str, str] = {}
     asked: dict[str, Any] = {}
     if chat is not None:
@@ -197,9 +188,7 @@ def score(
     loaded: Mapping[str, Any], answers: Mapping[str, Answer], some: bool = False, task: str = MINERVA
 ) -> tuple[pd.DataFrame, dict[str, float]]:
     """Let the harness score recorded answers: verdicts by problem, and its own standard error by subject.
-
-    some: score only the problems that were answered; otherwise a missing answer is an error.
-    """
+    some: score only the problems that were answered; otherwise a missing answer is an error."""
     from lm_eval.evaluator import evaluate
 
     samples = None
@@ -219,14 +208,8 @@ def score(
         errors[subject] = float("nan" if error == "N/A" else error)
         for sample in samples:
             if sample["filter"] == first:
-                rows.append(
-                    dict(
-                        problem_id=problem_id(subject, sample["doc"]["problem"]),
-                        extracted=_extracted(sample, task),
-                        exact_match=int(sample["exact_match"]),
-                        math_verify=sample.get("math_verify"),
-                    )
-                )
+                one = dict(problem_id=problem_id(subject, sample["doc"]["problem"]), extracted=_extracted(sample, task))
+                rows.append(one | dict(exact_match=int(sample["exact_match"]), math_verify=sample.get("math_verify")))
     return pd.DataFrame(rows), errors
 
 

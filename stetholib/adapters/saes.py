@@ -1,8 +1,6 @@
 """Sparse autoencoders by SAELens: trained on the spot, or loaded from a release; one a block.
 
-Either way the result is SAELens' own object, saved and loaded by SAELens, and turned into the plain tensors of a
-`Dictionary` for the measurements.
-"""
+Either way it is SAELens' own object, saved and loaded by SAELens, and turned into a `Dictionary` for the measurements."""
 
 import json
 import re
@@ -110,9 +108,7 @@ def expected_l0(release: str, sae_id: str, layer: int) -> float | None:
 
 def files_of(spec: Sae, layers: Callable[[], int]) -> tuple[Source, list[str]]:
     """Where the SAEs are, and the patterns of their files there. Raises UserError where a block's is not in its release.
-
-    layers: tells how many blocks the model has; asked for a release only, since the Hub may have to tell.
-    """
+    layers: tells how many blocks the model has; asked for a release only, since the Hub may have to tell."""
     source = Source.of(spec.release, spec.revision, "sae")
     if source.where != "hub":
         return source, ["**/*.safetensors"]
@@ -155,11 +151,8 @@ def gemma_scope_2(
     cfg_overrides: dict[str, Any] | None = None,
     revision: str | None = None,
 ) -> tuple[dict[str, Any], dict[str, Tensor], None]:
-    """SAELens' loader for Gemma Scope 2, reading shapes from the fetched file: (config, weights, no sparsity).
-
-    SAELens' own asks the network for the shapes even when the file is in the cache. Raises UserError where the
-    folder's config names another site than its block's output.
-    """
+    """(config, weights, no sparsity) of Gemma Scope 2, shapes read from the fetched file: SAELens' own loader asks the network
+    for them. Raises UserError where the folder's config names another site than its block's output."""
     path = hub.file(repo_id, f"{folder_name}/params.safetensors", revision)
     said = json.loads(hub.file(repo_id, f"{folder_name}/config.json", revision).read_text(encoding="utf-8"))
     layer = int(re.findall(r"layer_(\d+)", folder_name)[0])
@@ -196,10 +189,7 @@ def gemma_scope_2(
 
 def dictionary(sae: Any) -> Dictionary:
     """The plain tensors of a JumpReLU or ReLU SAE, with a centring of its input folded into the encoder's bias.
-
-    Raises ValueError for other architectures and for inputs that are rescaled at inference, since the formulas of
-    `Dictionary` would then not be this SAE's.
-    """
+    Raises UserError for what the formulas of `Dictionary` do not hold for: other architectures, inputs that are rescaled."""
     kind = sae.cfg.architecture()
     if kind not in ("jumprelu", "standard"):
         raise UserError(f"SAE: architecture {kind!r} is not supported; save it for inference as JumpReLU")
@@ -225,9 +215,7 @@ def activations(
     watch: Watch = unwatched,
 ) -> dict[int, Float[Tensor, "token d_model"]]:
     """Residual streams of at least `wanted` content tokens to train SAEs on, by layer; texts are (context, scored text).
-
-    Raises UserError where the texts hold fewer.
-    """
+    Raises UserError where the texts hold fewer."""
     kept, total = up_to([(ids, 1) for ids, _ in tokenize(base, texts, max_tokens)], wanted)
     if total < wanted:
         raise UserError(f"sae.training_tokens is {wanted}, but the texts to train SAEs on hold {total}; lower it")
@@ -244,9 +232,7 @@ def fetched_sae(
     release: str, sae_id: str, layer: int, revision: str | None, model: str, files: Sequence[str], *, folder: Path
 ) -> None:
     """A layer's SAE of a release or of a folder, in `folder` in SAELens' own format.
-
-    model: the base model's name, which the release must be of; files: hashes of the files, where they are in a folder.
-    """
+    model: the base model's name, which the release must be of; files: hashes of the files, where they are in a folder."""
     check_release(release, model)
     fetch(release, sae_id, layer, revision).save_model(folder)
 

@@ -1,7 +1,6 @@
 """What this machine lacks for a profile: `make doctor PROFILE=paper`. One line a check; `make reproduce` begins with them.
 
-Needs are rules of thumb from the sizes of the weights: they err on the safe side and say what they assume.
-"""
+Needs are rules of thumb from the sizes of the weights: they err on the safe side and say what they assume."""
 
 import os
 import shutil
@@ -58,21 +57,17 @@ class Size:
 def examine(profile: Profile, device: str, processes: int = 1) -> Iterator[Check]:
     """Every check of a profile, the quick ones first; `processes` answer the test together."""
     yield Check("packages", True, _packages())
-    sizes: dict[str, tuple[int, int]] = {}
-    lacking = False
-    for name, find in _sources(profile).items():
+    sources, absent = _sources(profile), {}
+    for name, find in sources.items():
         try:
             source, patterns = find()
-            missing, whole = sizes[name] = source.bytes_to_fetch(patterns)
-            said = THERE[source.where]
-            if missing:
-                said = f"{missing / GIB:.2g} of {whole / GIB:.2g} GiB are to be fetched"
-            yield Check(name, True, said)
+            absent[name], whole = source.bytes_to_fetch(patterns)
+            said = f"{absent[name] / GIB:.2g} of {whole / GIB:.2g} GiB are to be fetched"
+            yield Check(name, True, said if absent[name] else THERE[source.where])
         except UserError as error:
-            lacking = True
             yield Check(name, False, str(error))
-    yield from _hub(not lacking and not any(missing for missing, _ in sizes.values()))
-    if "model" not in sizes:
+    yield from _hub(absent.keys() == sources.keys() and not any(absent.values()))
+    if "model" not in absent:
         yield Check("needs", False, "memory and disk cannot be told before the model's files can be seen")
         return
     try:
@@ -81,7 +76,7 @@ def examine(profile: Profile, device: str, processes: int = 1) -> Iterator[Check
         yield Check("needs", False, str(error))
         return
     yield _memory(profile, known, device, processes)
-    yield from _disks(sum(missing for missing, _ in sizes.values()), _made(profile, known))
+    yield from _disks(sum(absent.values()), _made(profile, known))
     yield from _devices(profile, known, device, processes)
 
 
@@ -198,9 +193,7 @@ def _stored(profile: Profile, *kinds: str) -> int:
 
 def _disks(fetched: int, made: int) -> Iterator[Check]:
     """Room for what is fetched and made, on one disk or on two."""
-    from huggingface_hub.constants import HF_HUB_CACHE
-
-    cache, here = hub.existing(Path(HF_HUB_CACHE)), repository()
+    cache, here = hub.cache_place(), repository()
     if cache.stat().st_dev == here.stat().st_dev:
         yield _disk("disk", here, fetched + made, "what is fetched and made")
         return

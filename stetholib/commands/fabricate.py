@@ -1,8 +1,7 @@
 """Fabricated repositories in the real formats: random weights of the true shapes, or of a fraction of them.
 
-They prove that the names, formats, sizes and refusals of a real rung are handled, and tell its time and memory,
-before anything is fetched. Their numbers mean nothing. Shapes are those of the released models' configurations.
-"""
+They prove that the names, formats, sizes and refusals of a real rung are handled, and tell its time and memory, before anything
+is fetched. Their numbers mean nothing."""
 
 import json
 import re
@@ -23,30 +22,19 @@ from stetholib.errors import UserError
 from stetholib.models import loading, streams
 from stetholib.profiles import Data, Profile
 
-SPECIAL = ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"]
+TURNS = ["<start_of_turn>", "<end_of_turn>"]
 CHAT = (
     "{{ bos_token }}{% for m in messages %}{{ '<start_of_turn>' + m['role'] + '\n' + m['content'] + '<end_of_turn>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
 )
-TEXT = dict(head_dim=256, sliding_window=512, tie_word_embeddings=True, max_position_embeddings=32768)
-SHAPES: dict[str, dict[str, int]] = {
-    "google/gemma-3-270m-it": dict(
-        num_hidden_layers=18, hidden_size=640, intermediate_size=2048, num_attention_heads=4, num_key_value_heads=1
-    ),
-    "google/gemma-3-1b-it": dict(
-        num_hidden_layers=26, hidden_size=1152, intermediate_size=6912, num_attention_heads=4, num_key_value_heads=1
-    ),
-    "google/gemma-3-4b-it": dict(
-        num_hidden_layers=34,
-        hidden_size=2560,
-        intermediate_size=10240,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        sliding_window=1024,
-        max_position_embeddings=131072,
-    ),
+TEXT = dict(head_dim=256, tie_word_embeddings=True)
+SIZES = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
+ROOM = ("sliding_window", "max_position_embeddings", "vocab_size")
+SHAPES = {  # of the released models' configurations
+    "google/gemma-3-270m-it": (18, 640, 2048, 4, 1, 512, 32768, 262144),
+    "google/gemma-3-1b-it": (26, 1152, 6912, 4, 1, 512, 32768, 262144),
+    "google/gemma-3-4b-it": (34, 2560, 10240, 8, 4, 1024, 131072, 262208),
 }
-VOCABULARY = {"google/gemma-3-4b-it": 262208}
 RELEASED = "bfloat16"  # as the models are stored, whatever a profile computes in
 WITH_VISION = ("google/gemma-3-4b-it",)
 SAMPLE_TOKENS = 4096
@@ -54,20 +42,16 @@ SAMPLE_TOKENS = 4096
 
 def everything(profile: Profile, folder: Path, scale: float, seed: int = 0) -> dict[str, Path]:
     """Repositories for all that a profile fetches, as folders by repository id.
-
-    scale: 1 for the true shapes, less for a fraction of width, depth, vocabulary and dictionary.
-    """
-    base, found = profile.model.base, {}
+    scale: 1 for the true shapes, less for a fraction of width, depth, vocabulary and dictionary."""
+    base, data = profile.model.base, profile.data
     if base not in SHAPES:
         raise UserError(f"rehearsal: the shapes of {base} are not known; known are {', '.join(SHAPES)}")
-    found[base] = folder / base
+    scope = saes.registered(profile.sae.release).repo_id
+    found = {repo: folder / repo for repo in (base, scope, data.maths, data.general)}
     model(base, found[base], scale, RELEASED, seed)
-    entry = saes.registered(profile.sae.release)
-    found[entry.repo_id] = folder / entry.repo_id
-    gemma_scope(profile, found[base], found[entry.repo_id], max(64, round(16384 * scale)), seed)
-    found[profile.data.maths], found[profile.data.general] = folder / profile.data.maths, folder / profile.data.general
-    maths(profile.data, found[profile.data.maths], seed)
-    general(profile.data, found[profile.data.general], seed)
+    gemma_scope(profile, found[base], found[scope], max(64, round(16384 * scale)), seed)
+    maths(data, found[data.maths], seed)
+    general(data, found[data.general], seed)
     return found
 
 
@@ -75,16 +59,14 @@ def text_config(repo: str, scale: float) -> Any:
     """The text half's configuration; a fraction keeps heads, grouping and layer types and shrinks the rest."""
     from transformers import Gemma3TextConfig
 
-    shape: dict[str, Any] = TEXT | SHAPES[repo]
-    vocabulary = VOCABULARY.get(repo, 262144)
+    shape: dict[str, Any] = TEXT | dict(zip(SIZES + ROOM, SHAPES[repo], strict=True))
     if scale < 1:
         shape["num_hidden_layers"] = max(6, round(shape["num_hidden_layers"] * scale))
         for key in ("hidden_size", "intermediate_size"):
             shape[key] = max(32, 16 * round(shape[key] * scale / 16))
-        vocabulary = max(1024, round(vocabulary * scale))
+        shape["vocab_size"] = max(1024, round(shape["vocab_size"] * scale))
         shape["head_dim"] = 16
     return Gemma3TextConfig(
-        vocab_size=vocabulary,
         query_pre_attn_scalar=shape["head_dim"],
         pad_token_id=0,
         eos_token_id=1,
@@ -124,8 +106,7 @@ def model(repo: str, folder: Path, scale: float, dtype: str, seed: int) -> None:
 
 def _as_released(folder: Path) -> None:
     """Rewrite what transformers saved today as the release has it: a configuration that leaves out whatever is the
-    default of its class, and a vision tower under its older names.
-    """
+    default of its class, and a vision tower under its older names."""
     from transformers import Gemma3TextConfig, SiglipVisionConfig
 
     said = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -145,35 +126,21 @@ def _as_released(folder: Path) -> None:
 
 def tokenizer(folder: Path, size: int) -> None:
     """A byte-level BPE with Gemma's special tokens and the shape of its chat template."""
-    from tokenizers import Tokenizer, decoders, pre_tokenizers, processors, trainers
+    from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
     from tokenizers.models import BPE
-    from transformers import PreTrainedTokenizerFast
+
+    from stetholib.data.mini.tokenizer import SPECIALS, wrapped  # here, since it brings transformers
 
     made = Tokenizer(BPE())
     made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    made.train_from_iterator(
-        _documents(400),
-        trainers.BpeTrainer(vocab_size=size, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False),
-    )
-    made.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 2)])
-    PreTrainedTokenizerFast(
-        tokenizer_object=made,
-        pad_token="<pad>",
-        eos_token="<eos>",
-        bos_token="<bos>",
-        unk_token="<unk>",
-        extra_special_tokens=SPECIAL[4:],
-        chat_template=CHAT,
-        padding_side="left",
-    ).save_pretrained(folder)
+    known = dict(special_tokens=[*SPECIALS, *TURNS], initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    made.train_from_iterator(_documents(400), trainers.BpeTrainer(vocab_size=size, show_progress=False, **known))
+    wrapped(made, extra_special_tokens=TURNS, chat_template=CHAT).save_pretrained(folder)
 
 
 def gemma_scope(profile: Profile, base: Path, folder: Path, d_sae: int, seed: int) -> None:
     """Dictionaries of random directions fitted to each block's activations, in Gemma Scope 2's folders and names.
-
-    Each has the L0 that SAELens' registry states, and explains its own block best, as a trained one would.
-    """
+    Each has the L0 that SAELens' registry states, and explains its own block best, as a trained one would."""
     entry, loaded = saes.registered(profile.sae.release), loading.load(base, profile.model.dtype)
     texts = [("", text) for text in _documents(400)]
     pairs, total = [], 0

@@ -1,8 +1,7 @@
 """A profile's six notebooks on fabricated weights of the true shapes, or of a fraction: `make rehearse PROFILE=paper`.
 
-The profile itself runs, with its own ids and releases, from a cache of the Hub that holds fabricated files; only the
-budgets are small. What is measured is time and memory, step by step; the full run takes as much memory and far more time.
-"""
+It runs with its own ids and releases, from a cache of the Hub that holds fabricated files, on small budgets. What is measured
+is time and memory, step by step; the full run takes as much memory and far more time."""
 
 import json
 import os
@@ -63,8 +62,7 @@ def rehearse(name: str, device: str, scale: float, root: Path | None = None, out
 
 def _reproduce(profile: Path, device: str, home: Path, out: Any) -> None:
     """The run, in a process of its own: huggingface_hub reads where its cache is when it is imported, and whoever
-    fabricates has imported it by now. Raises UserError with the run's own line where it fails.
-    """
+    fabricates has imported it by now. Raises UserError with the run's own line where it fails."""
     command = [sys.executable, "-m", "stetholib", "reproduce", "--profile", str(profile), "--device", device]
     known = os.environ | {"HF_HOME": str(home / "hub"), "HF_HUB_OFFLINE": "1", "STETHOLIB_HOME": str(home)}
     for narrower in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):  # they would win over HF_HOME

@@ -1,9 +1,7 @@
 """Run the six notebooks in order with papermill, and only those that have something to do.
 
-A notebook is done when its own text, the profile, the package's code and the libraries are those of its last run and
-its files are still the ones it left. What it stands on is kept by stage, so a notebook that runs again after an edit
-of its prose finds everything in the store.
-"""
+A notebook is done when its text, the profile, the package's code and the libraries are those of its last run and its files
+are still the ones it left. What it stands on is kept by stage: after an edit of prose everything is found in the store."""
 
 import json
 import os
@@ -12,8 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, suppress
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -38,43 +35,32 @@ ANSWERING = "05_minerva_math"
 
 def reproduce(name: str, device: str, root: Path | None = None, out: Any = sys.stderr, processes: int = 1) -> None:
     """Bring `figures/<profile>/` up to date. Raises UserError with one line where that cannot be done.
-
-    processes: how many of them answer the test, one a GPU; the answers are the same as one alone would give.
-    """
+    processes: how many of them answer the test, one a GPU; the answers are the same as one alone would give."""
     check_processes(processes, device)
     profile = profiles.load(name)
     workspace = Workspace(profile.name, root)
-    notebooks = check_all(workspace.root / "notebooks")
+    check_all(workspace.root / "notebooks")
     set_environment(profile.threads, workspace.root / "runs")
     with alone(workspace, profile.name):
         for folder in (workspace.figures, workspace.records):
             for left in folder.glob(".[0-9]*.*"):  # by a run that was killed while it wrote
                 left.unlink()
         asked = str(Path(name).resolve()) if name.endswith((".yaml", ".yml")) else name
-        _run_all(profile, dict(profile=asked, device=device), workspace, notebooks, out, processes)
+        _run_all(profile, dict(profile=asked, device=device), workspace, out, processes)
 
 
-@contextmanager
-def alone(workspace: Workspace, name: str) -> Iterator[None]:
+def alone(workspace: Workspace, name: str) -> AbstractContextManager[None]:
     """Hold the one lock of a profile's runs; raises UserError where another run holds it."""
     busy = f"another run of profile {name} is under way in this folder; wait for it or use a second clone"
-    with held(workspace.runs / "reproduce.lock", busy):
-        yield
+    return held(workspace.runs / "reproduce.lock", busy)
 
 
-def _run_all(
-    profile: profiles.Profile,
-    parameters: dict[str, str],
-    workspace: Workspace,
-    notebooks: dict[str, Path],
-    out: Any,
-    processes: int,
-) -> None:
+def _run_all(profile: profiles.Profile, parameters: dict[str, str], workspace: Workspace, out: Any, processes: int) -> None:
     times: dict[str, float] = {}
     peaks: dict[str, dict[str, float]] = {}
     code = _code_key(profile, parameters["device"])
-    for step, path in notebooks.items():
-        mark = workspace.executed / f"{step}.json"
+    for step in STEPS:
+        path, mark = workspace.root / "notebooks" / f"{step}.ipynb", workspace.executed / f"{step}.json"
         key = digest_of(code, notebook_text(path))
         if _is_done(mark, key, workspace):
             print(f"{step}: unchanged", file=out, flush=True)
@@ -137,10 +123,7 @@ def answer(name: str, device: str) -> None:
 
 def set_environment(threads: int, runs: Path) -> None:
     """What must be fixed before a kernel starts, so that two runs give the same bytes; libraries' own bars are off.
-
-    Settings of Jupyter and matplotlib come from a folder in `runs/`: a user's own would change figures, and a home
-    folder need not be writable.
-    """
+    Settings of Jupyter and matplotlib come from a folder in `runs/`: a user's own would change figures, or not be writable."""
     own = runs / ".settings"
     for name, folder in (("JUPYTER_RUNTIME_DIR", "jupyter"), ("IPYTHONDIR", "ipython"), ("MPLCONFIGDIR", "matplotlib")):
         (own / folder).mkdir(parents=True, exist_ok=True)

@@ -1,10 +1,7 @@
 """The experiment in several worlds: new data, fine-tune and SAEs from new seeds, on the same base model.
 
-`make seeds SEEDS=5` repeats a profile under the seeds 0, 1, 2, ... and says how often each claim holds. World 0 is the
-profile's own run. Where problems and SAEs are the Hub's they stay the same, and only the fine-tune and all draws differ.
-Every world is a process of its own, so that memory stays flat, and everything it makes is cached stage by stage, so that
-an interrupted run goes on where it was.
-"""
+`make seeds SEEDS=5` repeats a profile under the seeds 0, 1, 2, ... and says how often each claim holds; world 0 is its own run.
+What is the Hub's stays the same. Every world is a process of its own, so that memory stays flat, and is cached by stage."""
 
 import multiprocessing
 import os

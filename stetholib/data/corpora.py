@@ -1,8 +1,7 @@
 """Texts: problems in MATH's fields and general documents, generated or from the Hub, by split.
 
-train is what a fine-tune may see; validation is for everything that is chosen or tuned; test is first read in step
-05. On the Hub, validation is a part of the training split picked by hash, and kept out of the fine-tune.
-"""
+A fine-tune may see train; whatever is chosen or tuned sees validation; test is first read in step 05. On the Hub, validation is
+a part of the training split picked by hash, and kept out of the fine-tune."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from hashlib import sha256
@@ -21,9 +20,7 @@ Row = Mapping[str, str]
 
 def problems(spec: Data, split: str, seed: int, boxed: bool = True) -> list[Row]:
     """Problems of a split, with `problem, level, type, solution, subject`, shuffled; the counts are the profile's.
-
-    boxed: leave out training problems whose solution has no boxed answer, which a Minerva target needs.
-    """
+    boxed: leave out training problems whose solution has no boxed answer, which a Minerva target needs."""
     count = {"train": spec.train_problems, "validation": spec.validation_problems}
     wanted = spec.test_problems if split == "test" else dict.fromkeys(spec.subjects, count[split])
     source = Source.of(spec.maths, spec.maths_revision, "dataset")
@@ -36,10 +33,7 @@ def problems(spec: Data, split: str, seed: int, boxed: bool = True) -> list[Row]
 
 
 def general(spec: Data, split: str, count: int, seed: int, or_fewer: bool = False) -> list[str]:
-    """General documents; `train`, `validation` and `test` never share one.
-
-    Raises UserError where there are not so many, unless what there is will do (`or_fewer`).
-    """
+    """General documents; splits never share one. Raises UserError where there are not so many, unless fewer do (`or_fewer`)."""
     source = Source.of(spec.general, spec.general_revision, "dataset")
     if source.where == "shipped":
         return mini_stories.generate(count, seed, split)
@@ -82,10 +76,7 @@ def _pattern(config: str | None, split: str) -> str:
 
 
 def _parquet(source: Source, config: str | None, split: str, columns: Sequence[str]) -> Iterable[Row]:
-    """The rows of one split of one config of a Hub data set kept as parquet, or of a folder laid out the same.
-
-    columns: which it must have at least.
-    """
+    """The rows of one split of one config of a data set kept as parquet; columns: which it must have at least."""
     from datasets import load_dataset
     from datasets.exceptions import DatasetGenerationError
     from pyarrow.parquet import read_metadata

@@ -1,9 +1,6 @@
-"""The Hub: fetch by id and revision into the cache, work from the cache without a network, and say in one line what
-stands in the way.
+"""The Hub: fetch into the cache, work from it without a network, and say in one line what stands in the way.
 
-Everything goes through huggingface_hub, which resumes broken downloads and never leaves a half file under its name.
-Not covered: what the files mean (`models`, `saes`, `texts`).
-"""
+Everything goes through huggingface_hub, which resumes broken downloads and never leaves a half file under its name."""
 
 import errno
 import json
@@ -33,11 +30,8 @@ class HubError(UserError):
 
 
 def snapshot(repo: str, revision: str | None = None, files: Sequence[str] = MODEL_FILES, kind: str = "model") -> Path:
-    """The folder of a repository's files that match the patterns, fetched where they are not in the cache yet.
-
-    kind: `model` or `dataset`. Raises HubError before anything is fetched where the disk is too small, and where the
-    Hub refuses.
-    """
+    """The folder of a repository's files that match the patterns, fetched where they are not in the cache yet; kind: `model`
+    or `dataset`. Raises HubError before anything is fetched where the disk is too small, and where the Hub refuses."""
     from huggingface_hub import snapshot_download
 
     with explained(repo, revision, kind):
@@ -58,11 +52,8 @@ def cached_folder(repo: str, revision: str | None, files: Sequence[str], kind: s
 
 
 def missing_files(folder: Path, files: Sequence[str] = ()) -> list[str]:
-    """Weight or table files that a folder should hold and does not, by its index and by names like `-00001-of-00003`.
-
-    files: patterns of what is asked for, each of a table or of a whole folder with a file at least; all there is by
-    default. The cache alone cannot tell: a folder may be there because one small file of it was fetched.
-    """
+    """Weight or table files that a folder should hold and does not, by its index and by names like `-00001-of-00003`; of tables
+    and whole folders among the patterns `files`, one at least. The cache may have the folder for one small file of it."""
     found = (path for pattern in files or ("*.safetensors", "**/*.parquet") for path in folder.glob(pattern))
     present = {path.name for path in found if path.suffix in WEIGHTS}
     wanted = set()
@@ -70,16 +61,11 @@ def missing_files(folder: Path, files: Sequence[str] = ()) -> list[str]:
         wanted |= set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
     for name in present:
         if shard := SHARD.search(name):
-            count = int(shard[1])
-            wanted |= {SHARD.sub(f"-{part:05d}-of-{count:05d}.", name) for part in _numbered(name, count)}
+            first, count = int(name.endswith(".safetensors")), int(shard[1])  # weights count from one, tables from nought
+            wanted |= {SHARD.sub(f"-{part:05d}-of-{count:05d}.", name) for part in range(first, count + first)}
     large = [pattern for pattern in files if pattern.endswith((".parquet", "/*"))]
     unmatched = [pattern for pattern in large if not any(path.suffix in WEIGHTS for path in folder.glob(pattern))]
     return sorted(wanted - present) or unmatched or ([] if present else ["*.safetensors or *.parquet"])
-
-
-def _numbered(name: str, count: int) -> range:
-    """Shards of weights are counted from one, those of tables from nought."""
-    return range(1, count + 1) if name.endswith(".safetensors") else range(count)
 
 
 def to_fetch(repo: str, revision: str | None = None, files: Sequence[str] = MODEL_FILES, kind: str = "model") -> tuple[int, int]:
@@ -154,9 +140,7 @@ def check_network(repo: str) -> None:
 
 def check_space(repo: str, wanted: int) -> None:
     """Refuse to begin a download that the cache's disk cannot hold."""
-    from huggingface_hub.constants import HF_HUB_CACHE
-
-    place = existing(Path(HF_HUB_CACHE))
+    place = cache_place()
     free = shutil.disk_usage(place).free
     if wanted > free:
         raise HubError(
@@ -165,9 +149,11 @@ def check_space(repo: str, wanted: int) -> None:
         )
 
 
-def existing(path: Path) -> Path:
-    """A folder that is to be, or the nearest one above it that is."""
-    # os.path's, since Path's own raises where it may not look
+def cache_place() -> Path:
+    """The folder of the Hub's cache, or the nearest one above it that is there."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    path = Path(HF_HUB_CACHE)  # os.path's below, since Path's own raises where it may not look
     return next(place for place in (path, *path.parents) if os.path.exists(place))
 
 

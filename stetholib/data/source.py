@@ -27,9 +27,7 @@ class Source:
     @classmethod
     def of(cls, name: str, revision: str | None = None, kind: Literal["model", "dataset", "sae"] = "model") -> "Source":
         """Decide by the name: what ships comes first, then a folder that is there, then the Hub (or a release, for SAEs).
-
-        Raises UserError for a name that is none of these.
-        """
+        Raises UserError for a name that is none of these."""
         if name in SHIPPED[kind]:
             return cls(name, revision, kind, "shipped")
         if name and Path(name).is_dir():
@@ -59,9 +57,7 @@ class Source:
 
     def bytes_to_fetch(self, patterns: Sequence[str] = hub.MODEL_FILES) -> tuple[int, int]:
         """(bytes still to be fetched, bytes in all) of the files that match; nothing is fetched to tell.
-
-        Raises HubError where the Hub is needed and does not answer, or keeps a model from this token.
-        """
+        Raises HubError where the Hub is needed and does not answer, or keeps a model from this token."""
         if self.where != "hub":
             return 0, 0 if self.where == "shipped" and self.name != "mini" else _bytes(self.folder(), patterns)
         with hub.explained(self.name, self.revision, self.hub_kind):

@@ -1,10 +1,6 @@
-"""What to run: a profile is data, read from the YAML file of its name beside this module and checked on the way in.
+"""What to run: a profile is data, read from the YAML file of its name beside this module and checked against `schema`.
 
-A profile says which model, which SAEs, which texts, and how much of everything. The code is the same on every rung
-of the ladder and never asks which profile it serves. Every field (`schema`) has a range or a list of choices; an unknown
-key, a missing one and a value out of range are each refused with one line that says what, where and how to mend it.
-A file whose name begins with `_` is no profile: it holds what several of them `extends`.
-"""
+The code never asks which profile it serves. A file whose name begins with `_` is no profile: several of them extend it."""
 
 import dataclasses
 import difflib
@@ -16,18 +12,7 @@ from typing import Any
 import yaml
 
 from stetholib.errors import UserError
-from stetholib.profiles.schema import (
-    Data,
-    Evaluation,
-    Features,
-    FineTune,
-    Model,
-    Profile,
-    Projection,
-    Sae,
-    Selection,
-    Significance,
-)
+from stetholib.profiles.schema import Data, FineTune, Profile, Sae
 
 FOLDER = Path(__file__).parent
 
@@ -42,10 +27,7 @@ def available() -> list[str]:
 
 
 def load(name: str, overrides: dict[str, Any] | None = None) -> Profile:
-    """Read a profile by name, or from a YAML file's path, with single keys overridden.
-
-    overrides: dotted keys and their values, e.g. `{"selection.score_share": 0.05}`.
-    """
+    """Read a profile by name, or from a YAML file's path; overrides: dotted keys, e.g. `{"selection.score_share": 0.05}`."""
     values = read(name)
     for dotted, value in (overrides or {}).items():
         _override(values, dotted, value)
@@ -99,11 +81,9 @@ def _override(values: dict[str, Any], dotted: str, value: Any) -> None:
 def _build(kind: type, values: dict[str, Any], where: str) -> Any:
     """A checked dataclass from a mapping."""
     names = {f.name: f for f in dataclasses.fields(kind)}
-    for name in values:
-        if name not in names:
-            raise ProfileError(f"profile {where}: unknown key {name!r}{nearest(name, list(names))}")
-    missing = [name for name in names if name not in values]
-    if missing:
+    if unknown := [name for name in values if name not in names]:
+        raise ProfileError(f"profile {where}: unknown key {unknown[0]!r}{nearest(unknown[0], names)}")
+    if missing := [name for name in names if name not in values]:
         raise ProfileError(f"profile {where}: missing key {missing[0]!r}; {kind.__name__} needs it")
     hints = typing.get_type_hints(kind)
     return kind(**{name: _value(hints[name], values[name], names[name].metadata, f"{where}.{name}") for name in names})
@@ -132,14 +112,11 @@ def _value(kind: Any, value: Any, limits: Any, where: str) -> Any:
     low, high, choices = limits.get("low"), limits.get("high"), limits.get("choices")
     if isinstance(value, int | float) and not isinstance(value, bool):
         if value != value or (low is not None and value < low) or (high is not None and value > high):
-            raise ProfileError(f"profile {where}: {value!r} is out of range, it must be {_range(low, high)}")
+            allowed = f"between {low:g} and {high:g}" if high is not None else f"{low:g} or more"
+            raise ProfileError(f"profile {where}: {value!r} is out of range, it must be {allowed}")
     if choices and value not in choices:
         raise ProfileError(f"profile {where}: {value!r}{nearest(value, choices)}; it must be one of {', '.join(choices)}")
     return value
-
-
-def _range(low: float | None, high: float | None) -> str:
-    return f"between {low:g} and {high:g}" if high is not None else f"{low:g} or more"
 
 
 def nearest(name: str, names: typing.Iterable[str]) -> str:

@@ -1,12 +1,7 @@
-"""Artefacts: what a stage made, under a key that is what the stage was given.
+"""Artefacts: what a stage, a plain function, made: `store.made(score_layers, sums, corpus_of, rule, 4)`.
 
-    store.made(score_layers, sums, corpus_of, rule, 4)      # from this process, from the disk, or made now
-
-A stage is a plain function. It can read only what it is handed, and what it is handed is its key: plain data by value,
-a heavy input by the hash of its content, so that an input made anew with the same result disturbs nobody. An artefact
-is written beside its place and moved there whole, with a hash of every file: one that is half written or altered is
-never taken for good, but set aside and made anew. Nothing is unpickled.
-"""
+Its key is what it was handed: plain data by value, a heavy input by the hash of its content, so that an input made anew
+with the same result disturbs nobody. What is half written or altered is never taken for good. Nothing is unpickled."""
 
 import inspect
 import json
@@ -82,11 +77,8 @@ class Store:
         return hashed([name, code_of(function), self.conditions, list(inputs)])
 
     def made(self, function: Callable[..., Any], /, *inputs: Any) -> Artefact:
-        """`function(*inputs)`: from this process, from the disk, or made now; one process at a time.
-
-        A function with a keyword-only parameter `folder` may leave files of its own there; `unfinished` is a folder that
-        outlives a kill, for work that resumes; `watch(items, label)` reports progress.
-        """
+        """`function(*inputs)`: from this process, the disk, or made now by one process. It may ask by keyword only for `folder`,
+        for files of its own, `unfinished`, a folder that outlives a kill, and `watch(items, label)`, which reports progress."""
         key = self.key(function, *inputs)
         if key not in self._memo:
             self._memo[key] = self._found_or_made(function, inputs, key)

@@ -1,9 +1,6 @@
-"""Which code a result depends on: a function, and every definition of this package that it can reach by name.
+"""Which code a result depends on: a function, and every definition of this package that its syntax tree leads to by name.
 
-A module's text is read as a syntax tree without comments and docstrings, so prose never counts. From one definition
-the names in it lead to others: in its own module, and in the modules of this package that are imported there or
-within the function. A method called on a value leads to every class in reach that has a method of that name, since
-the tree does not say which it is: what cannot be told counts.
+Prose never counts. A method called on a value leads to every class in reach that has one of that name: the tree cannot tell.
 """
 
 import ast
@@ -40,25 +37,15 @@ def code_of(thing: Callable[..., Any] | type) -> str:
     name, _, inner = thing.__qualname__.partition(".")
     if "<" in inner or "<" in name or getattr(thing, "__closure__", None):
         raise TypeError(f"{thing.__module__}.{thing.__qualname__} has no identity: give a plain function of a module")
-    reached = reached_from((thing.__module__, name))
-    lines = [f"{module}.{one} {text_of(module, one)}" for module, one in sorted(reached)]
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
-
-
-def reached_from(start: Name) -> set[Name]:
-    """Every definition that one can reach, itself among them."""
-    reached, waiting = set(), [start]
+    reached: dict[Name, str] = {}
+    waiting = [(thing.__module__, name)]
     while waiting:
-        here = waiting.pop()
+        module, one = here = waiting.pop()
         if here not in reached:
-            reached.add(here)
+            reached[here] = "\n".join(ast.dump(node) for node in outline(module).definitions.get(one, ()))
             waiting += _leads_to(*here)
-    return reached
-
-
-def text_of(module: str, name: str) -> str:
-    """The canonical text of one definition."""
-    return "\n".join(ast.dump(node) for node in outline(module).definitions.get(name, ()))
+    lines = [f"{module}.{one} {text}" for (module, one), text in sorted(reached.items())]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
 
 @cache
@@ -111,12 +98,9 @@ def _imported(node: ast.stmt) -> Iterator[tuple[str, Name]]:
     if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == PACKAGE:
         for alias in node.names:
             inner = f"{node.module}.{alias.name}"
-            is_module = Path(PACKAGE_FOLDER, *inner.split(".")[1:]).is_dir() or _file(inner).is_file()
+            place = PACKAGE_FOLDER.joinpath(*inner.split(".")[1:])
+            is_module = place.is_dir() or place.with_suffix(".py").is_file()
             yield alias.asname or alias.name, (inner, WHOLE) if is_module else (str(node.module), alias.name)
-
-
-def _file(module: str) -> Path:
-    return PACKAGE_FOLDER.joinpath(*module.split(".")[1:]).with_suffix(".py")
 
 
 def _leads_to(module: str, name: str) -> Iterator[Name]:

@@ -48,13 +48,14 @@ def held(lock: Path, otherwise: str) -> Iterator[None]:
         yield
 
 
-def atomic(path: Path, write: Callable[[Path], Any]) -> None:
-    """Let `write` make a file beside its place and move it there when it is whole."""
+def atomic(path: Path, write: Callable[[Path], Any]) -> Path:
+    """Let `write` make a file beside its place and move it there when it is whole; returns the place."""
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{os.getpid()}.{path.name}")
     try:
         write(draft)
         os.replace(draft, path)
+        return path
     finally:
         draft.unlink(missing_ok=True)
 
@@ -66,9 +67,7 @@ def json_lines(rows: Iterable[Mapping[Any, Any]]) -> str:
 
 def append_json(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Add rows to a ledger, a JSON-lines file with a check sum in each line, and push them to disk: all, or none.
-
-    One write after another from one process. Where the disk is full the file is cut back to what it was.
-    """
+    Where the disk is full the file is cut back to what it was. One process writes to a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json_lines({**row, CHECK: digest_of(row)} for row in rows).encode()
     with path.open("ab", buffering=0) as handle:

@@ -17,17 +17,6 @@ T = TypeVar("T")
 
 
 @contextmanager
-def progress_file() -> Iterator[Any]:
-    """Where progress goes: the file that `make reproduce` follows, or None for the notebook's own bar."""
-    name = os.environ.get("STETHOLIB_PROGRESS")
-    if not name:
-        yield None
-        return
-    with open(name, "a", encoding="utf-8") as handle:
-        yield handle
-
-
-@contextmanager
 def libraries_quiet() -> Iterator[None]:
     """Inside, bars that libraries draw as widgets are not shown, which no setting of theirs does: they would stay, dead."""
     loud = tqdm_notebook.__init__
@@ -38,17 +27,10 @@ def libraries_quiet() -> Iterator[None]:
         tqdm_notebook.__init__ = loud
 
 
-def in_notebook() -> bool:
-    """Whether a kernel runs this, so that a front end shows what is displayed."""
-    return hasattr(get_ipython(), "kernel")
-
-
 class Line:
     """A line of text in a notebook that a bar writes anew and leaves empty: a widget would stay there, and be dead."""
 
-    def __init__(self) -> None:
-        """Nothing is shown before something is written."""
-        self._shown: Any = None
+    _shown: Any = None
 
     def write(self, text: str) -> None:
         """Show this text in the place of the last."""
@@ -63,13 +45,15 @@ class Line:
 
 
 def progress(items: Iterable[T], label: str, total: int | None = None) -> Iterator[T]:
-    """Iterate with progress and a time estimate: a bar in a notebook, sparse lines in a log."""
+    """Iterate with progress and a time estimate: a bar, or sparse lines in the log that `make reproduce` follows."""
     if total is None:
         total = len(items)  # type: ignore[arg-type]
-    with progress_file() as log:
-        if log is None:
-            yield from tqdm(items, desc=label, total=total, leave=False, ncols=90, file=Line() if in_notebook() else sys.stderr)
-            return
+    name = os.environ.get("STETHOLIB_PROGRESS")
+    if not name:
+        shown = Line() if hasattr(get_ipython(), "kernel") else sys.stderr  # a kernel has a front end that shows the line
+        yield from tqdm(items, desc=label, total=total, leave=False, ncols=90, file=shown)
+        return
+    with open(name, "a", encoding="utf-8") as log:
         started = said = time.monotonic()
         for done, item in enumerate(items):
             now = time.monotonic()

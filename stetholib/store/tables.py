@@ -71,7 +71,7 @@ class Workspace:
         path = self.figures / f"{stem}.csv"
         if not path.is_file():
             raise WorkspaceError(f"{path.relative_to(self.root)} is not there yet; run notebook {stem[:2]} first")
-        return pd.read_csv(path, keep_default_na=True)
+        return pd.read_csv(path)
 
     def text(self, name: str, text: str) -> Path:
         """Write a file into `figures/<profile>/`, whole or not at all."""
@@ -79,6 +79,4 @@ class Workspace:
 
     def file(self, name: str, write: Callable[[Path], Any]) -> Path:
         """Have `write(path)` make a file of `figures/<profile>/`, whole or not at all."""
-        path = self.figures / name
-        atomic(path, write)
-        return path
+        return atomic(self.figures / name, write)

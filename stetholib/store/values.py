@@ -1,7 +1,6 @@
 """Values as keys and as files: who a value is, and how what a stage returns is laid down and read back.
 
-Plain data is its own identity. What has none (an open file, a model, a lambda) is a TypeError, never a repr: a heavy
-input is handed over as an `Input`, which says who it is.
+Plain data is its own identity. What has none (a model, a lambda) is a TypeError, never a repr; an `Input` says who it is.
 """
 
 import hashlib
@@ -134,7 +133,7 @@ def unpacked(node: Any, folder: Path) -> Any:
     if "table" in node:
         return pd.read_parquet(folder / f"{node['table']}.parquet")
     if "mapping" in node:
-        pairs = {_key(key): one for key, one in node["mapping"]}
+        pairs = {unpacked(key, folder): one for key, one in node["mapping"]}
         return Kept(pairs, folder) if _heavy(node) else {key: unpacked(one, folder) for key, one in pairs.items()}
     if "object" in node:
         module, _, name = node["object"].partition(":")
@@ -143,10 +142,6 @@ def unpacked(node: Any, folder: Path) -> Any:
     with safe_open(folder / "tensors.safetensors", framework="pt") as handle:
         found = handle.get_tensor(node.get("tensor") or node["array"])
     return found if "tensor" in node else found.numpy()
-
-
-def _key(node: Any) -> Any:
-    return tuple(node["tuple"]) if isinstance(node, dict) else node
 
 
 def _heavy(node: Any) -> bool:

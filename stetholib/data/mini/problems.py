@@ -1,13 +1,7 @@
-"""Problems of the miniature world, in the fields of MATH (`problem, level, type, solution`).
+"""Problems of the miniature world, in the fields of MATH: seven subjects, three `families` each, five levels of operands.
 
-Seven subjects, three families each (`families`), five levels that widen the operands. Every solution is worked in
-short steps and ends in ``\\boxed{}``. What is *not* here: the closing sentence that the harness wants;
-`prompts.target` adds it, to these problems and to MATH's alike.
-
-Which split a problem belongs to is decided by a hash of its *skeleton*, the text before names and items are
-filled in. Two problems that differ only in who buys what are therefore never on two sides of a split, and a test
-problem cannot occur in training however the world is seeded.
-"""
+Which split a problem belongs to is decided by a hash of its *skeleton*, the text before names and items are filled in: two that
+differ only in who buys what are never on two sides of a split, and no test problem occurs in training in any world."""
 
 from collections.abc import Iterator
 from hashlib import sha256
@@ -36,18 +30,14 @@ def split_of(draft: Draft) -> str:
 
 
 def generate(split: str, per_subject: dict[str, int], seed: int) -> list[dict[str, str]]:
-    """Distinct problems of one split, balanced over families and levels, in MATH's fields.
-
-    per_subject: how many problems of each subject. Besides MATH's four fields each row names its `subject` (as the
-    data set's configs do) and its `family`. Nothing is counted on training problems, so there a skeleton may recur
-    at another level. Raises UserError where a family runs out of distinct problems.
-    """
+    """Distinct problems of one split, so many of each subject, balanced over families and levels, in MATH's fields, with
+    `subject` and `family`. Raises UserError where a family runs out of distinct problems."""
     rows = []
     for subject, wanted in per_subject.items():
         for index, make in enumerate(FAMILIES[subject]):
             taken: set[str] = set()
             for level in LEVELS:
-                if split == "train":
+                if split == "train":  # nothing is counted on these, so a skeleton may recur at another level
                     taken = set()
                 cell = index * len(LEVELS) + level - 1
                 share = wanted * (cell + 1) // 15 - wanted * cell // 15

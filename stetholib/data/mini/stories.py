@@ -1,9 +1,7 @@
 """General text of the miniature world: short stories that share names, items, words and numerals with the problems.
 
-The stories use the numerals of everyday life (rooms, buses, years, counts, times) and many words of the problems
-(box, sum, ways, larger, left, half, area, angle) in other senses, so that a feature that tells them from mathematics
-has to hear more than vocabulary. They contain no formula: `$`, `=` and `\\` never occur.
-"""
+Many words of the problems (box, sum, ways, left, half) stand in other senses, so that a feature that tells stories from
+mathematics has to hear more than vocabulary. They contain no formula: `$`, `=` and `\\` never occur."""
 
 from collections.abc import Iterator
 from random import Random

@@ -1,13 +1,10 @@
 """The miniature's tokenizer: whole words, one digit a token, runs of signs, and a lossless round trip.
 
-The two halves of the closing sentence that the harness looks for are one token each, so that answers stay short.
-
-Special tokens have Gemma's names and ids (`<pad>` 0, `<eos>` 1, `<bos>` 2, `<unk>` 3) and, as Gemma's does, the
-tokenizer opens every text with `<bos>`.
-"""
+The two halves of the closing sentence that the harness looks for are one token each, so that answers stay short."""
 
 from collections import Counter
 from itertools import islice
+from typing import Any
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
@@ -29,7 +26,14 @@ def corpus_texts(count: int) -> list[str]:
     return [SCAFFOLD, *texts, *stories.generate(count, seed=0, split="train")]
 
 
-def build(max_length: int = 512) -> PreTrainedTokenizerFast:
+def wrapped(made: Tokenizer, **further: Any) -> PreTrainedTokenizerFast:
+    """A tokenizer for transformers; as Gemma's does it opens every text with `<bos>`, and its special tokens have those ids."""
+    made.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 2)])
+    special = {f"{token.strip('<>')}_token": token for token in SPECIALS}
+    return PreTrainedTokenizerFast(tokenizer_object=made, **special, padding_side="left", **further)
+
+
+def build() -> PreTrainedTokenizerFast:
     """Build the tokenizer from the world's own texts; the vocabulary is sorted, so the result is the same each time."""
     splitter = pre_tokenizers.Split(Regex(PATTERN), behavior="isolated")
     words = Counter(word for text in corpus_texts(20_000) for word, _ in splitter.pre_tokenize_str(text))
@@ -38,14 +42,4 @@ def build(max_length: int = 512) -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = splitter
     tokenizer.decoder = decoders.Fuse()
-    tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 2)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="<pad>",
-        eos_token="<eos>",
-        bos_token="<bos>",
-        unk_token="<unk>",
-        padding_side="left",
-        model_max_length=max_length,
-        clean_up_tokenization_spaces=False,
-    )
+    return wrapped(tokenizer, model_max_length=512, clean_up_tokenization_spaces=False)
