@@ -125,7 +125,7 @@ class Memory:
 
 
 def remembering(process_results: FunctionType, memory: Memory) -> Callable[..., dict[str, int]]:
-    """The harness's scorer, which gives the same pair of strings its verdict without computing it again: sympy takes 30 ms.
+    """The harness's scorer, which compares a pair of strings once: sympy takes up to 30 ms, and variants share most answers.
     The harness's module stays as it is: its scorer's code runs with names of its own, where `is_equiv` remembers."""
     names = dict(process_results.__globals__)
     compare = names["is_equiv"]

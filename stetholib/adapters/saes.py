@@ -151,8 +151,8 @@ def gemma_scope_2(
     cfg_overrides: dict[str, Any] | None = None,
     revision: str | None = None,
 ) -> tuple[dict[str, Any], dict[str, Tensor], None]:
-    """(config, weights, no sparsity) of Gemma Scope 2, shapes read from the fetched file: SAELens' own loader asks the network
-    for them. Raises UserError where the folder's config names another site than its block's output."""
+    """(config, weights, no sparsity) of Gemma Scope 2, shapes read from the fetched file: SAELens' own asks the network for
+    them though it is cached. Raises UserError where the folder's config names another site than its block's output."""
     path = hub.file(repo_id, f"{folder_name}/params.safetensors", revision)
     said = json.loads(hub.file(repo_id, f"{folder_name}/config.json", revision).read_text(encoding="utf-8"))
     layer = int(re.findall(r"layer_(\d+)", folder_name)[0])

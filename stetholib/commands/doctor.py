@@ -57,7 +57,8 @@ class Size:
 def examine(profile: Profile, device: str, processes: int = 1) -> Iterator[Check]:
     """Every check of a profile, the quick ones first; `processes` answer the test together."""
     yield Check("packages", True, _packages())
-    sources, absent = _sources(profile), {}
+    sources = _sources(profile)
+    absent: dict[str, int] = {}
     for name, find in sources.items():
         try:
             source, patterns = find()

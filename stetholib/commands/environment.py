@@ -1,7 +1,6 @@
 """Does this Python satisfy `requirements.lock`, and is the package that it imports this checkout's?
 
-Standard library only, since it runs before anything is installed.
-"""
+Standard library only, since it runs before anything is installed."""
 
 import json
 import re
@@ -53,15 +52,13 @@ def elsewhere(checkout: Path, name: str = "stetholib") -> list[str]:
 
 def check_imported_from(folder: Path, imported: Path = CHECKOUT) -> None:
     """Raise UserError where a folder lies in another checkout of the package than the one that is imported."""
-    folder = folder.resolve()
-    for place in (folder, *folder.parents):
-        if (place / "stetholib" / "__init__.py").is_file():
-            if place != imported.resolve():
-                raise UserError(
-                    f"this folder belongs to {place}, but the stetholib of {imported} is imported; "
-                    f"run there, or install this one: make env in {place}"
-                )
-            return
+    above = (folder.resolve(), *folder.resolve().parents)
+    place = next((place for place in above if (place / "stetholib" / "__init__.py").is_file()), None)
+    if place and place != imported.resolve():
+        raise UserError(
+            f"this folder belongs to {place}, but the stetholib of {imported} is imported; "
+            f"run there, or install this one: make env in {place}"
+        )
 
 
 if __name__ == "__main__":

@@ -5,8 +5,9 @@ is fetched. Their numbers mean nothing."""
 
 import json
 import re
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping
-from itertools import islice
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any
 
@@ -133,8 +134,9 @@ def tokenizer(folder: Path, size: int) -> None:
 
     made = Tokenizer(BPE())
     made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    known = dict(special_tokens=[*SPECIALS, *TURNS], initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
-    made.train_from_iterator(_documents(400), trainers.BpeTrainer(vocab_size=size, show_progress=False, **known))
+    special, alphabet = [*SPECIALS, *TURNS], pre_tokenizers.ByteLevel.alphabet()
+    training = trainers.BpeTrainer(vocab_size=size, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    made.train_from_iterator(_documents(400), training)
     wrapped(made, extra_special_tokens=TURNS, chat_template=CHAT).save_pretrained(folder)
 
 
@@ -143,12 +145,9 @@ def gemma_scope(profile: Profile, base: Path, folder: Path, d_sae: int, seed: in
     Each has the L0 that SAELens' registry states, and explains its own block best, as a trained one would."""
     entry, loaded = saes.registered(profile.sae.release), loading.load(base, profile.model.dtype)
     texts = [("", text) for text in _documents(400)]
-    pairs, total = [], 0
-    for ids, _ in streams.tokenize(loaded, texts, profile.data.max_tokens):
-        pairs.append((ids, 1))
-        total += len(ids)
-        if total > SAMPLE_TOKENS:
-            break
+    pairs = [(ids, 1) for ids, _ in streams.tokenize(loaded, texts, profile.data.max_tokens)]
+    totals = list(accumulate(len(ids) for ids, _ in pairs))
+    pairs = pairs[: bisect_right(totals, SAMPLE_TOKENS) + 1]
     layers = range(loaded.model.config.get_text_config().num_hidden_layers)
     for layer, x in streams.collected(loaded, pairs, 2048, layers).items():
         name = saes.id_of(profile.sae.sae_id, layer)

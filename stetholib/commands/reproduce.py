@@ -49,8 +49,8 @@ def reproduce(name: str, device: str, root: Path | None = None, out: Any = sys.s
         _run_all(profile, dict(profile=asked, device=device), workspace, out, processes)
 
 
-def alone(workspace: Workspace, name: str) -> AbstractContextManager[None]:
-    """Hold the one lock of a profile's runs; raises UserError where another run holds it."""
+def alone(workspace: Workspace, name: str) -> AbstractContextManager[Any]:
+    """Take the one lock of a profile's runs; raises UserError where another run holds it."""
     busy = f"another run of profile {name} is under way in this folder; wait for it or use a second clone"
     return held(workspace.runs / "reproduce.lock", busy)
 

@@ -13,14 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from stetholib.errors import UserError
-from stetholib.store.files import file_hash
+from stetholib.store.files import INDEX, file_hash
 
 os.environ.setdefault("HF_HUB_DISABLE_XET", "1")  # plain downloads resume where they broke off, which is proved in the tests
 GIB = 2**30
 HASH = re.compile("[0-9a-f]{64}")
 SHARD = re.compile(r"-\d{5}-of-(\d{5})\.")
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-INDEX = "artefact.json"  # the store's own, in a folder of a stage; it holds times, which are no part of what was made
 WEIGHTS = (".safetensors", ".parquet", ".npz")
 MODEL_FILES = ("*.json", "*.safetensors", "tokenizer*", "*.jinja")
 
@@ -52,8 +51,8 @@ def cached_folder(repo: str, revision: str | None, files: Sequence[str], kind: s
 
 
 def missing_files(folder: Path, files: Sequence[str] = ()) -> list[str]:
-    """Weight or table files that a folder should hold and does not, by its index and by names like `-00001-of-00003`; of tables
-    and whole folders among the patterns `files`, one at least. The cache may have the folder for one small file of it."""
+    """Weight or table files that a folder should hold and does not, by its index and by names like `-00001-of-00003`; each pattern
+    of tables or of a whole folder in `files` wants one at least. The cache alone cannot tell: one small file makes a folder."""
     found = (path for pattern in files or ("*.safetensors", "**/*.parquet") for path in folder.glob(pattern))
     present = {path.name for path in found if path.suffix in WEIGHTS}
     wanted = set()

@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,11 +20,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from stetholib.store.code import code_of
-from stetholib.store.files import CHECK, LOG, append_json, digest_of, file_hash, read_json_lines
+from stetholib.store.files import CHECK, INDEX, LOG, append_json, digest_of, file_hash, read_json_lines
 from stetholib.store.progress import libraries_quiet, progress
 from stetholib.store.values import Input, hashed, packed, unpacked
-
-INDEX = "artefact.json"  # of a stage's folder; it tells how long the stage took, so no two are alike
 
 
 @dataclass(frozen=True)
@@ -155,13 +153,8 @@ def _run(function: Callable[..., Any], inputs: tuple[Any, ...], **folders: Path)
     named = {one.name for one in asked if one.kind is inspect.Parameter.KEYWORD_ONLY}
     given = {name: value for name, value in {**folders, "watch": progress}.items() if name in named}
     with libraries_quiet(), ExitStack() as stack:
-        return function(*_opened(inputs, stack), **given)
-
-
-def _opened(inputs: tuple[Any, ...], stack: ExitStack) -> Iterator[Any]:
-    """Inputs as a function wants them."""
-    for one in inputs:
-        yield stack.enter_context(one.opened()) if isinstance(one, Input) else one.value if isinstance(one, Artefact) else one
+        opened = [stack.enter_context(one.opened()) if isinstance(one, Input) else one for one in inputs]
+        return function(*(one.value if isinstance(one, Artefact) else one for one in opened), **given)
 
 
 def _write(folder: Path, value: Any, stage: str, key: str, seconds: float) -> None:

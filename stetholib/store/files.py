@@ -5,7 +5,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from stetholib.errors import UserError
 
 LOG = logging.getLogger("stetholib")
 CHECK = "check"
+INDEX = "artefact.json"  # of a stage's folder; it tells how long the stage took, so no two are alike
 
 
 def digest_of(*parts: Any) -> str:
@@ -36,16 +37,13 @@ def repository() -> Path:
     return checkout if (checkout / "notebooks").is_dir() else Path.cwd()
 
 
-@contextmanager
-def held(lock: Path, otherwise: str) -> Iterator[None]:
-    """Hold a lock file for this process; raises UserError, saying `otherwise`, where another process holds it."""
+def held(lock: Path, otherwise: str) -> AbstractContextManager[Any]:
+    """Take a lock file, which `with` lets go of; raises UserError, saying `otherwise`, where another process holds it."""
     lock.parent.mkdir(parents=True, exist_ok=True)
     try:
-        acquired = FileLock(lock, timeout=0).acquire()
+        return FileLock(lock, timeout=0).acquire()
     except Timeout:
         raise UserError(otherwise) from None
-    with acquired:
-        yield
 
 
 def atomic(path: Path, write: Callable[[Path], Any]) -> Path:
@@ -70,23 +68,18 @@ def append_json(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     Where the disk is full the file is cut back to what it was. One process writes to a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json_lines({**row, CHECK: digest_of(row)} for row in rows).encode()
-    with path.open("ab", buffering=0) as handle:
+    with path.open("a+b", buffering=0) as handle:
         before = handle.tell()
         try:
-            if before and not _ends_a_line(path):
-                text = b"\n" + text
+            if before:
+                handle.seek(-1, os.SEEK_END)
+                text = text if handle.read() == b"\n" else b"\n" + text
             while text:
                 text = text[handle.write(text) :]
             os.fsync(handle.fileno())
         except OSError:
             handle.truncate(before)
             raise
-
-
-def _ends_a_line(path: Path) -> bool:
-    with path.open("rb") as handle:
-        handle.seek(-1, os.SEEK_END)
-        return handle.read() == b"\n"
 
 
 def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:

@@ -7,7 +7,7 @@ import hashlib
 import importlib
 import json
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from types import FunctionType
@@ -35,12 +35,7 @@ class Input(Generic[T]):
     @classmethod
     def of(cls, identity: str, fetch: Callable[[], T]) -> "Input[T]":
         """An input that needs no closing."""
-
-        @contextmanager
-        def opened() -> Iterator[T]:
-            yield fetch()
-
-        return cls(identity, opened)
+        return cls(identity, lambda: nullcontext(fetch()))
 
 
 def hashed(value: Any) -> str:

@@ -3,6 +3,7 @@
 Which split a problem belongs to is decided by a hash of its *skeleton*, the text before names and items are filled in: two that
 differ only in who buys what are never on two sides of a split, and no test problem occurs in training in any world."""
 
+import re
 from collections.abc import Iterator
 from hashlib import sha256
 from random import Random
@@ -23,9 +24,9 @@ ITEMS = [
 SPLITS = {"test": range(0, 6), "validation": range(6, 8), "train": range(8, 20)}
 
 
-def split_of(draft: Draft) -> str:
+def split_of(skeleton: str) -> str:
     """The split (`train`, `validation` or `test`) that a skeleton belongs to, in every world."""
-    bucket = int.from_bytes(sha256(draft.problem.encode()).digest()[:4], "big") % 20
+    bucket = int.from_bytes(sha256(skeleton.encode()).digest()[:4], "big") % 20
     return next(split for split, buckets in SPLITS.items() if bucket in buckets)
 
 
@@ -55,7 +56,7 @@ def stream(split: str, seed: int) -> Iterator[dict[str, str]]:
         subject = rng.choice(SUBJECTS)
         make, level = rng.choice(FAMILIES[subject]), rng.choice(LEVELS)
         draft = make(rng.randint, level)
-        if split_of(draft) == split:
+        if split_of(draft[0]) == split:
             yield _row(draft, subject, make.__name__, level, rng)
 
 
@@ -65,9 +66,9 @@ def _distinct(make: Family, level: int, split: str, wanted: int, rng: Random, ta
     for _ in range(400 * wanted + 4000):
         if len(found) == wanted:
             break
-        draft = make(rng.randint, level)
-        if draft.problem not in taken and split_of(draft) == split:
-            found.setdefault(draft.problem, draft)
+        skeleton, solution = make(rng.randint, level)
+        if skeleton not in taken and split_of(skeleton) == split:
+            found.setdefault(skeleton, (skeleton, solution))
     taken |= set(found)
     if len(found) < wanted:
         raise UserError(
@@ -80,10 +81,6 @@ def _distinct(make: Family, level: int, split: str, wanted: int, rng: Random, ta
 def _row(draft: Draft, subject: str, name: str, level: int, rng: Random) -> dict[str, str]:
     item, other = rng.sample(ITEMS, 2)
     blanks = {"{name}": rng.choice(NAMES), "{item}": item, "{other}": other}
-    texts = []
-    for text in (draft.problem, draft.solution):
-        for blank, word in blanks.items():
-            text = text.replace(blank, word)
-        texts.append(text)
+    problem, solution = (re.sub(r"\{(name|item|other)\}", lambda blank: blanks[blank[0]], text) for text in draft)
     kind = subject.replace("_", " ").title().replace("And", "&")
-    return dict(problem=texts[0], level=f"Level {level}", type=kind, solution=texts[1], subject=subject, family=name)
+    return dict(problem=problem, level=f"Level {level}", type=kind, solution=solution, subject=subject, family=name)
