@@ -51,8 +51,9 @@ def cached_folder(repo: str, revision: str | None, files: Sequence[str], kind: s
 
 
 def missing_files(folder: Path, files: Sequence[str] = ()) -> list[str]:
-    """Weight or table files that a folder should hold and does not, by its index and by names like `-00001-of-00003`; each pattern
-    of tables or of a whole folder in `files` wants one at least. The cache alone cannot tell: one small file makes a folder."""
+    """Weight or table files that a folder should hold and does not, by its index and by names like `-00001-of-00003`.
+    files: patterns of what is asked for, each of a table or of a whole folder with a file at least; by default all there is.
+    The cache alone cannot tell: a folder may be there because one small file of it was fetched."""
     found = (path for pattern in files or ("*.safetensors", "**/*.parquet") for path in folder.glob(pattern))
     present = {path.name for path in found if path.suffix in WEIGHTS}
     wanted = set()
