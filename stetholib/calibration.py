@@ -1,4 +1,4 @@
-"""Planted truth: worlds in which the right layer, the right features and every energy are known by design.
+"""Planted truth: worlds in which the right layer and the right features are known by design.
 
 They calibrate the instrument before it is believed: tests hold it to them, and notebook 04 opens with them.
 """
@@ -8,14 +8,11 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 
 from stetholib.layer_selection import ScoreRule, score_layers
-from stetholib.models.weights import MATRICES, SIDE
 from stetholib.sae_features import DocumentSums
-from stetholib.subspace_projection import orthonormal
-from stetholib.task_vectors import TaskVector
 
 CORPORA = 8
 RULE = ScoreRule(minimum=5, minimum_firing=0.0)
@@ -68,24 +65,3 @@ def power_curve(effects: Sequence[float], worlds: int, layers: int = 6, permutat
             top.append(int(result.score.argmax()) == seed % layers)
         rows.append(dict(effect=effect, power=np.mean(heard), top=np.mean(top), chance=1 / layers, worlds=worlds))
     return pd.DataFrame(rows)
-
-
-def planted_vector(
-    layers: int, width: int, hidden: int, rank: int, share: float, seed: int
-) -> tuple[TaskVector, dict[int, Float[Tensor, "d r"]]]:
-    """A task vector of which exactly `share` of every matrix's energy lies in a known subspace of each block.
-
-    Returns the vector and the subspaces' bases [width, rank]. Readers are [hidden, width], writers [width, hidden].
-    """
-    generator = torch.Generator().manual_seed(seed)
-    deltas, bases = {}, {}
-    for layer in range(layers):
-        q = orthonormal(torch.randn(rank, width, generator=generator, dtype=torch.float64))
-        bases[layer] = q
-        for matrix in MATRICES:
-            wide = torch.randn(hidden, width, generator=generator, dtype=torch.float64)
-            inside = wide @ q @ q.T
-            outside = wide - inside
-            mixed = share**0.5 * inside / inside.norm() + (1 - share) ** 0.5 * outside / outside.norm()
-            deltas[layer, matrix] = (mixed if SIDE[matrix] == "reader" else mixed.T).clone()
-    return TaskVector(deltas), bases
