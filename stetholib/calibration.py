@@ -1,4 +1,4 @@
-"""Planted truth: worlds in which the right layer, the right features and every energy are known by design.
+"""Planted truth: worlds in which the right layer and the right features are known by design.
 
 They calibrate the instrument before it is believed: tests hold it to them, and notebook 04 opens with them.
 """
@@ -8,41 +8,35 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 
 from stetholib.layer_selection import ScoreRule, score_layers
-from stetholib.models.weights import MATRICES, SIDE
 from stetholib.sae_features import DocumentSums
-from stetholib.subspace_projection import orthonormal
-from stetholib.task_vectors import TaskVector
 
-CORPORA = 8
+CORPORA, DOCUMENTS, TOKENS, D_SAE, FEATURES = 8, 6, 20, 40, 5
 RULE = ScoreRule(minimum=5, minimum_firing=0.0)
 
 
-def planted_sums(
-    layers: int, planted: int, effect: float, seed: int, documents: int = 6, tokens: int = 20, d_sae: int = 40, features: int = 5
-) -> tuple[list[DocumentSums], Int[Tensor, " doc"]]:
-    """Document sums of a world where only layer `planted` hears mathematics, in its first `features` features.
+def planted_sums(layers: int, planted: int, effect: float, seed: int) -> tuple[list[DocumentSums], Int[Tensor, " doc"]]:
+    """Document sums of a world where only layer `planted` hears mathematics, in its first features.
 
-    documents: in each of the seven subjects; as many general ones as mathematical. Activations are rectified
-    Gaussians with a component shared by a document, and `effect` standard deviations more on mathematics.
+    There are as many general documents as mathematical ones. Activations are rectified Gaussians with a component shared
+    by a document, and `effect` standard deviations more on mathematics.
     """
     generator = torch.Generator().manual_seed(seed)
-    corpus_of = torch.cat(
-        [torch.arange(CORPORA - 1).repeat_interleave(documents), torch.full(((CORPORA - 1) * documents,), CORPORA - 1)]
-    )
+    subject_of = torch.arange(CORPORA - 1).repeat_interleave(DOCUMENTS)
+    corpus_of = torch.cat([subject_of, torch.full_like(subject_of, CORPORA - 1)])
     maths = (corpus_of < CORPORA - 1).float()
     sums = []
     for layer in range(layers):
-        shape = (len(corpus_of), tokens, d_sae)
-        a = torch.randn(shape, generator=generator) + 0.5 * torch.randn(len(corpus_of), 1, d_sae, generator=generator)
+        shape = (len(corpus_of), TOKENS, D_SAE)
+        a = torch.randn(shape, generator=generator) + 0.5 * torch.randn(len(corpus_of), 1, D_SAE, generator=generator)
         if layer == planted:
-            a[:, :, :features] += effect * maths[:, None, None]
+            a[:, :, :FEATURES] += effect * maths[:, None, None]
         a = torch.relu(a)
-        histogram = torch.ones(CORPORA, 2, d_sae)
-        weight = torch.full((len(corpus_of),), float(tokens))
+        histogram = torch.ones(CORPORA, 2, D_SAE)
+        weight = torch.full((len(corpus_of),), float(TOKENS))
         sums.append(DocumentSums(weight, a.sum(1), a.square().sum(1), (a > 0).float().sum(1), histogram))
     return sums, corpus_of
 
@@ -68,24 +62,3 @@ def power_curve(effects: Sequence[float], worlds: int, layers: int = 6, permutat
             top.append(int(result.score.argmax()) == seed % layers)
         rows.append(dict(effect=effect, power=np.mean(heard), top=np.mean(top), chance=1 / layers, worlds=worlds))
     return pd.DataFrame(rows)
-
-
-def planted_vector(
-    layers: int, width: int, hidden: int, rank: int, share: float, seed: int
-) -> tuple[TaskVector, dict[int, Float[Tensor, "d r"]]]:
-    """A task vector of which exactly `share` of every matrix's energy lies in a known subspace of each block.
-
-    Returns the vector and the subspaces' bases [width, rank]. Readers are [hidden, width], writers [width, hidden].
-    """
-    generator = torch.Generator().manual_seed(seed)
-    deltas, bases = {}, {}
-    for layer in range(layers):
-        q = orthonormal(torch.randn(rank, width, generator=generator, dtype=torch.float64))
-        bases[layer] = q
-        for matrix in MATRICES:
-            wide = torch.randn(hidden, width, generator=generator, dtype=torch.float64)
-            inside = wide @ q @ q.T
-            outside = wide - inside
-            mixed = share**0.5 * inside / inside.norm() + (1 - share) ** 0.5 * outside / outside.norm()
-            deltas[layer, matrix] = (mixed if SIDE[matrix] == "reader" else mixed.T).clone()
-    return TaskVector(deltas), bases

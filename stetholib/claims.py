@@ -30,8 +30,6 @@ class Evidence:
     energies: Mapping[Key, float]
     rank: int
     sets: pd.DataFrame
-    scores: pd.DataFrame
-    accuracy: pd.DataFrame
     significance: pd.DataFrame
     checks: Mapping[str, Any]
     published_rung: bool
@@ -175,9 +173,8 @@ def _deterministic(e: Evidence, contrast: str) -> Finding:
 
 def _costless(e: Evidence, contrast: str) -> Finding:
     base, edited = e.checks["base_cost"], e.checks["edited_cost"]
-    measured = (
-        f"{edited['parameters'] - base['parameters']:+d} parameters, {edited['flops'] - base['flops']:+d} FLOPs a forward pass"
-    )
+    parameters, flops = (edited[name] - base[name] for name in ("parameters", "flops"))
+    measured = f"{parameters:+d} parameters, {flops:+d} FLOPs a forward pass"
     return Finding(measured, edited == base, edited == base)
 
 
@@ -212,23 +209,16 @@ CLAIMS = (
 )  # fmt: skip
 
 
+COLUMNS = ["claim", "contrast", "statement", "published", "measured", "verdict", "verdict_strict", "rule", "notebook"]
+
+
 def ledger(evidence: Evidence) -> pd.DataFrame:
     """One row a claim, and a contrast where it depends on one."""
     rows = []
     for claim in CLAIMS:
         for contrast in ("corpus", "matched") if claim.by_contrast else ("-",):
             finding = claim.judge(evidence, contrast)
-            rows.append(
-                dict(
-                    claim=claim.name,
-                    contrast=contrast,
-                    statement=claim.statement,
-                    published=claim.published,
-                    measured=finding.measured,
-                    verdict=word(finding.holds, evidence.published_rung),
-                    verdict_strict=word(finding.strict, evidence.published_rung),
-                    rule=claim.rule,
-                    notebook=claim.notebook,
-                )
-            )
-    return pd.DataFrame(rows)
+            verdicts = (word(holds, evidence.published_rung) for holds in (finding.holds, finding.strict))
+            found = (claim.published, finding.measured, *verdicts)
+            rows.append((claim.name, contrast, claim.statement, *found, claim.rule, claim.notebook))
+    return pd.DataFrame(rows, columns=COLUMNS)

@@ -1,13 +1,6 @@
-"""Task vectors and edits: an edit is a value, applied by a context manager that always undoes itself, byte for byte.
-
-    with edited(model, Edit(task_vector, layers=(3, 5))):
-        ...                                   # theta_0 + tau in layers 3 and 5
-    ...                                       # theta_0 again, the same bytes
-
-A task vector tau = theta_1 - theta_0 holds the seven matrices of every block, in float32 (Ilharco et al., 2023), with
-the algebra that makes it useful. Matrices are produced when asked for, so a vector of two checkpoints on disk never has
-to fit in memory. Energy is the squared Frobenius norm. Scalpel and stethoscope differ only in the value: a projected
-vector in every layer, or the raw one in a few. The unedited baseline is the empty edit through the same path.
+"""Task vectors and edits: within `with edited(model, Edit(tau, layers=(3, 5))):` the model is theta_0 + tau in two layers,
+and theta_0 again after it, byte for byte. Scalpel and stethoscope differ only in the edit: a projected vector in every
+layer, or the raw one in a few. The unedited baseline is the empty edit through the same path.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -65,7 +58,10 @@ def _described(checkpoint: Mapping[str, Tensor], name: str) -> str:
 
 @dataclass(frozen=True)
 class TaskVector:
-    """A change of weights, one matrix [d_out, d_in] in float32 for each `(layer, matrix)`."""
+    """tau = theta_1 - theta_0 (Ilharco et al., 2023), one matrix [d_out, d_in] in float32 for each `(layer, matrix)`.
+
+    Each is computed when it is asked for, so a vector of two checkpoints on disk never has to fit in memory.
+    """
 
     deltas: Weights
 
@@ -214,6 +210,9 @@ def rounded(base: Weights, vector: TaskVector, dtype: torch.dtype) -> TaskVector
     return vector.map(kept)
 
 
+SUMMED = ["weights", "unmoved", "energy", "energy_left", "product"]
+
+
 def survival(exact: TaskVector, kept: TaskVector) -> pd.DataFrame:
     """How much of a vector is left in another, e.g. after rounding: sums, one row a layer and matrix.
 
@@ -224,24 +223,15 @@ def survival(exact: TaskVector, kept: TaskVector) -> pd.DataFrame:
     for (layer, matrix), before in exact.deltas.items():
         after = kept.deltas[layer, matrix]
         one, other = before.double(), after.double()
-        rows.append(
-            dict(
-                layer=layer,
-                matrix=matrix,
-                weights=before.numel(),
-                unmoved=int((after == 0).sum()),
-                energy=float(one.square().sum()),
-                energy_left=float(other.square().sum()),
-                product=float((one * other).sum()),
-            )
-        )
-    return pd.DataFrame(rows)
+        energies = (one.square().sum(), other.square().sum(), (one * other).sum())
+        rows.append((layer, matrix, before.numel(), int((after == 0).sum()), *map(float, energies)))
+    return pd.DataFrame(rows, columns=["layer", "matrix", *SUMMED])
 
 
 def survival_shares(sums: pd.DataFrame) -> dict[str, float]:
     """Of `survival` over all its rows: the share of weights unmoved, energy_kept (above 1 where rounding adds more
     than it takes), and the cosine of the two vectors."""
-    total = sums[["weights", "unmoved", "energy", "energy_left", "product"]].sum()
+    total = sums[SUMMED].sum()
     size = (total["energy"] * total["energy_left"]) ** 0.5
     return dict(
         unmoved=total["unmoved"] / total["weights"],

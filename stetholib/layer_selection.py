@@ -2,12 +2,11 @@
 
 The score of a block is the mean specificity of its most specific features. Everything that says what a score is
 worth (permutations, resamples, a random dictionary) is computed from the same per-document sums as the score.
-Sets of blocks are judged by one cheap, quiet measure, the loss of gold solutions on the validation split after
-injection; no test problem is read here.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -79,26 +78,16 @@ def measure(scores: Mapping[str, Scores], randoms: Mapping[str, Values], count: 
     effect_alone against the base model, effect_left_out against `full` (how much worse without the layer).
     """
     change = sets.set_index(["selector", "draw"])["loss_change"]
-    whole = float(change["full", 0])
-    rows = []
+    parts = []
     for contrast, result in scores.items():
-        chosen = select(result.score, count)
-        for layer in range(len(result.score)):
-            rows.append(
-                dict(
-                    layer=layer,
-                    contrast=contrast,
-                    score=result.score[layer],
-                    score_random=randoms[contrast][layer],
-                    p_value=result.p_value[layer],
-                    p_max=result.p_max[layer],
-                    selection_share=result.selection_share[layer],
-                    selected=int(layer in chosen),
-                    effect_alone=-float(change["only", layer]),
-                    effect_left_out=float(change["without", layer]) - whole,
-                )
-            )
-    return pd.DataFrame(rows)
+        layers = np.arange(len(result.score))
+        columns: dict[str, Any] = dict(layer=layers, contrast=contrast, score=result.score, score_random=randoms[contrast])
+        columns |= {name: getattr(result, name) for name in ("p_value", "p_max", "selection_share")}
+        columns["selected"] = np.isin(layers, select(result.score, count)).astype(int)
+        columns["effect_alone"] = -change["only"][layers].to_numpy()
+        columns["effect_left_out"] = change["without"][layers].to_numpy() - change["full", 0]
+        parts.append(pd.DataFrame(columns))
+    return pd.concat(parts, ignore_index=True)
 
 
 def plain_scores(

@@ -1,11 +1,10 @@
 """Step 04, second half. Sets of layers: who picks them, and what they are worth.
 
-Every set is judged by one cheap, quiet measure, the loss of gold solutions on the validation split after injection; no
-test problem is read here. Which layers a score selects is `layer_selection`'s.
+Sets are judged by the loss of gold solutions of the validation split after injection: no test problem is read here.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import combinations
 from math import comb
 from random import Random
@@ -136,13 +135,12 @@ def measure_sets(
     watch: Watch = unwatched,
 ) -> pd.DataFrame:
     """The table of sets of layers; loss_of(layers, alpha) is the validation loss after injection, nats a token."""
-    before, rows = loss_of((), 1.0), []
+    before = loss_of((), 1.0)
 
     def row(one: PlannedSet) -> dict[str, object]:
         share = one.alpha**2 * layer_energy[list(one.layers)].sum() / layer_energy.sum()
         change = loss_of(one.layers, one.alpha) - before
-        about = dict(selector=one.selector, draw=one.draw, contrast=one.contrast, layers=" ".join(map(str, one.layers)))
-        return about | dict(alpha=one.alpha, energy=share, loss_change=change)
+        return asdict(one) | dict(layers=" ".join(map(str, one.layers)), energy=share, loss_change=change)
 
     rows = [row(one) for one in watch(plan, "04 sets of layers")]
     if with_greedy:
@@ -151,9 +149,7 @@ def measure_sets(
     table = pd.DataFrame(rows)
     chance = table.loc[table["selector"] == "random", "loss_change"]
     same = table["layers"].map(lambda layers: len(layers.split())) == count
-    table["percentile"] = [
-        percentile(value, chance) if alike else float("nan") for value, alike in zip(table["loss_change"], same, strict=True)
-    ]
+    table["percentile"] = table["loss_change"].map(lambda value: percentile(value, chance)).where(same)
     return table
 
 

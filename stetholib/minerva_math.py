@@ -19,6 +19,7 @@ from stetholib.errors import UserError
 from stetholib.models.answering import Answer, answer_some
 from stetholib.models.loading import LanguageModel
 from stetholib.models.weights import weight_hash
+from stetholib.significance import interval
 
 
 def records(
@@ -218,7 +219,7 @@ def summary(table: pd.DataFrame, significance: pd.DataFrame, noise: pd.DataFrame
     published = "(Paper: 29.6 % to 39.4 %)" if headline == "number_theory" else "(a subject of one's own)"
     spoken = {"stethoscope": "all tokens", "stethoscope_matched": "matched words"}
     rows = {words: paired.xs((name, headline)) for name, words in spoken.items()}
-    within = [f"{words} ({_interval(row)})" for words, row in rows.items() if row["ci_low"] <= 0]
+    within = [f"{words} ({interval(row)})" for words, row in rows.items() if row["ci_low"] <= 0]
     untold = f" The stethoscope shows **no gain there that can be told from none** on {' and on '.join(within)}."
     randoms = whole[[name for name in whole.index if name.startswith("random_")]]
     no_better = " The stethoscope's layers are **no better** than those." if whole["stethoscope"] <= randoms.max() else ""
@@ -233,16 +234,12 @@ def summary(table: pd.DataFrame, significance: pd.DataFrame, noise: pd.DataFrame
 """.strip()
 
 
-def _interval(row: Any) -> str:
-    return f"paired interval {row['ci_low']:+.1%} to {row['ci_high']:+.1%}"
-
-
 def _format(whole: pd.DataFrame, gain: Any) -> str:
     """How much of the whole vector's gain can be format; that there is no gain to split is said."""
     base, full = whole.loc["base"], whole.loc["full"]
     split = f"at most {gain['gain_format_bound']:+.1%} of its gain of {gain['difference']:+.1%} is format"
     if gain["ci_low"] <= 0:
-        split = f"but it gains **nothing that can be told from chance** ({gain['difference']:+.1%}, {_interval(gain)}), so there is no gain to split"
+        split = f"but it gains **nothing that can be told from chance** ({gain['difference']:+.1%}, {interval(gain)}), so there is no gain to split"
     elif gain["gain_format_bound"] >= gain["difference"]:
         split += ", **which may be all of it**"
     verify = "goes" if full["math_verify"] > base["math_verify"] else "**does not rise**: it goes"

@@ -1,8 +1,7 @@
 """Step 02. Can we trust the instrument, and which features mean mathematics?
 
-Statistics are sums over documents, kept for every layer, feature and document; specificity, layer scores, permutations
-and resamples are all computed from those sums, so the model reads each text once and nothing is stored per token.
-A dictionary and its self-tests are in `models.dictionary`; scoring layers is step 04's (`layer_selection`).
+Specificity, layer scores, permutations and resamples are all computed from sums over documents (`models.sums`), so the
+model reads each text once and nothing is stored per token.
 """
 
 import random
@@ -18,7 +17,7 @@ from torch import Tensor
 from stetholib.errors import UserError
 from stetholib.models.dictionary import Dictionary, check_fires, check_site, check_width, random_dictionary, self_test
 from stetholib.models.loading import LanguageModel, check_finite
-from stetholib.models.streams import Batch, Watch, collected, residual_batches, tokenize, unwatched, up_to
+from stetholib.models.streams import Watch, collected, residual_batches, tokenize, unwatched, up_to
 from stetholib.models.sums import CONTRASTS, Covariance, DocumentSums, FeatureSums, firing, moments, one_hot, specificity
 
 SELF_TEST_TOKENS = 20_000
@@ -136,7 +135,8 @@ def hear(
     moment = {layer: Covariance(instruments["sae", layer].W_dec.shape[1]) for layer in group}
     passing = residual_batches(base, pairs, listening.batch_tokens, group, watch, "02 feature statistics")
     for batch, document, streams in passing:
-        weights = token_weights(batch, matched)
+        joined = torch.cat([matched[at] for at in batch.documents])
+        weights = {"corpus": torch.ones_like(joined), "matched": joined}
         maths = (corpus_of[document.cpu()] < corpora - 1).to(document.device)
         for layer, x in streams.items():
             for name in ("sae", "random"):
@@ -188,12 +188,6 @@ def _tested(
             instruments[name, layer] = instrument
             sums[name, layer] = FeatureSums(one.d_sae, corpus_of, said.largest)
     return tests, instruments, sums
-
-
-def token_weights(batch: Batch, matched: Sequence[Float[Tensor, " _"]]) -> dict[str, Float[Tensor, " token"]]:
-    """Weights of a batch's content tokens under each contrast."""
-    joined = torch.cat([matched[document] for document in batch.documents])
-    return {"corpus": torch.ones_like(joined), "matched": joined}
 
 
 def _sample(

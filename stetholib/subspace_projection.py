@@ -2,8 +2,7 @@
 
 A subspace of the residual stream filters a reader from the right (tau Q Q') and a writer from the left (Q Q' tau).
 The energy it keeps, rho, is set beside what a random subspace of the same rank keeps (rank / d) and what the best
-one keeps (`own_svd`). What is lost splits into what any subspace of that rank must lose and what this one loses by
-pointing elsewhere: 1 - rho = (1 - ceiling) + (ceiling - rho).
+one keeps (`own_svd`).
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,22 +15,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from stetholib.editing import Edit, TaskVector, losses_by_document, matched_scales, rounded, survival, survival_shares
+from stetholib.models import subspaces
 from stetholib.models.dictionary import Dictionary
 from stetholib.models.loading import LanguageModel
 from stetholib.models.streams import Batch, Watch, unwatched
-from stetholib.models.subspaces import (
-    Basis,
-    LossSplit,
-    Ranks,
-    energy_by_rank,
-    orthonormal,
-    principal,
-    principal_cosines,
-    project,
-    random_basis,
-    singular_energies,
-    through_gain,
-)
+from stetholib.models.subspaces import Basis, LossSplit, Ranks, energy_by_rank, orthonormal, principal, project, through_gain
 from stetholib.models.weights import READERS, SIDE, WRITERS, Key, Weights
 from stetholib.sae_features import Heard, most_specific, specificities
 from stetholib.significance import bootstrap_ratio
@@ -39,16 +27,17 @@ from stetholib.significance import bootstrap_ratio
 COVECTORS = ("sae_encoder", "gradient_pca")
 
 
-def second_moment(vector: TaskVector, layer: int, side: str) -> Float[Tensor, "d_model d_model"]:
-    """Sum of tau' tau over a block's readers, or of tau tau' over its writers: what `own_svd` diagonalises."""
-    deltas = (vector.deltas[layer, matrix].double() for matrix in (READERS if side == "reader" else WRITERS))
-    parts = [delta.T @ delta if side == "reader" else delta @ delta.T for delta in deltas]
-    return torch.stack(parts).sum(0).cpu()
-
-
 def own_svd(vector: TaskVector, layer: int) -> dict[str, Basis]:
-    """The best single subspace for a block's readers, and for its writers: the ceiling, by side."""
-    return {side: principal(second_moment(vector, layer, side)) for side in ("reader", "writer")}
+    """The best single subspace for a block's readers, and for its writers: the ceiling, by side.
+
+    Eigenvectors of the sum of tau' tau over the readers, and of tau tau' over the writers.
+    """
+    bases = {}
+    for side, matrices in (("reader", READERS), ("writer", WRITERS)):
+        deltas = (vector.deltas[layer, matrix].double() for matrix in matrices)
+        parts = [delta.T @ delta if side == "reader" else delta @ delta.T for delta in deltas]
+        bases[side] = principal(torch.stack(parts).sum(0).cpu())
+    return bases
 
 
 @dataclass(frozen=True)
@@ -79,27 +68,29 @@ def measure(
         best = own_svd(vector, layer)
         for (where, matrix), delta in vector.restrict([layer]).deltas.items():
             side = SIDE[matrix]
-            cell = dict(layer=where, matrix=matrix, side=side)
+            cell = (where, matrix, side)
             kept = {name: energy_by_rank(delta, basis, side) for name, basis in sites[layer].by_name.items()}
             kept["own_svd"] = energy_by_rank(delta, best[side], side)
-            kept["own_svd_matrix"] = singular_energies(delta).cumsum(0) / delta.double().square().sum().cpu()
-            drawn = (random_basis(width, max(ranks.grid), generator) for _ in range(random_draws))
+            kept["own_svd_matrix"] = subspaces.singular_energies(delta).cumsum(0) / delta.double().square().sum().cpu()
+            drawn = (subspaces.random_basis(width, max(ranks.grid), generator) for _ in range(random_draws))
             draws = torch.stack([energy_by_rank(delta, one, side) for one in drawn])
             kept["random"] = draws.mean(0)
             for rank in ranks.grid:
                 for name, energies in kept.items():
                     spread = float(draws[:, rank - 1].std()) if name == "random" else 0.0
                     at = min(rank, len(energies)) - 1
-                    rows.append(_row(cell, name, rank, layer, "plain", float(energies[at]), spread, width))
-            rows += _sensitivities(cell, delta, sites, gains[where, matrix], ranks.default, width)
-    return pd.DataFrame(rows)
+                    rows.append((*cell, name, rank, layer, "plain", float(energies[at]), spread))
+            rows += _sensitivities(cell, delta, sites, gains[where, matrix], ranks.default)
+    columns = ["layer", "matrix", "side", "basis", "rank", "sae_layer", "gains", "energy_retained", "energy_sd"]
+    table = pd.DataFrame(rows, columns=columns)
+    return table.assign(chance=table["rank"] / width)
 
 
 def _sensitivities(
-    cell: Mapping[str, Any], delta: Tensor, sites: Mapping[int, Directions], gain: Tensor, rank: int, width: int
-) -> list[dict[str, object]]:
+    cell: tuple[int, str, str], delta: Tensor, sites: Mapping[int, Directions], gain: Tensor, rank: int
+) -> list[tuple[Any, ...]]:
     """The default rank again through the norm's gain, and for readers with the site one block earlier."""
-    layer, side = cell["layer"], cell["side"]
+    layer, _, side = cell
     places = {layer, max(layer - 1, 0)} if side == "reader" else {layer}
     rows = []
     for place in sorted(places):
@@ -109,16 +100,8 @@ def _sensitivities(
                     continue
                 q = basis[:, :rank] if gains == "plain" else through_gain(basis[:, :rank], gain, side, name in COVECTORS)
                 kept = float(energy_by_rank(delta, q, side)[-1])
-                rows.append(_row(cell, name, rank, place, gains, kept, 0.0, width))
+                rows.append((*cell, name, rank, place, gains, kept, 0.0))
     return rows
-
-
-def _row(
-    cell: Mapping[str, Any], basis: str, rank: int, site: int, gains: str, kept: float, spread: float, width: int
-) -> dict[str, object]:
-    return dict(
-        cell, basis=basis, rank=rank, sae_layer=site, gains=gains, energy_retained=kept, energy_sd=spread, chance=rank / width
-    )
 
 
 def scalpel(vector: TaskVector, bases: Mapping[int, Basis]) -> TaskVector:
@@ -140,7 +123,7 @@ def mechanism(vector: TaskVector, sites: Mapping[int, Directions], rank: int) ->
             if place < 0:
                 continue
             for name, basis in sites[place].by_name.items():
-                cosines = principal_cosines(best[side][:, :rank], basis[:, :rank])
+                cosines = subspaces.principal_cosines(best[side][:, :rank], basis[:, :rank])
                 angle = float(cosines[0].acos().rad2deg())
                 rows.append(dict(layer=layer, side=side, basis=name, overlap=float(cosines.square().mean()), angle=angle))
     return pd.DataFrame(rows).assign(chance=rank / next(iter(sites.values())).by_name["sae_decoder"].shape[0])

@@ -1,7 +1,6 @@
 """Step 01. What did the fine-tune change, and where?
 
-The task vector itself and its algebra are in `editing`; here is what is measured of it, matrix by matrix, and what the
-fine-tune changed beside the seven matrices of each block.
+The task vector and its algebra are in `editing`; here is what is measured of it, and of what changed beside it.
 """
 
 from collections.abc import Iterator, Mapping
@@ -31,12 +30,9 @@ def stable_rank(matrix: Float[Tensor, "d_out d_in"]) -> float:
     if not energy:
         return 0.0
     small = min(wide.shape)
-    top = (
-        float(torch.linalg.matrix_norm(wide, 2))
-        if small < 16
-        else float(svds(wide.numpy(), k=1, v0=np.ones(small), return_singular_vectors=False)[0])
-    )
-    return energy / top**2
+    if small < 16:
+        return energy / float(torch.linalg.matrix_norm(wide, 2)) ** 2
+    return energy / float(svds(wide.numpy(), k=1, v0=np.ones(small), return_singular_vectors=False)[0]) ** 2
 
 
 def measure(base: Weights, vector: TaskVector) -> pd.DataFrame:

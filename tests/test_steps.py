@@ -15,6 +15,7 @@ from stetholib.data.mini import base as mini_base
 from stetholib.data.mini.problems import SUBJECTS
 from stetholib.models.subspaces import Ranks
 from stetholib.models.sums import CONTRASTS
+from stetholib.significance import paired_against
 from stetholib.store.tables import CONTRACTS, Workspace, WorkspaceError
 from stetholib.study import Study
 from stetholib.study import layer_selection as wired
@@ -175,7 +176,10 @@ def test_03_directions_and_vectors(study):
     step = study.subspace_projection
     assert step.width == 32 and step.ranks == Ranks.of(32, 0.03, study.profile.projection.rank_shares)
     assert set(step.sites) == set(LAYERS) and {"sae_decoder"} <= set(step.sites[0].by_name)
-    energy = {n: sum(step.vector(n).energies().values()) for n in ("raw", "projected", "projected_rescaled", "raw_shrunk")}
+    energy = {}
+    for name in ("raw", "projected", "projected_rescaled", "raw_shrunk"):
+        with step.vector_of(name).opened() as vector:
+            energy[name] = vector.energy()
     assert energy["projected_rescaled"] == pytest.approx(energy["raw"], rel=1e-3) and energy["projected"] < energy["raw"]
     assert energy["raw_shrunk"] == pytest.approx(energy["projected"], rel=1e-3)
 
@@ -212,7 +216,7 @@ def test_05_answers_are_asked_once_and_by_any_rank(study):
 
 def test_06_pairs_and_the_row_of_a_world(study):
     step = study.significance
-    paired, row = step.paired("base", "full"), step.headline()
+    paired, row = paired_against(study.minerva_math.records(), "base", "full", step.margins), step.headline()
     assert set(paired) == {"difference", "ci_low", "ci_high", "mcnemar_p", "gained", "lost"}
     assert row["gain_full"] == pytest.approx(paired["difference"]) and 0 <= row["discarded"] <= 1
     assert len(step.pairs([("full", "base")])) == 1

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from stetholib import subspace_projection as sp
-from stetholib.calibration import planted_vector
 from stetholib.editing import TaskVector
 from stetholib.errors import UserError
 from stetholib.models import subspaces
@@ -42,6 +41,22 @@ def test_projecting_twice_is_projecting_once(vector):
     q = torch.linalg.qr(torch.randn(D, 5, dtype=torch.float64))[0]
     once = subspaces.project(vector.deltas[0, "up"].double(), q, "reader")
     assert torch.allclose(once, subspaces.project(once, q, "reader"), atol=1e-12)
+
+
+def planted_vector(layers, width, hidden, rank, share, seed):
+    """A task vector of which exactly `share` of every matrix's energy lies in a known subspace of each block, with their bases."""
+    generator = torch.Generator().manual_seed(seed)
+    deltas, bases = {}, {}
+    for layer in range(layers):
+        q = subspaces.orthonormal(torch.randn(rank, width, generator=generator, dtype=torch.float64))
+        bases[layer] = q
+        for matrix in MATRICES:
+            wide = torch.randn(hidden, width, generator=generator, dtype=torch.float64)
+            inside = wide @ q @ q.T
+            outside = wide - inside
+            mixed = share**0.5 * inside / inside.norm() + (1 - share) ** 0.5 * outside / outside.norm()
+            deltas[layer, matrix] = (mixed if SIDE[matrix] == "reader" else mixed.T).clone()
+    return TaskVector(deltas), bases
 
 
 @pytest.mark.parametrize("share", [0.0, 0.03, 0.5, 1.0])

@@ -33,16 +33,6 @@ def plan(tokenizer: Any, prompts: Mapping[str, str], batch_size: int) -> list[li
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 
-def check_context(model: LanguageModel, prompts: Mapping[str, str], max_new_tokens: int) -> None:
-    """Refuse prompts that leave no room in the model's context for the answer."""
-    longest = max(len(model.tokenizer(text).input_ids) for text in prompts.values())
-    if model.context is not None and longest + max_new_tokens > model.context:
-        raise UserError(
-            f"evaluation: a prompt of {longest} tokens and {max_new_tokens} new ones exceed the model's context of {model.context}; "
-            "lower evaluation.num_fewshot or evaluation.max_new_tokens"
-        )
-
-
 def answer_all(
     model: LanguageModel,
     prompts: Mapping[str, str],
@@ -82,8 +72,13 @@ def answer_some(
 
 
 def planned(model: LanguageModel, prompts: Mapping[str, str], batch_size: int, max_new_tokens: int) -> list[list[str]]:
-    """The batches of `plan`, where the model's context has room for every prompt and its answer."""
-    check_context(model, prompts, max_new_tokens)
+    """The batches of `plan`; raises UserError where the model's context has no room for a prompt and its answer."""
+    longest = max(len(model.tokenizer(text).input_ids) for text in prompts.values())
+    if model.context is not None and longest + max_new_tokens > model.context:
+        raise UserError(
+            f"evaluation: a prompt of {longest} tokens and {max_new_tokens} new ones exceed the model's context of {model.context}; "
+            "lower evaluation.num_fewshot or evaluation.max_new_tokens"
+        )
     return plan(model.tokenizer, prompts, batch_size)
 
 

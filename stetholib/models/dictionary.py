@@ -1,7 +1,6 @@
 """A sparse autoencoder as a dictionary of plain tensors, its random double, and what both explain of activations.
 
-JumpReLU encoding, as Gemma Scope publishes it and as SAELens' other architectures are saved for inference. Not covered:
-training or loading SAEs (`adapters.saes`).
+JumpReLU encoding, as Gemma Scope publishes it and as SAELens' other architectures are saved for inference.
 """
 
 from collections.abc import Mapping

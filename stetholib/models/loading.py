@@ -1,7 +1,4 @@
-"""A causal language model with its tokenizer, loaded from a folder: weights from safetensors only, whole and finite.
-
-Not covered: fetching (`data.hub`), names of weights (`models.weights`), what runs through a model (`models.streams`).
-"""
+"""A causal language model with its tokenizer, loaded from a folder: weights from safetensors only, whole and finite."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

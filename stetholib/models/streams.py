@@ -91,11 +91,6 @@ def _batch(pairs: Sequence[tuple[list[int], int]], group: list[int], device: tor
     return Batch(tuple(group), ids.to(device), mask.to(device), scored.to(device))
 
 
-def run_blocks(model: nn.Module, batch: Batch) -> None:
-    """A forward pass for what the taps of `residual_stream` take: logits of the last position only."""
-    model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False, logits_to_keep=1)
-
-
 def token_losses(model: nn.Module, batch: Batch) -> Float[Tensor, "doc seq"]:
     """Cross-entropy of each scored token, in nats; zero elsewhere. Position t is the loss of predicting token t."""
     logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
@@ -137,7 +132,8 @@ def residual_batches(
     wanted = list(layers)
     with residual_stream(base.model) as taken:
         for batch in watch(batches(pairs, batch_tokens, base.device), label):
-            run_blocks(base.model, batch)
+            # for the taps alone: logits of the last position are enough
+            base.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False, logits_to_keep=1)
             keep = batch.scored.bool()
             check_finite({f"the output of layer {layer}": taken[layer][keep] for layer in wanted})
             document = torch.tensor(batch.documents, device=keep.device).unsqueeze(1).expand_as(keep)[keep]
@@ -176,7 +172,7 @@ def gradient_moments(
     base: LanguageModel, texts: Sequence[tuple[str, str]], max_tokens: int, batch_tokens: int, *, watch: Watch = unwatched
 ) -> dict[int, Float[Tensor, "d_model d_model"]]:
     """Second moments of the loss gradient at each layer's output, in float64; texts are (prompt, scored solution)."""
-    pool = batches(tokenize(base, texts, max_tokens), batch_tokens, base.device)
+    pool = pool_of(base, texts, max_tokens, batch_tokens)
     moments: dict[int, Tensor] = {}
     embedding = base.model.get_input_embeddings().weight
     embedding.requires_grad_(True)

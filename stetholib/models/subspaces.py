@@ -122,17 +122,15 @@ class LossSplit:
         return self.misalignment / room if room > 1e-12 else float("nan")
 
 
-def split_loss(
-    table: pd.DataFrame, energies: Mapping[Key, float], rank: int, basis: str = "sae_decoder", **where: str
-) -> LossSplit:
-    """The split of one basis at one rank, pooled over matrices; `side="reader"` or `matrix="q"` narrows it."""
+def split_loss(table: pd.DataFrame, energies: Mapping[Key, float], rank: int, **where: str) -> LossSplit:
+    """The scalpel's split at one rank, pooled over matrices; `side="reader"` or `matrix="q"` narrows it."""
     rows = default_rows(table)
-    rows = rows[(rows["rank"] == rank) & (rows["basis"].isin([basis, "own_svd"]))]
+    rows = rows[(rows["rank"] == rank) & (rows["basis"].isin(["sae_decoder", "own_svd"]))]
     for column, value in where.items():
         rows = rows[rows[column] == value]
     kept = pooled(rows, energies).set_index("basis")
     retained, chance = kept["energy_retained"], kept["chance"]
-    return LossSplit(float(retained[basis]), float(retained["own_svd"]), float(chance[basis]))
+    return LossSplit(float(retained["sae_decoder"]), float(retained["own_svd"]), float(chance["sae_decoder"]))
 
 
 BASES = ("sae_decoder", "sae_encoder", "activation_pca", "gradient_pca", "own_svd", "own_svd_matrix", "random")
@@ -148,8 +146,8 @@ class Ranks:
     @classmethod
     def of(cls, width: int, share: float, shares: Sequence[float]) -> "Ranks":
         """Round shares of the width to ranks."""
-        one = lambda s: min(width, max(1, round(s * width)))  # noqa: E731
-        return cls(one(share), tuple(sorted({one(s) for s in (*shares, share)})))
+        ranks = {s: min(width, max(1, round(s * width))) for s in (*shares, share)}
+        return cls(ranks[share], tuple(sorted(set(ranks.values()))))
 
 
 def invariants(delta: Float[Tensor, "d_out d_in"], basis: Basis, side: str) -> dict[str, float]:
@@ -202,16 +200,6 @@ def mechanism_test(table: pd.DataFrame) -> pd.DataFrame:
         wide = table[table["side"] == side].pivot(index="layer", columns="basis", values="overlap")
         one, other = (wide[name].to_numpy() for name in pair)
         p = float(stats.wilcoxon(one, other).pvalue) if (one != other).any() else 1.0
-        rows.append(
-            dict(
-                side=side,
-                predicted=pair[0],
-                other=pair[1],
-                overlap_predicted=one.mean(),
-                overlap_other=other.mean(),
-                in_favour=int((one > other).sum()),
-                layers=len(one),
-                p=p,
-            )
-        )
-    return pd.DataFrame(rows)
+        rows.append((side, *pair, one.mean(), other.mean(), int((one > other).sum()), len(one), p))
+    columns = ["side", "predicted", "other", "overlap_predicted", "overlap_other", "in_favour", "layers", "p"]
+    return pd.DataFrame(rows, columns=columns)

@@ -58,16 +58,8 @@ class FeatureSums:
         """corpus_of: index of each document's corpus; ceiling: the activation at which the last histogram bin begins."""
         docs, corpora = len(corpus_of), int(corpus_of.max()) + 1
         self.corpus_of, self.ceiling = corpus_of, ceiling
-        self.sums = {
-            name: DocumentSums(
-                torch.zeros(docs),
-                torch.zeros(docs, d_sae),
-                torch.zeros(docs, d_sae),
-                torch.zeros(docs, d_sae),
-                torch.zeros(corpora, BINS, d_sae),
-            )
-            for name in contrasts
-        }
+        shapes = [(docs,), *[(docs, d_sae)] * 3, (corpora, BINS, d_sae)]
+        self.sums = {name: DocumentSums(*map(torch.zeros, shapes)) for name in contrasts}
 
     def add(
         self, acts: Float[Tensor, "token d_sae"], document: Int[Tensor, " token"], weights: Mapping[str, Float[Tensor, " token"]]

@@ -95,25 +95,16 @@ class Study:
 
     def manifest(self) -> dict[str, Any]:
         """What is stable about this run."""
-        p, tuned = self.profile, self.profile.finetune.finetuned
-        lora = p.finetune.method == "lora" and not tuned
-        return dict(
-            profile=p.name,
-            profile_hash=p.digest,
-            seed=p.seed,
-            threads=p.threads,
-            device=self.device,
+        p, made, d_sae = self.profile, self.profile.finetune, self.sae_features.dictionary(0).d_sae
+        how: dict[str, Any] = dict(method=None, lora_rank=None)
+        if not made.finetuned:
+            how = dict(method=made.method, lora_rank=made.lora_rank if made.method == "lora" else None)
+        run = dict(profile=p.name, profile_hash=p.digest, seed=p.seed, threads=p.threads, device=self.device)
+        return run | dict(
             libraries=library_versions(),
             model=dict(base=p.model.base, revision=p.model.revision, dtype=p.model.dtype, key=self.world.base_key),
-            finetune=dict(
-                finetuned=tuned,
-                finetuned_revision=p.finetune.finetuned_revision,
-                method=None if tuned else p.finetune.method,
-                lora_rank=p.finetune.lora_rank if lora else None,
-            ),
-            sae=dict(
-                release=p.sae.release, id=p.sae.sae_id, revision=p.sae.revision, d_sae=self.sae_features.dictionary(0).d_sae
-            ),
+            finetune=dict(finetuned=made.finetuned, finetuned_revision=made.finetuned_revision) | how,
+            sae=dict(release=p.sae.release, id=p.sae.sae_id, revision=p.sae.revision, d_sae=d_sae),
             data={name: getattr(p.data, name) for name in ("maths", "maths_revision", "general", "general_revision")},
         )
 

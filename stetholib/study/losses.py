@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from functools import cached_property
 
-from stetholib.layer_sets import LayerSet, solution_loss
+from stetholib.layer_sets import solution_loss
 from stetholib.models.streams import Batch, pool_of
 from stetholib.store.artefacts import Ledger
 from stetholib.store.values import Input
@@ -39,8 +39,7 @@ class Losses:
         """Loss with `alpha` times the raw vector in these layers."""
         name = json.dumps([list(layers), alpha])
         if name not in self._known:
-            chosen: LayerSet = tuple(layers)
             with self.pool.opened() as pool:
-                self._known[name] = solution_loss(self._world.base, self._vectors.vector, pool, chosen, alpha)
+                self._known[name] = solution_loss(self._world.base, self._vectors.vector, pool, tuple(layers), alpha)
             self._ledger.append([{"set": name, "loss": self._known[name]}])
         return self._known[name]

@@ -20,8 +20,6 @@ from stetholib.store.artefacts import Artefact
 from stetholib.store.values import Input, hashed
 from stetholib.study.world import Step, World
 
-Specificity = list[tuple[Tensor, Tensor]]
-
 
 class SaeFeatures(Step):
     """The instrument, and what it hears."""
@@ -107,11 +105,10 @@ class SaeFeatures(Step):
         return [range(start, min(start + size, layers)) for start in range(0, layers, size)]
 
     def _heard(self, group: range) -> Artefact:
-        spec, world = self._spec, self._world
-        expected: dict[int, float | None] | None = None
+        spec, expected = self._spec, None
         if spec.release != "train":
             expected = {layer: saes.expected_l0(spec.release, str(spec.sae_id), layer) for layer in group}
-        inputs = (world.model, self.listening, self._of(group), expected, self.rule(), list(group))
+        inputs = (self._world.model, self.listening, self._of(group), expected, self.rule(), list(group))
         return self._store.made(sae_features.hear, *inputs)
 
     @cached_property
@@ -149,17 +146,11 @@ class SaeFeatures(Step):
         """One row a layer: what its SAE and its random double explain, how sparsely, and the doubles' layer scores."""
         return pd.concat([artefact.value.tests for artefact in self._left.values()], ignore_index=True)
 
-    def specificities(self, contrast: str, kind: str | None = None) -> Specificity:
+    def specificities(self, contrast: str, kind: str | None = None) -> list[tuple[Tensor, Tensor]]:
         """(specificity, whether it fires) of every feature, layer by layer."""
+        rule, corpus_of = self.rule(kind), torch.tensor(self.listening.corpus_of)
         with self.sums(contrast).opened() as sums:
-            return list(
-                sae_features.specificities(
-                    sums, torch.tensor(self.listening.corpus_of), *self._rule_of(kind), contrast == "matched"
-                )
-            )
-
-    def _rule_of(self, kind: str | None) -> tuple[str, float]:
-        return kind or self._profile.features.specificity, self._profile.features.minimum_firing
+            return list(sae_features.specificities(sums, corpus_of, rule.kind, rule.minimum_firing, contrast == "matched"))
 
     def best_auroc(self) -> dict[str, list[float]]:
         """The best feature's AUROC in each layer, by contrast; 0.5 is chance."""

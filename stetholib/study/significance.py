@@ -1,7 +1,6 @@
 """Step 06 wired to a world: tests of what the records say, and the ledger."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import pandas as pd
 
@@ -19,16 +18,11 @@ class Significance(Step):
     """What of it is real."""
 
     def __init__(
-        self,
-        world: World,
-        task_vectors: TaskVectors,
-        scalpel: SubspaceProjection,
-        stethoscope: LayerSelection,
-        answers: MinervaMath,
+        self, world: World, vectors: TaskVectors, scalpel: SubspaceProjection, stethoscope: LayerSelection, answers: MinervaMath
     ) -> None:
         """The steps whose tables the ledger reads."""
         super().__init__(world)
-        self._vectors, self._scalpel, self._stethoscope, self._answers = task_vectors, scalpel, stethoscope, answers
+        self._vectors, self._scalpel, self._stethoscope, self._answers = vectors, scalpel, stethoscope, answers
 
     @property
     def margins(self) -> Margins:
@@ -44,10 +38,6 @@ class Significance(Step):
         """The published figure by three tests."""
         return significance.published()
 
-    def paired(self, one: str, other: str) -> dict[str, Any]:
-        """Two variants on the same test problems, `other` minus `one`, over all subjects."""
-        return significance.paired_against(self._answers.records(), one, other, self.margins)
-
     def pairs(self, wanted: Sequence[tuple[str, str]]) -> pd.DataFrame:
         """Pairs of variants on the same test problems, first minus second, over all subjects; one row a pair."""
         return self._store.made(significance.pairs_table, self._answers.records(), list(wanted), self.margins).value
@@ -59,8 +49,6 @@ class Significance(Step):
             energies=self._vectors.energies(),
             rank=self._scalpel.ranks.default,
             sets=self._stethoscope.sets(),
-            scores=self._stethoscope.table(),
-            accuracy=self._answers.table(),
             significance=self.table(),
             checks=self._answers.checks(),
             published_rung=self._profile.published_rung,
@@ -77,7 +65,7 @@ class Significance(Step):
         sets, rho = self._stethoscope.sets().set_index("selector"), self._stethoscope.relations()
         row = dict(base_accuracy=float(table["base_accuracy"].iloc[0]))
         row |= {f"gain_{name}": overall[name] for name in ("full", "scalpel", "stethoscope", "stethoscope_matched")}
-        row |= dict(gain_full_math_verify=verify["full"] - verify["base"])
+        row["gain_full_math_verify"] = verify["full"] - verify["base"]
         row |= dict(discarded=1 - split.retained, discarded_by_chance=1 - split.chance, misalignment_index=split.index)
         for contrast, name in claims.CONTRAST_VARIANT.items():
             row[f"percentile_{contrast}"] = float(sets["percentile"][name])

@@ -58,9 +58,8 @@ class SubspaceProjection(Step):
 
     def table(self) -> pd.DataFrame:
         """Step 03's table."""
-        world = self._world
-        draws, seed = self._profile.projection.random_draws, world.seed("random subspaces")
-        gains = self._store.derived(gains_of, world.model)
+        draws, seed = self._profile.projection.random_draws, self._world.seed("random subspaces")
+        gains = self._store.derived(gains_of, self._world.model)
         inputs = (self._vectors.tau, self._directions, gains, self.ranks, draws, seed)
         return self._store.made(subspace_projection.measure, *inputs).value
 
@@ -70,16 +69,11 @@ class SubspaceProjection(Step):
         return self._store.made(subspace_projection.mechanism, *inputs).value
 
     def vector_of(self, name: str) -> Input[TaskVector]:
-        """raw, projected, projected_rescaled or raw_shrunk, as an input of stages."""
+        """raw; projected (the scalpel); projected_rescaled (to the full energy); raw_shrunk (to the scalpel's): for stages."""
         tau = self._vectors.tau
         if name == "raw":
             return tau
         return self._store.derived(subspace_projection.vector_of, name, tau, self._directions, self.ranks.default)
-
-    def vector(self, name: str) -> TaskVector:
-        """raw; projected (the scalpel); projected_rescaled (to the full energy); raw_shrunk (to the scalpel's)."""
-        with self.vector_of(name).opened() as vector:
-            return vector
 
     def rounding_of_edits(self) -> pd.DataFrame:
         """What a model in bfloat16 can carry of each edit: columns vector, unmoved, energy_kept, cosine."""

@@ -1,6 +1,5 @@
 """Step 01 wired to a world: the fine-tune and its task vector."""
 
-from collections.abc import Iterator
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -28,22 +27,14 @@ class TaskVectors(Step):
         if p.finetune.finetuned:
             return None
         dtype = "float32" if p.finetune.method == "full" else None  # full updates would be lost in bfloat16
-        return self._store.made(
-            finetuning.finetuned,
-            world.other(world.base_key, lambda: world.base_folder, dtype),
-            world.weights,
-            world.problems("train"),
-            p.finetune,
-            p.model.dtype,
-            world.seed("finetune"),
-            p.data.max_tokens,
-        )
+        model = world.other(world.base_key, lambda: world.base_folder, dtype)
+        inputs = (model, world.weights, world.problems("train"), p.finetune, p.model.dtype)
+        return self._store.made(finetuning.finetuned, *inputs, world.seed("finetune"), p.data.max_tokens)
 
     @cached_property
     def folder(self) -> Path:
         """Where theta_1's files are."""
-        spec = self._profile.finetune
-        made = self._made_here
+        made, spec = self._made_here, self._profile.finetune
         return made.folder if made else self._world.folder_of(str(spec.finetuned), spec.finetuned_revision)
 
     @cached_property
@@ -98,16 +89,13 @@ class TaskVectors(Step):
 
     def restored(self) -> dict[str, bool]:
         """The edit's invariants, tried on the base model: scale 0, scale 1, and undone."""
-        model, every = self._world.base.model, self.vector.layers
+        model, found = self._world.base.model, {}
         before = weight_hash(model)
-        found: dict[float, str] = dict(self._hashes(every))
+        for alpha in (0.0, 1.0):
+            with edited(model, Edit(self.vector, self.vector.layers, alpha=alpha)):
+                found[alpha] = weight_hash(model)
         return {
             "scale 0 leaves every byte": found[0.0] == before,
             "scale 1 changes some": found[1.0] != before,
             "leaving restores every byte": weight_hash(model) == before,
         }
-
-    def _hashes(self, layers: tuple[int, ...]) -> Iterator[tuple[float, str]]:
-        for alpha in (0.0, 1.0):
-            with edited(self._world.base.model, Edit(self.vector, layers, alpha=alpha)) as model:
-                yield alpha, weight_hash(model)

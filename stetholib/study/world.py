@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import cache, cached_property
 from importlib.metadata import version
@@ -115,9 +115,8 @@ class World:
 
     def other(self, identity: str, folder: Callable[[], Path], dtype: str | None = None) -> Input[LanguageModel]:
         """Another model as an input of stages; the base model waits in main memory, since two may not fit on a GPU."""
-        opened: Callable[[], AbstractContextManager[LanguageModel]] = lambda: self._aside(folder(), dtype)  # noqa: E731
         made_of = [identity, dtype or self.profile.model.dtype, self.profile.model.attention, code_of(load)]
-        return Input(hashed(made_of), opened)
+        return Input(hashed(made_of), lambda: self._aside(folder(), dtype))
 
     @contextmanager
     def _aside(self, folder: Path, dtype: str | None) -> Iterator[LanguageModel]:
