@@ -1,0 +1,85 @@
+"""Figures of step 04."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+
+from stetholib.plots.style import BLACK, BLUE, CONTRASTS, GREEN, GREY, ORANGE, PALE, RED, SELECTORS, lines, whole_numbers
+
+
+def layer_scores(table: pd.DataFrame, null: np.ndarray, contrast: str, ax: Axes) -> Axes:
+    """Layer scores with the permutation band (2.5 to 97.5 %), the random dictionary's scores, and the selected layers."""
+    rows = table[table["contrast"] == contrast]
+    low, high = np.quantile(null, [0.025, 0.975], axis=1)
+    ax.fill_between(rows["layer"], low, high, color=PALE, label="shuffled labels, 95 %")
+    ax.plot(rows["layer"], rows["score_random"], color=GREY, ls=":", marker="x", label="random dictionary")
+    lines(rows, "layer", "score", "contrast", CONTRASTS, ax)
+    chosen = rows[rows["selected"] == 1]
+    ring: dict[str, Any] = dict(s=130, facecolors="none", edgecolors=BLACK, linewidths=1.5, zorder=3)
+    ax.scatter(chosen["layer"], chosen["score"], label="selected", **ring)
+    whole_numbers(ax).set(xlabel="layer", ylabel="layer score", ylim=(min(0, low.min()), None))
+    ax.legend(ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.16), columnspacing=1)
+    return ax
+
+
+def effects(table: pd.DataFrame, ax: Axes) -> Axes:
+    """What each layer is worth on the validation loss: injected alone, and left out of the whole."""
+    rows = table[table["contrast"] == "corpus"]
+    ax.plot(rows["layer"], rows["effect_left_out"], color=GREEN, marker="^", label="left out of the whole")
+    ax.plot(rows["layer"], rows["effect_alone"], color=ORANGE, marker="D", label="injected alone")
+    ax.axhline(0, color=BLACK, lw=0.8)
+    whole_numbers(ax).set(xlabel="layer", ylabel="effect (nats a token)")
+    ax.legend()
+    return ax
+
+
+def score_against_effect(table: pd.DataFrame, ax: Axes) -> Axes:
+    """Layer score against the effect of injecting that layer alone, numbered by layer, one colour a contrast."""
+    lines(table, "score", "effect_alone", "contrast", CONTRASTS, ax, ls="none")
+    beside: dict[str, Any] = dict(xytext=(4, 3), textcoords="offset points", fontsize=7.5)
+    for layer, contrast, *at in table[["layer", "contrast", "score", "effect_alone"]].to_numpy():
+        ax.annotate(str(layer), tuple(at), color=CONTRASTS[contrast].colour, **beside)
+    ax.set(xlabel="layer score", ylabel="effect alone (nats a token)")
+    ax.legend()
+    return ax
+
+
+def layer_sets(table: pd.DataFrame, ax: Axes) -> Axes:
+    """Loss change of random sets of m layers as a histogram, every selector's set marked on it."""
+    change = table.set_index("selector")["loss_change"]
+    random = change["random"]
+    sns.histplot(random, bins=30, color=PALE, alpha=1, edgecolor="white", label=f"{len(random)} random sets", ax=ax)
+    ax.axvline(random.median(), color=GREY, ls=":", label="their median")
+    top = ax.get_ylim()[1]
+    for row, name in enumerate(name for name in SELECTORS if name in change):
+        look = SELECTORS[name]
+        ax.axvline(change[name], color=look.colour, lw=1, alpha=0.6)
+        ax.plot(change[name], top * (0.97 - 0.085 * row), look.marker, color=look.colour, ms=8, label=look.name)
+    ax.set(xlabel="change of validation loss (nats a token); left is better", ylabel="sets")
+    ax.legend(loc="upper left", bbox_to_anchor=(1.01, 1))
+    return ax
+
+
+def uniform_check(p_values: Sequence[float] | np.ndarray, ax: Axes) -> Axes:
+    """Sorted p-values of worlds without any signal against the diagonal they should follow."""
+    p = np.sort(np.asarray(p_values))
+    ax.plot((np.arange(len(p)) + 0.5) / len(p), p, color=BLUE, label=f"{len(p)} worlds without signal")
+    ax.plot([0, 1], [0, 1], color=BLACK, lw=0.8, label="uniform")
+    ax.set(xlabel="expected p", ylabel="observed p", xlim=(0, 1), ylim=(0, 1))
+    ax.legend()
+    return ax
+
+
+def power(table: pd.DataFrame, ax: Axes) -> Axes:
+    """Share of worlds in which the planted layer is found, against the planted effect; columns effect, power, chance."""
+    ax.plot(table["effect"], table["power"], color=RED, marker="o", label="planted layer heard (p < .05)")
+    ax.plot(table["effect"], table["top"], color=BLUE, marker="s", label="planted layer scores highest")
+    ax.axhline(0.05, color=BLACK, lw=0.8, label="chance of being heard, .05")
+    ax.axhline(table["chance"].iloc[0], color=GREY, ls=":", label="chance of scoring highest")
+    ax.set(xlabel="planted effect (standard deviations)", ylabel="share of worlds", ylim=(0, 1.03))
+    ax.legend()
+    return ax

@@ -1,0 +1,43 @@
+"""Figures of step 05."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+
+from stetholib.plots.style import BLACK, BLUE, GREY, ORANGE, SKY, VARIANTS, lines, percent, rows, twin_bars
+
+
+def accuracies(table: pd.DataFrame, subject: str, order: Sequence[str], ax: Axes) -> Axes:
+    """Accuracy of every variant on a subject (or `all`) with 95 % intervals of the harness's standard error."""
+    of = table[table["subject"] == subject].set_index("variant").loc[list(order)]
+    ax.errorbar(of["accuracy"], np.arange(len(of)), xerr=1.96 * of["stderr"], fmt="o", color=BLUE, ecolor=SKY, capsize=2)
+    ax.axvline(of["accuracy"]["base"], color=GREY, ls=":", label="base")
+    rows(order, ax).set(xlabel="accuracy (exact match)", xlim=(0, None))
+    percent(ax.xaxis)
+    ax.legend(loc="lower left")
+    return ax
+
+
+def gain_split(table: pd.DataFrame, variants: Sequence[str], ax: Axes) -> Axes:
+    """The gain over the base, split into problems readable under both models and problems whose readability changed."""
+    names = {"gain_both_extractable": "answer readable under both", "gain_format_bound": "readability changed (bounds format)"}
+    parts = table[table["subject"] == "all"].melt("variant", list(names))
+    twin_bars(parts, (BLUE, ORANGE), ax, x="value", y="variant", order=list(variants), hue="variable", hue_order=list(names))
+    ax.axvline(0, color=BLACK, lw=0.8)
+    rows(variants, ax).set(xlabel="part of the gain in accuracy", ylabel=None)
+    percent(ax.xaxis)
+    ax.legend(ax.containers, names.values(), loc="upper center", bbox_to_anchor=(0.45, -0.16), ncols=2)
+    return ax
+
+
+def token_limits(table: pd.DataFrame, names: Mapping[str, str], ax: Axes) -> Axes:
+    """Accuracy against the token limit, one line a variant; columns variant, limit, accuracy."""
+    looks = {key: VARIANTS.get(key, VARIANTS["base"])._replace(name=name) for key, name in names.items()}
+    lines(table, "limit", "accuracy", "variant", looks, ax, ms=4)
+    ax.axvline(table["limit"].max(), color=BLACK, lw=0.8, ls=":", label="the limit that was used")
+    ax.set(xlabel="limit on new tokens", ylabel="accuracy (exact match)", ylim=(0, None))
+    percent(ax.yaxis)
+    ax.legend(loc="lower right")
+    return ax
