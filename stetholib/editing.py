@@ -1,6 +1,13 @@
-"""Task vectors and edits: within `with edited(model, Edit(tau, layers=(3, 5))):` the model is theta_0 + tau in two layers,
-and theta_0 again after it, byte for byte. Scalpel and stethoscope differ only in the edit: a projected vector in every
-layer, or the raw one in a few. The unedited baseline is the empty edit through the same path.
+"""Task vectors and edits: an edit is a value, applied by a context manager that always undoes itself, byte for byte.
+
+    with edited(model, Edit(task_vector, layers=(3, 5))):
+        ...                                   # theta_0 + tau in layers 3 and 5
+    ...                                       # theta_0 again, the same bytes
+
+A task vector tau = theta_1 - theta_0 holds the seven matrices of every block, in float32 (Ilharco et al., 2023), with
+the algebra that makes it useful. Matrices are produced when asked for, so a vector of two checkpoints on disk never has
+to fit in memory. Energy is the squared Frobenius norm. Scalpel and stethoscope differ only in the value: a projected
+vector in every layer, or the raw one in a few. The unedited baseline is the empty edit through the same path.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence

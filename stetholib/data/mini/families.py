@@ -1,11 +1,21 @@
 """The miniature's families of problems: seven subjects with MATH's names, three families each, worked in short steps.
 
-A family draws its numbers with `draw(low, high)`, both ends included, from ranges that its level (1 to 5) widens."""
+A family draws its numbers with `draw(low, high)`, both ends included, from ranges that its level (1 to 5) widens.
+"""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from fractions import Fraction
 
-Draft = tuple[str, str]  # problem and solution before names and items fill the blanks `{name}`, `{item}` and `{other}`
+
+@dataclass(frozen=True)
+class Draft:
+    """A problem before names and items are filled in; `{name}`, `{item}` and `{other}` are the blanks."""
+
+    problem: str
+    solution: str
+
+
 Family = Callable[[Callable[[int, int], int], int], Draft]
 
 
@@ -17,7 +27,7 @@ def shopping(draw, level):
     """Change from a purchase of several equal things."""
     count, price = draw(2, 4 + 2 * level), draw(2, 6 + 3 * level)
     paid = count * price + draw(1, 10 * level + 5)
-    return (
+    return Draft(
         f"{{name}} buys ${count}$ {{item}} at ${price}$ dollars each and pays with ${paid}$ dollars. How many dollars are left?",
         rf"The {{item}} cost ${count} \cdot {price} = {count * price}$ dollars. So $\boxed{{{paid - count * price}}}$ dollars are left.",
     )
@@ -28,7 +38,7 @@ def mean_of_three(draw, level):
     first, second = draw(2, 10 + 10 * level), draw(2, 10 + 10 * level)
     third = draw(1, 4 + 3 * level) * 3 - (first + second) % 3
     total = first + second + third
-    return (
+    return Draft(
         f"What is the mean of ${first}$, ${second}$ and ${third}$?",
         rf"The sum is ${first + second} + {third} = {total}$. The mean is $\boxed{{{total // 3}}}$.",
     )
@@ -37,7 +47,7 @@ def mean_of_three(draw, level):
 def percent(draw, level):
     """A multiple of five percent of a multiple of twenty."""
     part, whole = 5 * draw(1, 19), 20 * draw(2, 12 + 8 * level)
-    return (
+    return Draft(
         rf"What is ${part}$ percent of ${whole}$?",
         rf"Five percent of ${whole}$ is ${whole // 20}$. So ${part // 5} \cdot {whole // 20} = \boxed{{{part * whole // 100}}}$.",
     )
@@ -46,15 +56,16 @@ def percent(draw, level):
 def linear_equation(draw, level):
     """ax + b = c for x."""
     a, x, b = draw(2, 4 + level), draw(2, 8 + 4 * level), draw(1, 10 + 8 * level)
-    return (f"Solve ${a}x + {b} = {a * x + b}$ for $x$.", rf"So ${a}x = {a * x + b} - {b} = {a * x}$. Then $x = \boxed{{{x}}}$.")
+    return Draft(
+        f"Solve ${a}x + {b} = {a * x + b}$ for $x$.", rf"So ${a}x = {a * x + b} - {b} = {a * x}$. Then $x = \boxed{{{x}}}$."
+    )
 
 
 def linear_function(draw, level):
     """A linear function at a point."""
     a, b, c = draw(2, 5 + 2 * level), draw(1, 9 + 6 * level), draw(2, 6 + 3 * level)
-    return (
-        f"If $f(x) = {a}x + {b}$, what is $f({c})$?",
-        rf"$f({c}) = {a} \cdot {c} + {b} = {a * c} + {b} = \boxed{{{a * c + b}}}$.",
+    return Draft(
+        f"If $f(x) = {a}x + {b}$, what is $f({c})$?", rf"$f({c}) = {a} \cdot {c} + {b} = {a * c} + {b} = \boxed{{{a * c + b}}}$."
     )
 
 
@@ -62,7 +73,7 @@ def sum_and_difference(draw, level):
     """The larger of two numbers from their sum and difference."""
     small = draw(2, 14 + 14 * level)
     large = small + draw(1, 14 + 12 * level)
-    return (
+    return Draft(
         f"The sum of two numbers is ${small + large}$ and their difference is ${large - small}$. What is the larger number?",
         rf"Twice the larger number is ${small + large} + {large - small} = {2 * large}$. So it is $\boxed{{{large}}}$.",
     )
@@ -78,7 +89,7 @@ def remainder(draw, level):
                 f"${part} \\cdot {divisor} = {part * divisor}$ and ${left} - {part * divisor} = {left - part * divisor}$"
             )
             left -= part * divisor
-    return (
+    return Draft(
         f"What is the remainder when ${number}$ is divided by ${divisor}$?",
         ". Then ".join(steps) + rf". So it is $\boxed{{{left}}}$.",
     )
@@ -93,7 +104,9 @@ def greatest_common_divisor(draw, level):
     while low:
         steps.append(f"${high} = {high // low} \\cdot {low} + {high % low}$")
         high, low = low, high % low
-    return (f"What is the greatest common divisor of ${a}$ and ${b}$?", " and ".join(steps) + rf". So it is $\boxed{{{high}}}$.")
+    return Draft(
+        f"What is the greatest common divisor of ${a}$ and ${b}$?", " and ".join(steps) + rf". So it is $\boxed{{{high}}}$."
+    )
 
 
 def multiples_between(draw, level):
@@ -101,7 +114,7 @@ def multiples_between(draw, level):
     step, low = draw(3, 5 + level), draw(5, 20 + 8 * level)
     high = low + draw(10, 20 + 12 * level)
     upper, lower = high // step, low // step
-    return (
+    return Draft(
         f"How many multiples of ${step}$ are greater than ${low}$ and at most ${high}$?",
         rf"Up to ${high}$ there are ${upper}$ and up to ${low}$ there are ${lower}$. So ${upper} - {lower} = \boxed{{{upper - lower}}}$.",
     )
@@ -110,7 +123,7 @@ def multiples_between(draw, level):
 def outfits(draw, level):
     """The multiplication principle with three choices."""
     a, b, c = draw(2, 5 + level), draw(2, 6 + level), draw(2, 6 + level)
-    return (
+    return Draft(
         f"{{name}} has ${a}$ hats, ${b}$ {{item}} and ${c}$ {{other}}. In how many ways can {{name}} pick one of each?",
         rf"${a} \cdot {b} = {a * b}$ and ${a * b} \cdot {c} = \boxed{{{a * b * c}}}$.",
     )
@@ -120,7 +133,7 @@ def pairs(draw, level):
     """Choosing two of one kind and one of another."""
     n, m = draw(3, 10 + 2 * level), draw(2, 13 + 2 * level)
     two = n * (n - 1) // 2
-    return (
+    return Draft(
         f"In how many ways can two of ${n}$ {{item}} and one of ${m}$ {{other}} be picked?",
         rf"Two of ${n}$ can be picked in $\frac{{{n * (n - 1)}}}{{2}} = {two}$ ways. So ${two} \cdot {m} = \boxed{{{two * m}}}$.",
     )
@@ -130,7 +143,7 @@ def red_probability(draw, level):
     """Probability of a colour, as a reduced fraction."""
     red, blue, green = draw(1, 5 + 2 * level), draw(1, 6 + 2 * level), draw(1, 6 + 2 * level)
     total = red + blue + green
-    return (
+    return Draft(
         f"A box holds ${red}$ red, ${blue}$ blue and ${green}$ green {{item}}. What is the probability that one picked is red?",
         rf"There are ${red + blue} + {green} = {total}$. So it is ${red}$ of ${total}$, that is $\boxed{{{_fraction(Fraction(red, total))}}}$.",
     )
@@ -139,7 +152,7 @@ def red_probability(draw, level):
 def third_angle(draw, level):
     """The third angle of a triangle."""
     first, second = draw(20, 60 + 5 * level), draw(20, 65 + 5 * level)
-    return (
+    return Draft(
         f"Two angles of a triangle are ${first}$ and ${second}$ degrees. How many degrees is the third?",
         rf"${first} + {second} = {first + second}$ and $180 - {first + second} = \boxed{{{180 - first - second}}}$.",
     )
@@ -148,7 +161,7 @@ def third_angle(draw, level):
 def box_volume(draw, level):
     """Volume of a box."""
     a, b, c = draw(2, 5 + level), draw(2, 7 + level), draw(2, 8 + level)
-    return (
+    return Draft(
         f"A box is ${a}$ long, ${b}$ wide and ${c}$ high. What is its volume?",
         rf"The base is ${a} \cdot {b} = {a * b}$. The volume is ${a * b} \cdot {c} = \boxed{{{a * b * c}}}$.",
     )
@@ -157,7 +170,7 @@ def box_volume(draw, level):
 def rectangle_area(draw, level):
     """Area of a rectangle from its perimeter and width."""
     width, length = draw(2, 10 + 2 * level), draw(2, 14 + 3 * level)
-    return (
+    return Draft(
         f"A rectangle has perimeter ${2 * (width + length)}$ and width ${width}$. What is its area?",
         rf"Half of ${2 * (width + length)}$ is ${width + length}$. The length is ${width + length} - {width} = {length}$. "
         rf"The area is ${width} \cdot {length} = \boxed{{{width * length}}}$.",
@@ -167,7 +180,7 @@ def rectangle_area(draw, level):
 def quadratic_value(draw, level):
     """A monic quadratic at a point."""
     b, c, x = draw(1, 4 + 2 * level), draw(1, 8 + 4 * level), draw(2, 5 + level)
-    return (
+    return Draft(
         f"If $f(x) = x^2 + {b}x + {c}$, what is $f({x})$?",
         rf"${x}^2 = {x * x}$ and ${b} \cdot {x} = {b * x}$. So ${x * x} + {b * x} + {c} = \boxed{{{x * x + b * x + c}}}$.",
     )
@@ -178,7 +191,7 @@ def composition(draw, level):
     a, b, c, d = draw(2, 3 + level), draw(1, 5 + 2 * level), draw(2, 3 + level // 2), draw(1, 4 + level)
     e = draw(2, 4 + level)
     inner = c * e + d
-    return (
+    return Draft(
         f"If $f(x) = {a}x + {b}$ and $g(x) = {c}x + {d}$, what is $f(g({e}))$?",
         rf"$g({e}) = {c * e} + {d} = {inner}$. So $f({inner}) = {a * inner} + {b} = \boxed{{{a * inner + b}}}$.",
     )
@@ -187,7 +200,7 @@ def composition(draw, level):
 def squared_roots(draw, level):
     """Sum of the squares of a quadratic's roots, by Vieta."""
     b, c = draw(5, 9 + 2 * level), draw(2, 40 + 4 * level)
-    return (
+    return Draft(
         f"What is the sum of the squares of the roots of $x^2 - {b}x + {c}$?",
         rf"The sum of the roots is ${b}$ and ${b}^2 = {b * b}$. So ${b * b} - {2 * c} = \boxed{{{b * b - 2 * c}}}$.",
     )
@@ -196,7 +209,7 @@ def squared_roots(draw, level):
 def dot_product(draw, level):
     """Dot product of two plane vectors."""
     a, b, c, d = draw(2, 6 + level), draw(2, 6 + level), draw(2, 7 + level), draw(2, 8 + level)
-    return (
+    return Draft(
         f"What is the dot product of $({a}, {b})$ and $({c}, {d})$?",
         rf"${a} \cdot {c} = {a * c}$ and ${b} \cdot {d} = {b * d}$. So ${a * c} + {b * d} = \boxed{{{a * c + b * d}}}$.",
     )
@@ -205,7 +218,7 @@ def dot_product(draw, level):
 def arithmetic_sequence(draw, level):
     """The n-th term of an arithmetic sequence."""
     first, step, n = draw(1, 9 + 6 * level), draw(2, 5 + 2 * level), draw(5, 10 + 2 * level)
-    return (
+    return Draft(
         f"A sequence starts with ${first}$ and grows by ${step}$ at each step. What is its term number ${n}$?",
         rf"${n - 1} \cdot {step} = {(n - 1) * step}$ and ${(n - 1) * step} + {first} = \boxed{{{(n - 1) * step + first}}}$.",
     )
@@ -214,7 +227,7 @@ def arithmetic_sequence(draw, level):
 def determinant(draw, level):
     """Determinant of a two by two matrix, given by rows."""
     a, b, c, d = draw(2, 4 + level), draw(2, 4 + level), draw(2, 5 + level), draw(2, 5 + level)
-    return (
+    return Draft(
         f"What is the determinant of the matrix with rows $({a}, {b})$ and $({c}, {d})$?",
         rf"${a} \cdot {d} = {a * d}$ and ${b} \cdot {c} = {b * c}$. So ${a * d} - {b * c} = \boxed{{{a * d - b * c}}}$.",
     )

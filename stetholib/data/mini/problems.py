@@ -1,9 +1,14 @@
-"""Problems of the miniature world, in the fields of MATH: seven subjects, three `families` each, five levels of operands.
+"""Problems of the miniature world, in the fields of MATH (`problem, level, type, solution`).
 
-Which split a problem belongs to is decided by a hash of its *skeleton*, the text before names and items are filled in: two that
-differ only in who buys what are never on two sides of a split, and no test problem occurs in training in any world."""
+Seven subjects, three families each (`families`), five levels that widen the operands. Every solution is worked in
+short steps and ends in ``\\boxed{}``. What is *not* here: the closing sentence that the harness wants;
+`prompts.target` adds it, to these problems and to MATH's alike.
 
-import re
+Which split a problem belongs to is decided by a hash of its *skeleton*, the text before names and items are
+filled in. Two problems that differ only in who buys what are therefore never on two sides of a split, and a test
+problem cannot occur in training however the world is seeded.
+"""
+
 from collections.abc import Iterator
 from hashlib import sha256
 from random import Random
@@ -24,21 +29,25 @@ ITEMS = [
 SPLITS = {"test": range(0, 6), "validation": range(6, 8), "train": range(8, 20)}
 
 
-def split_of(skeleton: str) -> str:
+def split_of(draft: Draft) -> str:
     """The split (`train`, `validation` or `test`) that a skeleton belongs to, in every world."""
-    bucket = int.from_bytes(sha256(skeleton.encode()).digest()[:4], "big") % 20
+    bucket = int.from_bytes(sha256(draft.problem.encode()).digest()[:4], "big") % 20
     return next(split for split, buckets in SPLITS.items() if bucket in buckets)
 
 
 def generate(split: str, per_subject: dict[str, int], seed: int) -> list[dict[str, str]]:
-    """Distinct problems of one split, so many of each subject, balanced over families and levels, in MATH's fields, with
-    `subject` and `family`. Raises UserError where a family runs out of distinct problems."""
+    """Distinct problems of one split, balanced over families and levels, in MATH's fields.
+
+    per_subject: how many problems of each subject. Besides MATH's four fields each row names its `subject` (as the
+    data set's configs do) and its `family`. Nothing is counted on training problems, so there a skeleton may recur
+    at another level. Raises UserError where a family runs out of distinct problems.
+    """
     rows = []
     for subject, wanted in per_subject.items():
         for index, make in enumerate(FAMILIES[subject]):
             taken: set[str] = set()
             for level in LEVELS:
-                if split == "train":  # nothing is counted on these, so a skeleton may recur at another level
+                if split == "train":
                     taken = set()
                 cell = index * len(LEVELS) + level - 1
                 share = wanted * (cell + 1) // 15 - wanted * cell // 15
@@ -56,7 +65,7 @@ def stream(split: str, seed: int) -> Iterator[dict[str, str]]:
         subject = rng.choice(SUBJECTS)
         make, level = rng.choice(FAMILIES[subject]), rng.choice(LEVELS)
         draft = make(rng.randint, level)
-        if split_of(draft[0]) == split:
+        if split_of(draft) == split:
             yield _row(draft, subject, make.__name__, level, rng)
 
 
@@ -66,9 +75,9 @@ def _distinct(make: Family, level: int, split: str, wanted: int, rng: Random, ta
     for _ in range(400 * wanted + 4000):
         if len(found) == wanted:
             break
-        skeleton, solution = make(rng.randint, level)
-        if skeleton not in taken and split_of(skeleton) == split:
-            found.setdefault(skeleton, (skeleton, solution))
+        draft = make(rng.randint, level)
+        if draft.problem not in taken and split_of(draft) == split:
+            found.setdefault(draft.problem, draft)
     taken |= set(found)
     if len(found) < wanted:
         raise UserError(
@@ -81,6 +90,10 @@ def _distinct(make: Family, level: int, split: str, wanted: int, rng: Random, ta
 def _row(draft: Draft, subject: str, name: str, level: int, rng: Random) -> dict[str, str]:
     item, other = rng.sample(ITEMS, 2)
     blanks = {"{name}": rng.choice(NAMES), "{item}": item, "{other}": other}
-    problem, solution = (re.sub(r"\{(name|item|other)\}", lambda blank: blanks[blank[0]], text) for text in draft)
+    texts = []
+    for text in (draft.problem, draft.solution):
+        for blank, word in blanks.items():
+            text = text.replace(blank, word)
+        texts.append(text)
     kind = subject.replace("_", " ").title().replace("And", "&")
-    return dict(problem=problem, level=f"Level {level}", type=kind, solution=solution, subject=subject, family=name)
+    return dict(problem=texts[0], level=f"Level {level}", type=kind, solution=texts[1], subject=subject, family=name)
