@@ -6,7 +6,7 @@ import json
 import logging
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -83,15 +83,14 @@ def load_tasks(folder: Path, names: Sequence[str], task: str = MINERVA) -> dict[
 
     disable_progress_bars()
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    loaded = TaskManager(include_path=str(folder), include_defaults=False).load(list(names))
-    compared: dict[tuple[str, str], bool] = {}
+    loaded, memory = TaskManager(include_path=str(folder), include_defaults=False).load(list(names)), Memory()
     for name, one in loaded["tasks"].items():
         if task != MINERVA:
             _check_own(task, one.config)
             continue
         if (until := one.config.generation_kwargs.get("until")) != [STOP]:
             raise UserError(f"minerva_math: task {name} stops at {until}, not at {[STOP]}; update write_tasks")
-        one.config.process_results = remembering(one.config.process_results, compared)
+        one.config.process_results = remembering(one.config.process_results, memory)
         one.config.doc_to_target = gold
     return loaded
 
@@ -117,25 +116,32 @@ def gold(doc: Mapping[str, str]) -> str:
     return doc["solution"] if "few_shot" in doc else doc["answer"]
 
 
-def remembering(process_results: FunctionType, known: dict[tuple[str, str], bool]) -> Callable[..., dict[str, int]]:
+@dataclass
+class Memory:
+    """What one load of the tasks has compared: verdicts by solution and completion, and pairs of answers."""
+
+    verdicts: dict[tuple[str, str], dict[str, int]] = field(default_factory=dict)
+    same: dict[tuple[str, str], bool] = field(default_factory=dict)
+
+
+def remembering(process_results: FunctionType, memory: Memory) -> Callable[..., dict[str, int]]:
     """The harness's scorer, which compares a pair of strings once: sympy takes up to 30 ms, and variants share most answers.
     The harness's module stays as it is: its scorer's code runs with names of its own, where `is_equiv` remembers."""
     names = dict(process_results.__globals__)
     compare = names["is_equiv"]
-    verdicts: dict[tuple[str, str], dict[str, int]] = {}  # by solution and completion
 
     def same(one: str, other: str) -> bool:
-        if (one, other) not in known:
-            known[one, other] = compare(one, other)
-        return known[one, other]
+        if (one, other) not in memory.same:
+            memory.same[one, other] = compare(one, other)
+        return memory.same[one, other]
 
     scorer = FunctionType(process_results.__code__, names | {"is_equiv": same})
 
     def verdict(doc: Mapping[str, str], results: Sequence[str]) -> dict[str, int]:
         pair = (doc["solution"], results[0])
-        if pair not in verdicts:
-            verdicts[pair] = scorer(doc, results)
-        return dict(verdicts[pair])
+        if pair not in memory.verdicts:
+            memory.verdicts[pair] = scorer(doc, results)
+        return dict(memory.verdicts[pair])
 
     return verdict
 
