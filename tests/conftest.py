@@ -35,6 +35,16 @@ def covered():
     return COVERED.append
 
 
+# the files that take longest, first: begun last, one of them would run alone while the other worker waits
+LONGEST = ("test_real_rungs", "test_corruption", "test_whole_runs", "test_bad_input", "test_edits")
+
+
+def pytest_collection_modifyitems(items):
+    """Whole files keep their order within; the long ones are begun first."""
+    rank = {name: at for at, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(LONGEST)))
+
+
 def pytest_collection_finish(session):
     """What was imported stays: statsmodels collects garbage at each correction by Holm, and looks at all of it."""
     gc.freeze()
