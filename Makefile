@@ -50,7 +50,7 @@ seeds: env  ## the experiment in several worlds, how often each claim holds: mak
 test: env  ## the tests of every day: offline, at most five minutes on two cores
 	$(RUN) -m pytest -q -n 2 --dist loadfile -m "not slow and not campaign" --cov=stetholib --cov-report=term
 
-test-all: env  ## every test, whole runs, kills and bad input among them: at most 35 minutes
+test-all: env  ## every test, whole runs, kills and bad input among them: about 50 minutes on two cores
 	$(RUN) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations=25 -m "not campaign"
 
 faults: env  ## the campaign: 20 kills of smoke and 5 of mini, three worlds, and the rung in the middle (two hours)

@@ -209,16 +209,14 @@ CLAIMS = (
 )  # fmt: skip
 
 
-COLUMNS = ["claim", "contrast", "statement", "published", "measured", "verdict", "verdict_strict", "rule", "notebook"]
-
-
 def ledger(evidence: Evidence) -> pd.DataFrame:
     """One row a claim, and a contrast where it depends on one."""
     rows = []
     for claim in CLAIMS:
         for contrast in ("corpus", "matched") if claim.by_contrast else ("-",):
             finding = claim.judge(evidence, contrast)
-            verdicts = (word(holds, evidence.published_rung) for holds in (finding.holds, finding.strict))
-            found = (claim.published, finding.measured, *verdicts)
-            rows.append((claim.name, contrast, claim.statement, *found, claim.rule, claim.notebook))
-    return pd.DataFrame(rows, columns=COLUMNS)
+            usual, strict = (word(holds, evidence.published_rung) for holds in (finding.holds, finding.strict))
+            row = dict(claim=claim.name, contrast=contrast, statement=claim.statement, published=claim.published)
+            row |= dict(measured=finding.measured, verdict=usual, verdict_strict=strict, rule=claim.rule, notebook=claim.notebook)
+            rows.append(row)
+    return pd.DataFrame(rows)

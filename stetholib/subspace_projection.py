@@ -2,7 +2,8 @@
 
 A subspace of the residual stream filters a reader from the right (tau Q Q') and a writer from the left (Q Q' tau).
 The energy it keeps, rho, is set beside what a random subspace of the same rank keeps (rank / d) and what the best
-one keeps (`own_svd`).
+one keeps (`own_svd`). What is lost splits into what any subspace of that rank must lose and what this one loses by
+pointing elsewhere: 1 - rho = (1 - ceiling) + (ceiling - rho).
 """
 
 from collections.abc import Mapping, Sequence

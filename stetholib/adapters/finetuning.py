@@ -1,6 +1,8 @@
-"""The fine-tune behind the task vector: transformers' Trainer, full or LoRA, on worked solutions, whose loss alone counts.
+"""The fine-tune behind the task vector: transformers' Trainer, full or LoRA, on worked solutions.
 
-All but the seven matrices of each block stays frozen, so that theta_0 + tau is the fine-tuned model itself."""
+Loss counts on solutions only. Embeddings, norms and everything else outside the seven matrices of each block stay
+frozen, so that theta_0 + tau is the fine-tuned model itself. Training goes on from its last whole checkpoint.
+"""
 
 import json
 import shutil
@@ -83,8 +85,11 @@ def finetune(
     callbacks: Sequence[Any] = (),
     save_every: float = SAVE_EVERY,
 ) -> FineTuned:
-    """Fine-tune `base` in place: its model becomes theta_1, in its own dtype, LoRA factors merged. A second call goes on from
-    what is saved in `unfinished` every `save_every` seconds and a twentieth of the run, to the same result, byte for byte."""
+    """Fine-tune `base` in place: afterwards its model is theta_1, in its own dtype, LoRA factors merged.
+
+    unfinished: a folder that outlives a kill. A second call goes on from what was saved there, at most `save_every`
+    seconds and a twentieth of the run ago, and its result is the same, byte for byte.
+    """
     from transformers import PrinterCallback, set_seed
 
     set_seed(seed)

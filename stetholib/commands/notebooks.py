@@ -56,15 +56,17 @@ def _check_parameters(path: Path, source: str) -> None:
         )
 
 
-def check_all(folder: Path) -> None:
-    """The six notebooks of a folder must be there, each as it must be."""
+def check_all(folder: Path) -> dict[str, Path]:
+    """The six notebooks of a folder by step, each as it must be. Raises UserError where there are none."""
     if not folder.is_dir():
         raise UserError(
             f"there is no folder {folder}: the notebooks come with the repository, not with the package; run this in a clone of it, "
             "or set STETHOLIB_HOME to one"
         )
-    for step in STEPS:
-        check_notebook(folder / f"{step}.ipynb")
+    found = {step: folder / f"{step}.ipynb" for step in STEPS}
+    for path in found.values():
+        check_notebook(path)
+    return found
 
 
 def execute(path: Path, workspace: Workspace, parameters: dict[str, str]) -> None:

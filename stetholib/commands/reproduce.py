@@ -39,14 +39,14 @@ def reproduce(name: str, device: str, root: Path | None = None, out: Any = sys.s
     check_processes(processes, device)
     profile = profiles.load(name)
     workspace = Workspace(profile.name, root)
-    check_all(workspace.root / "notebooks")
+    notebooks = check_all(workspace.root / "notebooks")
     set_environment(profile.threads, workspace.root / "runs")
     with alone(workspace, profile.name):
         for folder in (workspace.figures, workspace.records):
             for left in folder.glob(".[0-9]*.*"):  # by a run that was killed while it wrote
                 left.unlink()
         asked = str(Path(name).resolve()) if name.endswith((".yaml", ".yml")) else name
-        _run_all(profile, dict(profile=asked, device=device), workspace, out, processes)
+        _run_all(profile, dict(profile=asked, device=device), workspace, notebooks, out, processes)
 
 
 def alone(workspace: Workspace, name: str) -> AbstractContextManager[Any]:
@@ -55,12 +55,19 @@ def alone(workspace: Workspace, name: str) -> AbstractContextManager[Any]:
     return held(workspace.runs / "reproduce.lock", busy)
 
 
-def _run_all(profile: profiles.Profile, parameters: dict[str, str], workspace: Workspace, out: Any, processes: int) -> None:
+def _run_all(
+    profile: profiles.Profile,
+    parameters: dict[str, str],
+    workspace: Workspace,
+    notebooks: dict[str, Path],
+    out: Any,
+    processes: int,
+) -> None:
     times: dict[str, float] = {}
     peaks: dict[str, dict[str, float]] = {}
     code = _code_key(profile, parameters["device"])
-    for step in STEPS:
-        path, mark = workspace.root / "notebooks" / f"{step}.ipynb", workspace.executed / f"{step}.json"
+    for step, path in notebooks.items():
+        mark = workspace.executed / f"{step}.json"
         key = digest_of(code, notebook_text(path))
         if _is_done(mark, key, workspace):
             print(f"{step}: unchanged", file=out, flush=True)

@@ -200,6 +200,6 @@ def mechanism_test(table: pd.DataFrame) -> pd.DataFrame:
         wide = table[table["side"] == side].pivot(index="layer", columns="basis", values="overlap")
         one, other = (wide[name].to_numpy() for name in pair)
         p = float(stats.wilcoxon(one, other).pvalue) if (one != other).any() else 1.0
-        rows.append((side, *pair, one.mean(), other.mean(), int((one > other).sum()), len(one), p))
-    columns = ["side", "predicted", "other", "overlap_predicted", "overlap_other", "in_favour", "layers", "p"]
-    return pd.DataFrame(rows, columns=columns)
+        row = dict(side=side, predicted=pair[0], other=pair[1], overlap_predicted=one.mean(), overlap_other=other.mean())
+        rows.append(row | dict(in_favour=int((one > other).sum()), layers=len(one), p=p))
+    return pd.DataFrame(rows)

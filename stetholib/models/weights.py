@@ -1,7 +1,8 @@
 """Weights by their canonical names: the seven matrices of each block, the norms beside them, and checkpoints on disk.
 
-A weight's canonical name is `(layer, matrix)`, the same for a text-only Gemma 3, for the language half of
-`Gemma3ForConditionalGeneration` and for the Llama family. Whatever is not one of the seven is never edited here.
+A weight's canonical name is `(layer, matrix)`, with matrix one of q, k, v, o, gate, up, down. It is the same for a
+text-only Gemma 3, for the language half of `Gemma3ForConditionalGeneration` and for the Llama family. Everything
+that is not one of these seven (embeddings, norms, biases, a vision tower) is never edited here.
 """
 
 import re

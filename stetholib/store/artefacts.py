@@ -1,7 +1,12 @@
-"""Artefacts: what a stage, a plain function, made: `store.made(score_layers, sums, corpus_of, rule, 4)`.
+"""Artefacts: what a stage made, under a key that is what the stage was given.
 
-Its key is what it was handed: plain data by value, a heavy input by the hash of its content, so that an input made anew
-with the same result disturbs nobody. What is half written or altered is never taken for good. Nothing is unpickled."""
+    store.made(score_layers, sums, corpus_of, rule, 4)      # from this process, from the disk, or made now
+
+A stage is a plain function. It can read only what it is handed, and what it is handed is its key: plain data by value,
+a heavy input by the hash of its content, so that an input made anew with the same result disturbs nobody. An artefact
+is written beside its place and moved there whole, with a hash of every file: one that is half written or altered is
+never taken for good, but set aside and made anew. Nothing is unpickled.
+"""
 
 import inspect
 import json

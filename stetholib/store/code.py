@@ -1,6 +1,9 @@
-"""Which code a result depends on: a function, and every definition of this package that its syntax tree leads to by name.
+"""Which code a result depends on: a function, and every definition of this package that it can reach by name.
 
-Prose never counts. A method called on a value leads to every class in reach that has one of that name: the tree cannot tell.
+A module's text is read as a syntax tree without comments and docstrings, so prose never counts. From one definition
+the names in it lead to others: in its own module, and in the modules of this package that are imported there or
+within the function. A method called on a value leads to every class in reach that has a method of that name, since
+the tree does not say which it is: what cannot be told counts.
 """
 
 import ast
