@@ -79,19 +79,13 @@ def sum_and_difference(draw, level):
     )
 
 
-def remainder(draw, level):
-    """Remainder of a division, the tens of the quotient first."""
-    divisor, number = draw(3, 7 + 2 * level), draw(20, 60 + 40 * level)
-    steps, left = [], number
-    for part in (number // divisor // 10 * 10, number // divisor % 10):
-        if part:
-            steps.append(
-                f"${part} \\cdot {divisor} = {part * divisor}$ and ${left} - {part * divisor} = {left - part * divisor}$"
-            )
-            left -= part * divisor
+def dividend(draw, level):
+    """The number from its divisor, quotient and remainder: one product and one sum, as in `linear_function`."""
+    divisor, quotient = draw(2, 5 + 2 * level), draw(2, 6 + 3 * level)
+    left = draw(1, divisor - 1)
     return Draft(
-        f"What is the remainder when ${number}$ is divided by ${divisor}$?",
-        ". Then ".join(steps) + rf". So it is $\boxed{{{left}}}$.",
+        f"A number divided by ${divisor}$ gives ${quotient}$ and remainder ${left}$. What is the number?",
+        rf"${quotient} \cdot {divisor} = {quotient * divisor}$ and ${quotient * divisor} + {left} = \boxed{{{quotient * divisor + left}}}$.",
     )
 
 
@@ -109,14 +103,13 @@ def greatest_common_divisor(draw, level):
     )
 
 
-def multiples_between(draw, level):
-    """How many multiples of a number lie in a range."""
-    step, low = draw(3, 5 + level), draw(5, 20 + 8 * level)
-    high = low + draw(10, 20 + 12 * level)
-    upper, lower = high // step, low // step
+def base_to_ten(draw, level):
+    """A number of two digits in another base: one product and one sum, in another arrangement."""
+    base = draw(4, 7 + 2 * level)
+    high, low = draw(1, base - 1), draw(1, base - 1)
     return Draft(
-        f"How many multiples of ${step}$ are greater than ${low}$ and at most ${high}$?",
-        rf"Up to ${high}$ there are ${upper}$ and up to ${low}$ there are ${lower}$. So ${upper} - {lower} = \boxed{{{upper - lower}}}$.",
+        f"In base ${base}$ a number has the digits ${high}$ and ${low}$. What is the number in base ten?",
+        rf"${high} \cdot {base} = {high * base}$ and ${high * base} + {low} = \boxed{{{high * base + low}}}$.",
     )
 
 
@@ -131,7 +124,7 @@ def outfits(draw, level):
 
 def pairs(draw, level):
     """Choosing two of one kind and one of another."""
-    n, m = draw(3, 10 + 2 * level), draw(2, 13 + 2 * level)
+    n, m = draw(3, 10 + 2 * level), draw(2, 15 + 4 * level)
     two = n * (n - 1) // 2
     return Draft(
         f"In how many ways can two of ${n}$ {{item}} and one of ${m}$ {{other}} be picked?",
@@ -239,7 +232,7 @@ FAMILIES: dict[str, list[Family]] = {
     "counting_and_probability": [outfits, pairs, red_probability],
     "geometry": [third_angle, box_volume, rectangle_area],
     "intermediate_algebra": [quadratic_value, composition, squared_roots],
-    "number_theory": [remainder, greatest_common_divisor, multiples_between],
+    "number_theory": [greatest_common_divisor, dividend, base_to_ten],
     "prealgebra": [shopping, mean_of_three, percent],
     "precalculus": [dot_product, arithmetic_sequence, determinant],
 }
