@@ -56,7 +56,7 @@ test-all: env  ## every test, whole runs, kills and bad input among them: about 
 faults: env  ## the campaign: 20 kills of smoke and 5 of mini, three worlds, and the rung in the middle (two hours)
 	$(RUN) -m pytest -q -m campaign -s tests
 
-mini-base: env  ## train the miniature's base model anew (it ships with the package; under an hour on two cores)
+mini-base: env  ## train the miniature's base model anew (it ships with the package; about half an hour)
 	$(RUN) -m stetholib.data.mini.base --device $(DEVICE)
 
 lab: env  ## JupyterLab on the notebooks

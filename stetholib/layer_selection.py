@@ -17,7 +17,7 @@ from torch import Tensor
 from stetholib.layer_sets import named_sets, select
 from stetholib.models.sums import CONTRASTS, DRAWN, DocumentSums, one_hot, resampled, shuffled_labels
 from stetholib.sae_features import ScoreRule
-from stetholib.significance import Values
+from stetholib.statistics import Values
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from stetholib.errors import UserError
 from stetholib.models.loading import LanguageModel
 from stetholib.models.streams import Batch, Watch, mean_loss, unwatched
 from stetholib.models.weights import Key
-from stetholib.significance import Values, bootstrap_ratio
+from stetholib.statistics import Values, bootstrap_ratio
 
 LayerSet = tuple[int, ...]
 SETS_OF_MANY = ("random", "random_energy", "only", "without")

@@ -23,7 +23,7 @@ from stetholib.models.streams import Batch, Watch, unwatched
 from stetholib.models.subspaces import Basis, LossSplit, Ranks, energy_by_rank, orthonormal, principal, project, through_gain
 from stetholib.models.weights import READERS, SIDE, WRITERS, Key, Weights
 from stetholib.sae_features import Heard, most_specific, specificities
-from stetholib.significance import bootstrap_ratio
+from stetholib.statistics import bootstrap_ratio
 
 COVECTORS = ("sae_encoder", "gradient_pca")
 

@@ -27,7 +27,7 @@ SMALL = {
     "finetune": dict(batch_size=2, gradient_accumulation=2, lora_rank=4),
     "features": dict(minimum_firing=0.0, matched_minimum=5, memory_gib=0.003),
     "projection": dict(random_draws=2, gradient_problems=1),
-    "selection": dict(permutations=20, resamples=10, loss_problems=1, random_sets=3, random_energy_sets=2, batch_tokens=2048),
+    "selection": dict(permutations=20, resamples=10, loss_problems=1, random_sets=3, batch_tokens=2048),
     "evaluation": dict(max_new_tokens=6, batch_size=8, general_documents=3, noise_problems=3),
     "significance": dict(bootstrap=200),
 }

@@ -34,7 +34,7 @@ FEW: dict[str, dict[str, Any]] = {
     "finetune": dict(gradient_accumulation=4),
     "features": dict(minimum_firing=0.0, matched_minimum=5),
     "projection": dict(random_draws=2, gradient_problems=1),
-    "selection": dict(permutations=50, resamples=20, loss_problems=1, random_sets=3, random_energy_sets=1, greedy=False),
+    "selection": dict(permutations=50, resamples=20, loss_problems=1, random_sets=3, greedy=False),
     "evaluation": dict(max_new_tokens=16, general_documents=6, noise_problems=1),
 }
 

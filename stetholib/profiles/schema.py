@@ -108,7 +108,6 @@ class Selection:
     resamples: int = key(1)
     loss_problems: int = key(1)
     random_sets: int = key(1)
-    random_energy_sets: int = key(0)
     greedy: bool = key()
     small_step: float = key(0.0, 1.0)
     batch_tokens: int = key(1)

@@ -19,9 +19,16 @@ CONTRACTS: dict[str, tuple[list[str], list[str]]] = {
         (
             "04_layer_selection",
             "layer contrast",
-            "score score_random p_value p_max selection_share selected effect_alone effect_left_out",
+            "score score_random p_value p_max selection_share selected effect_alone effect_left_out "
+            "closing_alone closing_left_out",
         ),
-        ("04_layer_sets", "selector draw", "contrast layers alpha energy loss_change percentile"),
+        (
+            "04_layer_sets",
+            "selector draw",
+            "contrast layers alpha energy loss_change closing_change general_change "
+            "percentile percentile_low percentile_high closing_percentile",
+        ),
+        ("04_reliability", "what loss", "n reliability r_held_out r_in_sample"),
         (
             "05_minerva_math",
             "variant subject",
@@ -29,12 +36,16 @@ CONTRACTS: dict[str, tuple[list[str], list[str]]] = {
         ),
         (
             "06_significance",
-            "variant subject",
+            "variant subject metric",
             "n base_accuracy accuracy difference ci_low ci_high z p z_pooled gained lost mcnemar_p mcnemar_p_holm "
-            "gain_both_extractable gain_format_bound mde margin verdict",
+            "gain_both_extractable gain_format_bound mde mde_unpaired ci_low_family ci_high_family margin verdict",
         ),
         ("06_published", "test", "base_correct edited_correct n z p"),
-        ("06_claims", "claim contrast", "statement published measured verdict verdict_strict rule notebook"),
+        (
+            "06_claims",
+            "claim contrast",
+            "statement published measured testable verdict verdict_strict rule notebook command minutes",
+        ),
     )
 }
 

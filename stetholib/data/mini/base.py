@@ -105,6 +105,42 @@ def batches(recipe: Recipe, tokens: PreTrainedTokenizerFast) -> Iterator[torch.T
             yield torch.tensor([row + [0] * (width - len(row)) for row in batch])
 
 
+class Muon(torch.optim.Muon):
+    """PyTorch's Muon (Jordan, 2024), with the matrices of one shape orthogonalised together and in float32.
+
+    PyTorch's takes one matrix at a time and in bfloat16, which on a processor without it is two thirds of a step.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        """One update of every matrix."""
+        for group in self.param_groups:
+            by_shape: dict[torch.Size, list[torch.Tensor]] = {}
+            for matrix in group["params"]:
+                by_shape.setdefault(matrix.shape, []).append(matrix)
+            for shape, matrices in by_shape.items():
+                grads = torch.stack([one.grad for one in matrices])
+                kept = [self.state[one].setdefault("momentum_buffer", torch.zeros_like(one)) for one in matrices]
+                moments = torch.stack(kept).lerp_(grads, 1 - group["momentum"])
+                updates = orthogonalised(grads.lerp(moments, group["momentum"]), group["ns_coefficients"], group["ns_steps"])
+                rate = group["lr"] * max(1.0, shape[0] / shape[1]) ** 0.5
+                for one, old, moment, update in zip(matrices, kept, moments, updates, strict=True):
+                    old.copy_(moment)
+                    one.add_(update, alpha=-rate)
+
+
+def orthogonalised(matrices: torch.Tensor, coefficients: tuple[float, float, float], steps: int) -> torch.Tensor:
+    """Each matrix [n, rows, cols] with its singular values brought near 1, by Newton and Schulz's iteration."""
+    a, b, c = coefficients
+    tall = matrices.shape[1] > matrices.shape[2]
+    x = matrices.mT if tall else matrices
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
+
+
 def train(recipe: Recipe, device: str, folder: Path) -> None:
     """Train from nothing, or from the last checkpoint in `folder`/checkpoint, and save model and provenance."""
     torch.manual_seed(recipe.seed)
@@ -115,7 +151,7 @@ def train(recipe: Recipe, device: str, folder: Path) -> None:
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
     others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
     optimizers: list[torch.optim.Optimizer] = [
-        torch.optim.Muon(matrices, lr=recipe.muon_lr, weight_decay=0.0),
+        Muon(matrices, lr=recipe.muon_lr, weight_decay=0.0),
         torch.optim.AdamW(others, lr=recipe.adam_lr, betas=(0.9, 0.98), weight_decay=0.0),
     ]
     steps = recipe.tokens // recipe.batch_tokens
