@@ -15,12 +15,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
-import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from stetholib.models.streams import Batch, document_losses
+from stetholib.models.streams import Batch, DocumentLosses, document_losses
 from stetholib.models.weights import MATRICES, Checkpoint, Key, ModelError, Weights, edit_weights, weight_names
 
 K = TypeVar("K")
@@ -247,8 +246,7 @@ def survival_shares(sums: pd.DataFrame) -> dict[str, float]:
     )
 
 
-def losses_by_document(model: nn.Module, edit: Edit, pool: Sequence[Batch]) -> tuple[np.ndarray, np.ndarray]:
-    """Summed loss (nats) and number of scored tokens of each document under an edit."""
+def losses_by_document(model: nn.Module, edit: Edit, pool: Sequence[Batch]) -> DocumentLosses:
+    """The losses of each document under an edit."""
     with edited(model, edit) as changed:
-        losses, counts = document_losses(changed, pool)
-    return losses.numpy(), counts.numpy()
+        return document_losses(changed, pool)

@@ -14,7 +14,7 @@ from jaxtyping import Int
 from scipy import stats
 from torch import Tensor
 
-from stetholib.layer_sets import named_sets, select
+from stetholib.layer_sets import RELIABLE, RESOLVED, named_sets, select, tells_apart
 from stetholib.models.sums import CONTRASTS, DRAWN, DocumentSums, one_hot, resampled, shuffled_labels
 from stetholib.sae_features import ScoreRule
 from stetholib.statistics import Values
@@ -74,18 +74,19 @@ def score_layers(
 def measure(scores: Mapping[str, Scores], randoms: Mapping[str, Values], count: int, sets: pd.DataFrame) -> pd.DataFrame:
     """The table of step 04: one row a layer and contrast.
 
-    sets: the table of layer sets, from which the effects come. A positive effect is a loss that falls:
-    effect_alone against the base model, effect_left_out against `full` (how much worse without the layer).
+    sets: the table of layer sets, from which the effects come. A positive effect is a loss that falls: alone against the
+    base model, left out against `full` (how much worse without the layer); of the solution (effect_) and its closing sentence.
     """
-    change = sets.set_index(["selector", "draw"])["loss_change"]
+    change = sets.set_index(["selector", "draw"])
     parts = []
     for contrast, result in scores.items():
         layers = np.arange(len(result.score))
         columns: dict[str, Any] = dict(layer=layers, contrast=contrast, score=result.score, score_random=randoms[contrast])
         columns |= {name: getattr(result, name) for name in ("p_value", "p_max", "selection_share")}
         columns["selected"] = np.isin(layers, select(result.score, count)).astype(int)
-        columns["effect_alone"] = -change["only"][layers].to_numpy()
-        columns["effect_left_out"] = change["without"][layers].to_numpy() - change["full", 0]
+        for effect, of in (("effect", change["loss_change"]), ("closing", change["closing_change"])):
+            columns[f"{effect}_alone"] = -of["only"][layers].to_numpy()
+            columns[f"{effect}_left_out"] = of["without"][layers].to_numpy() - of["full", 0]
         parts.append(pd.DataFrame(columns))
     return pd.concat(parts, ignore_index=True)
 
@@ -124,7 +125,7 @@ def relations(table: pd.DataFrame, layer_energy: np.ndarray, seed: int) -> pd.Da
     by_contrast = {c: table[table["contrast"] == c].sort_values("layer") for c in CONTRASTS}
     scores = {c: rows["score"].to_numpy() for c, rows in by_contrast.items()}
     rows = []
-    for effect in ("effect_alone", "effect_left_out"):
+    for effect in ("effect_alone", "effect_left_out", "closing_alone", "closing_left_out"):
         y = by_contrast["corpus"][effect]
         for name, x in {**scores, "|tau|": layer_energy, "depth": depth}.items():
             rho, low, high = spearman(x, y, seed=seed)
@@ -142,26 +143,107 @@ def chosen_layers(table: pd.DataFrame) -> dict[str, list[int]]:
     return {c: table[(table["contrast"] == c) & (table["selected"] == 1)]["layer"].tolist() for c in CONTRASTS}
 
 
-def summary(table: pd.DataFrame, sets: pd.DataFrame, relations: pd.DataFrame, level: float = 0.05) -> str:
-    """What step 04 saw, as Markdown; the tables of layers, of sets, and of scores against effects."""
-    chosen, share = chosen_layers(table), named_sets(sets)["percentile"]
-    named = {"corpus": "stethoscope", "matched": "stethoscope_matched"}
+def summary(
+    table: pd.DataFrame, sets: pd.DataFrame, relations: pd.DataFrame, reliability: pd.DataFrame, level: float = 0.05
+) -> str:
+    """What step 04 saw, as Markdown; the tables of layers, of sets, of scores against effects, and of reliability."""
+    chosen = chosen_layers(table)
     common, count = len(set(chosen["corpus"]) & set(chosen["matched"])), len(chosen["corpus"])
-    rivals = share.drop(["full", "greedy", "stethoscope"], errors="ignore").dropna()
-    better = [name.replace("_", " ") for name in rivals.index if rivals[name] > share["stethoscope"]]
-    equal = [name.replace("_", " ") for name in rivals.index.drop(named["matched"]) if rivals[name] == share["stethoscope"]]
-    by_chance = [SPOKEN[c] for c, name in named.items() if share[name] < 1 - level]
-    untold = f" On {' and on '.join(by_chance)} that is **not told from chance**, which needs {1 - level:.0%}."
     effect = relations[relations["effect"] == "effect_alone"].set_index("predictor")
     rho, silent = effect["rho"], [SPOKEN[c] for c in CONTRASTS if not effect["low"][c] > 0]
     nothing = f" On {' and on '.join(silent)} **the score does not tell a layer's worth**: its interval is not above 0."
     return f"""
 - {_heard(table, level)}
 - The layers selected are {chosen["corpus"]} on all tokens and {chosen["matched"]} on matched words: {common} of {count} in common.
-- Injected there, the raw vector does better than **{share["stethoscope"]:.0%}** of random sets (all tokens) and **{share["stethoscope_matched"]:.0%}** (matched words); chance is 50 %.{untold if by_chance else ""}
-- Rules that do better than the stethoscope: {", ".join(better) or "none"}{f"; as well as it: {', '.join(equal)}" if equal else ""}.
+- Injected alone, {_place(relations, "effect_alone")} do most for the solution, {_place(relations, "closing_alone")} for its closing sentence (rho with depth {_depth(relations, "effect_alone")["rho"]:+.2f} and {_depth(relations, "closing_alone")["rho"]:+.2f}).
+- {_told_apart(reliability)}
+- {_beside_chance(sets, reliability, level)}
+- {_beside_full(sets)}
 - Score against effect over layers: rho = {rho["corpus"]:+.2f} (all tokens), {rho["matched"]:+.2f} (matched words), {rho["|tau|"]:+.2f} (size of the change), {rho["depth"]:+.2f} (depth).{nothing if silent else ""}
 """.strip()
+
+
+def _depth(relations: pd.DataFrame, effect: str) -> Any:
+    return relations.set_index(["predictor", "effect"]).loc[("depth", effect)]
+
+
+def _place(relations: pd.DataFrame, effect: str) -> str:
+    """Where in the model an effect is large, if its rank correlation with depth is told from 0."""
+    row = _depth(relations, effect)
+    return "late layers" if row["low"] > 0 else "early layers" if row["high"] < 0 else "**no layers of a particular depth**"
+
+
+def effects_title(relations: pd.DataFrame, part: str) -> str:
+    """The finding of a figure of effects by layer; part: `solution` or `closing`."""
+    effect, said = {"solution": ("effect_alone", "The solution"), "closing": ("closing_alone", "The closing sentence")}[part]
+    return f"{said}: {_place(relations, effect).strip('*')} do most (rho {_depth(relations, effect)['rho']:+.2f})"
+
+
+def _told_apart(reliability: pd.DataFrame) -> str:
+    row: Any = reliability.set_index(["what", "loss"]).loc[("sets", "solution")]
+    if np.isnan(row["reliability"]) or np.isnan(row["r_held_out"]):
+        return "Whether this world tells sets of layers apart **cannot be said**: its losses rank nothing, so percentiles say nothing."
+    verdict, end = "This world **tells sets of layers apart**", "."
+    if not tells_apart(reliability):
+        verdict = "**This world does not tell sets of layers apart**"
+        end = f" (wanted: {RELIABLE:.1f} and {RESOLVED:.0%}), so percentiles say nothing."
+    return (
+        f"{verdict}: two halves of the problems rank {row['n']:.0f} sets with rho {row['reliability']:+.2f}, and the best set found on "
+        f"one half beats the median random one on the other by {row['r_held_out']:.0%} of the whole vector's effect{end}"
+    )
+
+
+def _beside_chance(sets: pd.DataFrame, reliability: pd.DataFrame, level: float) -> str:
+    """How the stethoscope's sets stand among random ones and beside other rules, with intervals."""
+    named = named_sets(sets)
+    share = named["percentile"]
+    told, unsure = {}, []
+    for contrast, name in {"corpus": "stethoscope", "matched": "stethoscope_matched"}.items():
+        low, high = named["percentile_low"][name], named["percentile_high"][name]
+        told[contrast] = f"**{share[name]:.0%}** ({low:.0%} to {high:.0%}; {SPOKEN[contrast]})"
+        unsure += [SPOKEN[contrast]] if low < 1 - level else []
+    rivals = share.drop(["full", "full_shrunk", "stethoscope"], errors="ignore").dropna()
+    better = [name.replace("_", " ") for name in rivals.index if rivals[name] > share["stethoscope"]]
+    by_chance = f" On {' and on '.join(unsure)} that is **not told from chance**, which needs {1 - level:.0%} at the interval's lower end."
+    ahead = "Rules that do better" if tells_apart(reliability) else "Rules that look better, which this world cannot tell"
+    return (
+        f"Injected there, the raw vector does better than {told['corpus']} and {told['matched']} of random sets; chance is 50 %."
+        f"{by_chance if unsure else ''} {ahead}: {', '.join(better) or 'none'}."
+    )
+
+
+def _beside_full(sets: pd.DataFrame) -> str:
+    """The stethoscope beside the whole vector, also at equal energy: selecting layers against shrinking all of them."""
+    named = named_sets(sets)
+    change, closing = named["loss_change"], named["closing_change"]
+    if not change["full"] < 0:
+        return f"The whole vector **does not lower the solution's loss** ({change['full']:+.2g} nats a token): nothing can be shared out."
+    ours, shrunk = (change[name] / change["full"] for name in ("stethoscope", "full_shrunk"))
+    verdict = (
+        f"selecting layers {'**does no better than shrinking all**' if shrunk >= ours else 'does better than shrinking all'}"
+    )
+    said = f"Of the fall that the whole vector brings, the stethoscope's set brings {ours:.0%}, the whole vector shrunk to its energy {shrunk:.0%}: {verdict}."
+    if not closing["full"] < 0:
+        return said
+    shares = [closing[name] / closing["full"] for name in ("stethoscope", "full_shrunk")]
+    return f"{said} Of the closing sentence's, {shares[0]:.0%} and {shares[1]:.0%}."
+
+
+def sets_title(sets: pd.DataFrame, reliability: pd.DataFrame) -> str:
+    """The finding of the figure of sets: what the stethoscope's beat, or that this world cannot tell."""
+    row = named_sets(sets).loc["stethoscope"]
+    beaten = f"beats {row['percentile']:.0%} of random sets ({row['percentile_low']:.0%} to {row['percentile_high']:.0%})"
+    unsure = f"This world cannot tell sets apart (the stethoscope's {beaten})"
+    return f"The stethoscope's set {beaten}" if tells_apart(reliability) else unsure
+
+
+def scales_title(sets: pd.DataFrame) -> str:
+    """The finding of the figure of scales: the fall of the solution's loss at the stethoscope's energy."""
+    change = named_sets(sets)["loss_change"]
+    if not change["full"] < 0:
+        return "The whole vector does not lower the solution's loss"
+    shares = [change[name] / change["full"] for name in ("full_shrunk", "stethoscope")]
+    return f"At equal energy all layers bring {shares[0]:.0%} of the fall, the stethoscope's {shares[1]:.0%}"
 
 
 def _heard(table: pd.DataFrame, level: float) -> str:

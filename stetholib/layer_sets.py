@@ -1,6 +1,7 @@
 """Step 04, second half. Sets of layers: who picks them, and what they are worth.
 
-Sets are judged by the loss of gold solutions of the validation split after injection: no test problem is read here.
+Sets are judged by the loss of gold solutions of the validation split after injection, before the closing sentence, whose loss
+stands beside: layers that write the one need not write the other. No test problem is read here.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -8,19 +9,23 @@ from dataclasses import asdict, dataclass
 from itertools import combinations
 from math import comb
 from random import Random
+from typing import Any
 
 import numpy as np
 import pandas as pd
+from scipy import stats
 
-from stetholib.editing import Edit, TaskVector, edited, losses_by_document
 from stetholib.errors import UserError
-from stetholib.models.loading import LanguageModel
-from stetholib.models.streams import Batch, Watch, mean_loss, unwatched
+from stetholib.models.streams import DocumentLosses, Watch, unwatched
 from stetholib.models.weights import Key
-from stetholib.statistics import Values, bootstrap_ratio
+from stetholib.statistics import Values
 
 LayerSet = tuple[int, ...]
-SETS_OF_MANY = ("random", "random_energy", "only", "without")
+LossOf = Callable[[LayerSet, float], DocumentLosses]  # (layers, alpha) -> losses with the vector injected there
+SETS_OF_MANY = ("random", "only", "without")
+IN_ALL = ("full", "full_shrunk")
+SEEING = ("greedy", "small_step")  # rules that see losses, so they choose on one half of the problems and are judged on the other
+RELIABLE, RESOLVED = 0.5, 0.1  # what `tells_apart` asks of two halves, fixed before any result
 
 
 def select(scores: Values, count: int) -> LayerSet:
@@ -47,12 +52,6 @@ def sampled_sets(layers: int, count: int, wanted: int, seed: int) -> list[LayerS
     return list(found)
 
 
-def percentile(value: float, others: Values) -> float:
-    """Share of the other sets whose loss change is worse (higher) than this one's, ties counted half; chance is 0.5."""
-    worse = np.asarray(others)
-    return float(((worse > value).sum() + 0.5 * (worse == value).sum()) / len(worse))
-
-
 def greedy(loss_of: Callable[[LayerSet], float], layers: int, count: int) -> LayerSet:
     """Add, one at a time, the layer that lowers the loss most: the best set found with sight of the losses."""
     chosen: LayerSet = ()
@@ -62,23 +61,21 @@ def greedy(loss_of: Callable[[LayerSet], float], layers: int, count: int) -> Lay
     return chosen
 
 
-def fixed_selectors(
-    scores: Mapping[str, Values], energies: Values, small_step: Values, count: int
-) -> dict[str, tuple[str, LayerSet]]:
+def fixed_selectors(scores: Mapping[str, Values], energies: Values, count: int) -> dict[str, tuple[str, LayerSet]]:
     """Every rule that picks `count` layers without trying them out, as selector -> (contrast, layers).
 
-    scores: layer scores by contrast; energies: |tau_l|^2; small_step: loss change of each block at a small alpha.
+    scores: layer scores by contrast; energies: |tau_l|^2.
     """
     depth = len(energies)
-    first = (depth - count) // 2
+    before = (depth - count) // 2
     return {
         "stethoscope": ("corpus", select(scores["corpus"], count)),
         "stethoscope_matched": ("matched", select(scores["matched"], count)),
         "least_specific": ("corpus", select([-s for s in scores["corpus"]], count)),
         "largest_norm": ("-", select(energies, count)),
-        "middle": ("-", tuple(range(first, first + count))),
+        "first": ("-", tuple(range(count))),
+        "middle": ("-", tuple(range(before, before + count))),
         "last": ("-", tuple(range(depth - count, depth))),
-        "small_step": ("-", select([-s for s in small_step], count)),
     }
 
 
@@ -88,10 +85,19 @@ def layer_energies(energies: Mapping[Key, float]) -> np.ndarray:
     return np.array([sum(e for (layer, _), e in energies.items() if layer == at) for at in range(layers)])
 
 
-def solution_loss(base: LanguageModel, vector: TaskVector, pool: Sequence[Batch], layers: LayerSet, alpha: float) -> float:
-    """Loss of gold solutions, nats a token, with `alpha` times the vector in these layers."""
-    with edited(base.model, Edit(vector, tuple(layers), alpha=alpha)) as model:
-        return mean_loss(model, pool)
+def shrunk_to(layer_energy: np.ndarray, layers: Sequence[int]) -> float:
+    """The alpha at which the whole vector has the energy that it has in these layers at alpha 1."""
+    return float(np.sqrt(layer_energy[list(layers)].sum() / layer_energy.sum()))
+
+
+def halving(subjects: Sequence[str], seed: int) -> np.ndarray:
+    """A random half of the problems, [problem], True in it; stratified, so that a subject's two parts differ by one at most."""
+    rng = np.random.default_rng(seed)
+    names, code = np.unique(np.asarray(subjects), return_inverse=True)
+    order = np.lexsort((rng.random(len(code)), rng.permutation(len(names))[code]))
+    half = np.zeros(len(code), bool)
+    half[order[::2]] = True
+    return half
 
 
 @dataclass(frozen=True)
@@ -106,81 +112,152 @@ class PlannedSet:
 
 
 def planned_sets(
-    chosen: Mapping[str, tuple[str, LayerSet]], layer_energy: np.ndarray, random_sets: int, random_energy_sets: int, seed: int
+    chosen: Mapping[str, tuple[str, LayerSet]], layer_energy: np.ndarray, random_sets: int, seed: int
 ) -> list[PlannedSet]:
-    """Every set that is scored: the whole, each layer alone and left out, each selector's, random ones, and random ones
-    scaled to the energy of the stethoscope's.
+    """Every set that is scored without sight of a loss; chosen: of the rules, selector -> (contrast, layers).
 
-    chosen: selector -> (contrast, layers).
+    `full_shrunk` is the control of equal energy: the whole vector in all layers, at the energy of the stethoscope's.
     """
-    every, count = tuple(range(len(layer_energy))), len(chosen["stethoscope"][1])
-    plan = [PlannedSet("full", 0, "-", every)]
+    every, stethoscope = tuple(range(len(layer_energy))), chosen["stethoscope"][1]
+    plan = [PlannedSet("full", 0, "-", every), PlannedSet("full_shrunk", 0, "-", every, shrunk_to(layer_energy, stethoscope))]
     plan += [PlannedSet("only", layer, "-", (layer,)) for layer in every]
     plan += [PlannedSet("without", layer, "-", tuple(x for x in every if x != layer)) for layer in every]
     plan += [PlannedSet(name, 0, contrast, layers) for name, (contrast, layers) in chosen.items()]
-    drawn = sampled_sets(len(every), count, random_sets, seed)
-    plan += [PlannedSet("random", draw, "-", layers) for draw, layers in enumerate(drawn)]
-    wanted = layer_energy[list(chosen["stethoscope"][1])].sum()
-    for draw, layers in enumerate(drawn[:random_energy_sets]):
-        plan.append(PlannedSet("random_energy", draw, "-", layers, float(np.sqrt(wanted / layer_energy[list(layers)].sum()))))
-    return plan
+    drawn = sampled_sets(len(every), len(stethoscope), random_sets, seed)
+    return plan + [PlannedSet("random", draw, "-", layers) for draw, layers in enumerate(drawn)]
+
+
+def seeing_sets(
+    loss_of: LossOf, seen: np.ndarray, draw: int, layers: int, count: int, small_step: float, with_greedy: bool
+) -> list[PlannedSet]:
+    """Sets of the rules that see losses of the solution, where the mask `seen` [problem] is True; to be judged on the others.
+
+    `small_step` takes the layers that do most at that alpha; draw: the half's number.
+    """
+
+    def worth(chosen: LayerSet, alpha: float = 1.0) -> float:
+        return loss_of(chosen, alpha).mean(where=seen)
+
+    small = select([-worth((layer,), small_step) for layer in range(layers)], count)
+    best = {"greedy": greedy(worth, layers, count)} if with_greedy else {}
+    return [PlannedSet(name, draw, "-", chosen) for name, chosen in ({"small_step": small} | best).items()]
 
 
 def measure_sets(
     plan: Sequence[PlannedSet],
-    loss_of: Callable[[LayerSet, float], float],
+    loss_of: LossOf,
+    general_of: Callable[[LayerSet, float], float],
+    half: np.ndarray,
     layer_energy: np.ndarray,
-    count: int,
-    with_greedy: bool,
+    seed: int,
     watch: Watch = unwatched,
 ) -> pd.DataFrame:
-    """The table of sets of layers; loss_of(layers, alpha) is the validation loss after injection, nats a token."""
-    before = loss_of((), 1.0)
+    """The table of sets of layers: changes of validation losses after injection, nats a token, and what they are worth.
 
-    def row(one: PlannedSet) -> dict[str, object]:
-        share = one.alpha**2 * layer_energy[list(one.layers)].sum() / layer_energy.sum()
-        change = loss_of(one.layers, one.alpha) - before
-        return asdict(one) | dict(layers=" ".join(map(str, one.layers)), energy=share, loss_change=change)
-
-    rows = [row(one) for one in watch(plan, "04 sets of layers")]
-    if with_greedy:
-        best = greedy(lambda layers: loss_of(layers, 1.0), len(layer_energy), count)
-        rows.append(row(PlannedSet("greedy", 0, "-", best)))
-    table = pd.DataFrame(rows)
-    chance = table.loc[table["selector"] == "random", "loss_change"]
-    same = table["layers"].map(lambda layers: len(layers.split())) == count
-    table["percentile"] = table["loss_change"].map(lambda value: percentile(value, chance)).where(same)
+    loss_of, general_of: losses of (layers, alpha); half: what `seeing_sets` saw in draw 0, not in draw 1. Percentiles are those
+    of `percentiles` on the problems that a set is judged on, for sets of as many layers and `full_shrunk`; general_change is
+    of sets that a rule picked.
+    """
+    before, general = loss_of((), 1.0), general_of((), 1.0)
+    losses = [loss_of(one.layers, one.alpha) for one in watch(plan, "04 sets of layers")]
+    table = pd.DataFrame([asdict(one) | dict(layers=" ".join(map(str, one.layers))) for one in plan])
+    table["energy"] = [one.alpha**2 * layer_energy[list(one.layers)].sum() / layer_energy.sum() for one in plan]
+    chance = (table["selector"] == "random").to_numpy()
+    ranked = [len(one.layers) == len(plan[int(chance.argmax())].layers) or one.selector == "full_shrunk" for one in plan]
+    judged = np.where(table["selector"].isin(SEEING), 1 + table["draw"], 0)
+    for part, column in (("solution", ""), ("closing", "closing_")):
+        change = np.stack([loss.nats(part) - before.nats(part) for loss in losses])
+        for at, where in enumerate((np.ones_like(half), ~half, half)):
+            if not (rows := judged == at).any():
+                continue
+            table.loc[rows, f"{column or 'loss_'}change"] = change[rows][:, where].sum(1) / before.tokens[where].sum()
+            names = [f"{column}percentile", *([] if column else ["percentile_low", "percentile_high"])]
+            found = percentiles(change[rows][:, where], change[chance][:, where], seed)[:, : len(names)]
+            table.loc[rows, names] = np.where(np.array(ranked)[rows, None], found, np.nan)
+    named = ~table["selector"].isin(SETS_OF_MANY)
+    table["general_change"] = [general_of(p.layers, p.alpha) - general if n else np.nan for p, n in zip(plan, named, strict=True)]
     return table
 
 
-def gains_by_document(
-    base: LanguageModel, pool: Sequence[Batch], vector: TaskVector, sets: Sequence[tuple[str, str]]
-) -> dict[str, np.ndarray]:
-    """Fall of each document's summed loss, [document], with the vector in each set of layers; sets: (name, `0 3 4`)."""
-    before = losses_by_document(base.model, Edit(vector, ()), pool)[0]
-    edits = {name: Edit(vector, tuple(map(int, layers.split()))) for name, layers in sets}
-    return {name: before - losses_by_document(base.model, edit, pool)[0] for name, edit in edits.items()}
+def percentiles(changes: np.ndarray, chance: np.ndarray, seed: int, draws: int = 1000) -> np.ndarray:
+    """Percentile of each set among random ones, with a 95 % bootstrap interval over problems: [set, (percentile, low, high)].
 
-
-def greedy_share(gains: Mapping[str, np.ndarray], seed: int) -> pd.DataFrame:
-    """Each set's fall of the loss as a share of what `greedy` reaches, with a bootstrap interval over problems.
-
-    gains: by selector, the fall of each problem's summed loss, [problem]; no rows without `greedy` among them.
+    The share of random sets that are worse, equals counted half; chance is 0.5. changes, chance: what each set, and each
+    random one, does to each problem's summed loss, [set, problem]. Resampling adds noise, so that intervals lean towards 0.5.
     """
-    columns = ["selector", "share", "low", "high"]
-    if "greedy" not in gains:
-        return pd.DataFrame(columns=columns)
-    rows = [(name, *bootstrap_ratio(gain, gains["greedy"], seed)) for name, gain in gains.items()]
-    return pd.DataFrame(rows, columns=columns).sort_values("share", ascending=False, ignore_index=True)
+    n = changes.shape[1]
+    weights = np.vstack([np.ones(n), np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=draws)])
+    ours, theirs = weights @ changes.T, weights @ chance.T
+    worse = [np.sign((theirs - one[:, None]).round(9)) for one in ours.T]  # rounded: sums of the same numbers differ in last bits
+    found = 0.5 + 0.5 * np.stack([one.mean(1) for one in worse])
+    return np.column_stack([found[:, 0], *np.quantile(found[:, 1:], [0.025, 0.975], axis=1)])
+
+
+def reliability(
+    plan: Sequence[PlannedSet], loss_of: LossOf, subjects: Sequence[str], seed: int, halvings: int = 100
+) -> pd.DataFrame:
+    """Whether validation losses tell layers, and sets of layers, apart: do two halves of the problems agree?
+
+    Columns what (alone, left_out, sets), loss, n (how many are ranked), reliability (`agreement_of_halves`) and, of sets,
+    r_held_out and r_in_sample (`resolution`). Sets that a rule chose with sight of the losses are no part of it.
+    """
+    halves = np.stack([halving(subjects, seed + draw) for draw in range(halvings)])
+    at: dict[str, list[int]] = {}
+    for index, one in enumerate(plan):
+        at.setdefault(one.selector, []).append(index)
+    random, chosen = at["random"], [i for name, (i, *_) in at.items() if name not in (*SETS_OF_MANY, *SEEING, *IN_ALL)]
+    drawn = {plan[i].layers for i in random}
+    others = {plan[i].layers: i for i in chosen if plan[i].layers not in drawn}
+    items, rows = {"alone": at["only"], "left_out": at["without"], "sets": [*random, *others.values()]}, []
+    for loss in ("solution", "closing"):
+        before = loss_of((), 1.0).nats(loss)
+        change = np.stack([loss_of(one.layers, one.alpha).nats(loss) - before for one in plan])
+        for what, these in items.items():
+            full = change[at["full"][0]]
+            found = resolution(change[these], len(random), full, halves) if what == "sets" else (np.nan, np.nan)
+            rows.append((what, loss, len(these), agreement_of_halves(change[these], halves), *found))
+    return pd.DataFrame(rows, columns=["what", "loss", "n", "reliability", "r_held_out", "r_in_sample"])
+
+
+def agreement_of_halves(changes: np.ndarray, halves: np.ndarray) -> float:
+    """Mean Spearman between the rankings on one half of the problems and on the other; NaN where nothing is ranked.
+
+    changes: [item, problem]; halves: [halving, problem], True in one half.
+    """
+    ranks = [stats.rankdata(half @ changes.T, axis=1) for half in (halves, ~halves)]
+    one, other = (r - r.mean(1, keepdims=True) for r in ranks)
+    size = np.sqrt((one**2).sum(1) * (other**2).sum(1))
+    rho = (one * other).sum(1)[size > 0] / size[size > 0]
+    return float(rho.mean()) if len(rho) else float("nan")
+
+
+def resolution(changes: np.ndarray, random: int, full: np.ndarray, halves: np.ndarray) -> tuple[float, float]:
+    """How much better than the median random set the best one found is, in units of the full vector's: (held out, in sample).
+
+    The best is chosen on one half of the problems and judged on the other, both ways, or judged where it was chosen; means
+    over halvings. Positive is better. changes: [set, problem], the first `random` of them random; full: [problem].
+    """
+    found = []
+    for seen, judged in ((halves, ~halves), (~halves, halves)):
+        there, here, whole = judged @ changes.T, seen @ changes.T, np.abs(full.sum())
+        best = here.argmin(1)[:, None]
+        gains = [np.median(x[:, :random], 1) - np.take_along_axis(x, best, 1)[:, 0] for x in (there, here)]
+        found.append([2 * gain.mean() / whole if whole else np.nan for gain in gains])
+    held_out, in_sample = np.mean(found, axis=0)
+    return float(held_out), float(in_sample)
+
+
+def tells_apart(reliability: pd.DataFrame) -> bool:
+    """Whether this world's validation loss of solutions tells sets of layers apart, by the table of `reliability`.
+
+    Two halves of the problems must rank sets alike, and the best one found must be better on problems that did not find it.
+    """
+    row: Any = reliability.set_index(["what", "loss"]).loc[("sets", "solution")]
+    return bool(row["reliability"] >= RELIABLE and row["r_held_out"] >= RESOLVED)
 
 
 def named_sets(sets: pd.DataFrame) -> pd.DataFrame:
-    """The sets that a rule picked, and the full one, by selector."""
-    return sets[~sets["selector"].isin(SETS_OF_MANY)].set_index("selector")
-
-
-def at_equal_energy(sets: pd.DataFrame) -> dict[str, float]:
-    """Random sets scaled to the energy of the stethoscope's: their median loss change, and the share that it beats."""
-    equal = sets[sets["selector"] == "random_energy"]["loss_change"]
-    beaten = float((equal > named_sets(sets).loc["stethoscope", "loss_change"]).mean())
-    return {"median at equal energy": float(equal.median()), "share that the stethoscope beats": beaten}
+    """The sets that a rule picked, and the full one, by selector; what was chosen on either half is averaged over both."""
+    named = sets[~sets["selector"].isin(SETS_OF_MANY)].groupby("selector", sort=False)
+    words = named.agg({"contrast": "first", "layers": " | ".join})
+    return words.join(named[list(sets.select_dtypes("number").columns.drop("draw"))].mean())

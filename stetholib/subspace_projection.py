@@ -188,24 +188,24 @@ def energy_or_direction(
 ) -> pd.DataFrame:
     """Validation loss of the scalpel and its controls: did it lose energy, or direction?
 
-    Columns variant, energy (share of the whole vector's), loss_change (nats a token; negative is better) with a
-    paired interval (low, high), and the same against the variant's `rival`: for `scalpel` that is `raw_shrunk`,
-    of the same energy, for `scalpel_rescaled` it is `full`.
+    Columns variant, energy (share of the whole vector's), loss_change of the solution (nats a token; negative is better) with
+    a paired interval (low, high), and the same against the variant's `rival`: for `scalpel` that is `raw_shrunk`, of the same
+    energy, for `scalpel_rescaled` it is `full`. closing_change is that of the closing sentence.
     """
     every, whole = raw.layers, sum(raw.energies().values())
     names = {"full": "raw", "scalpel": "projected", "scalpel_rescaled": "projected_rescaled", "raw_shrunk": "raw_shrunk"}
     rivals = {"scalpel": "raw_shrunk", "scalpel_rescaled": "full"}
     vectors = {name: vector_of(source, raw, sites, rank) for name, source in names.items()}
-    before, counts = losses_by_document(base.model, Edit(raw, ()), pool)
-    losses = {name: losses_by_document(base.model, Edit(vector, every), pool)[0] for name, vector in vectors.items()}
+    before = losses_by_document(base.model, Edit(raw, ()), pool)
+    losses = {name: losses_by_document(base.model, Edit(vector, every), pool) for name, vector in vectors.items()}
     rows = []
     for name, vector in vectors.items():
         against = {"": before} | ({"_against_rival": losses[rivals[name]]} if name in rivals else {})
         row = dict(variant=name, energy=vector.energy() / whole, rival=rivals.get(name, ""))
         for end, start in against.items():
-            found = bootstrap_ratio(losses[name] - start, counts, seed)
+            found = bootstrap_ratio(losses[name].solution - start.solution, before.tokens, seed)
             row |= {key + end: value for key, value in zip(("loss_change", "low", "high"), found, strict=True)}
-        rows.append(row)
+        rows.append(row | dict(closing_change=losses[name].mean("closing") - before.mean("closing")))
     return pd.DataFrame(rows)
 
 

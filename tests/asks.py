@@ -23,6 +23,7 @@ LIBRARIES = (
 def everything(profile: str) -> None:
     """All that the notebooks ask, and write."""
     from stetholib import Study, plots, sae_features, significance, task_vectors
+    from stetholib.study.layer_selection import planted
 
     study = Study.open(profile)
     one, two, three, four = study.task_vectors, study.sae_features, study.subspace_projection, study.layer_selection
@@ -37,9 +38,10 @@ def everything(profile: str) -> None:
     two.best_auroc()
     study.keep("03_subspace_projection", three.table())
     three.mechanism(), three.energy_or_direction(), three.rounding_of_edits()
-    four.calibration(), four.agreement(), four.relations(), four.greedy_share()
+    planted(study.world), four.agreement(), four.relations(), study.losses.scales(four.shrunk)
     study.keep("04_layer_selection", four.table())
     study.keep("04_layer_sets", four.sets())
+    study.keep("04_reliability", four.reliability())
     study.keep("05_minerva_math", five.table())
     study.keep("records", five.records())
     five.token_limits(["base", "full", "stethoscope", "stethoscope_matched"]), five.noise(), five.checks()

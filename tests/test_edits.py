@@ -14,7 +14,7 @@ import toys
 import yaml
 
 pytestmark = pytest.mark.slow
-COSTLY = {"finetuned", "trained_sae", "fetched_sae", "dictionary_of", "hear", "gradient_moments", "score_layers", "energy_or_direction", "text_loss", "answer_some", "repetition", "records", "verdicts", "answers", "losses"}  # fmt: skip
+COSTLY = {"finetuned", "trained_sae", "fetched_sae", "dictionary_of", "hear", "gradient_moments", "score_layers", "energy_or_direction", "text_loss", "answer_some", "repetition", "records", "verdicts", "answers", "losses", "general_losses"}  # fmt: skip
 OF_EDITED = {"answers", "text_loss", "records"}  # of a variant, whose vector or layers are others
 OF_SCORES = {"score_layers", "plain_scores"}
 OF_DIRECTIONS = {"measure", "mechanism", "rounding_of_edits", "energy_or_direction"}
@@ -93,15 +93,15 @@ IN_SMOKE = {
     "a side table of step 06": (code("significance.py", "return pd.DataFrame(rows).T.astype(float)", "return pd.DataFrame(rows).T.astype(float).round(9)"), {"pairs_table"}),
     "docstrings and comments everywhere": (prose, set()),
     "the scorer": (code("adapters/harness.py", 'exact_match=int(sample["exact_match"])', 'exact_match=int(bool(sample["exact_match"]))'), {"asked", "records", "verdicts"}),
-    "the prompt": (PROMPT, {"toy", "finetuned", "trained_sae", "dictionary_of", "hear", "gradient_moments", "rounding", "gains_by_document", "losses", "top_tokens", "token_limits", "repetition", "pairs_table"} | OF_SCORES | OF_DIRECTIONS | OF_EDITED),
+    "the prompt": (PROMPT, {"toy", "finetuned", "trained_sae", "dictionary_of", "hear", "gradient_moments", "rounding", "scored_tokens", "losses", "general_losses", "top_tokens", "token_limits", "repetition", "pairs_table"} | OF_SCORES | OF_DIRECTIONS | OF_EDITED),
 }  # fmt: skip
-OWN_PROMPT = {"gradient_moments", "losses", "gains_by_document"} | OF_DIRECTIONS | OF_EDITED
+OWN_PROMPT = {"gradient_moments", "scored_tokens", "losses"} | OF_DIRECTIONS | OF_EDITED
 IN_OWN = {
     "the prompt, with a fine-tune and SAEs of one's own": (PROMPT, OWN_PROMPT),
     "a stop string": (text("mine/task.yaml", '"Q:"]', '"Q:", "A:"]'), {"asked", "answers", "records", "answer_some", "verdicts", "repetition"}),
     "the task's filter": (text("mine/task.yaml", "(-?[0-9]+)", "(-?[0-9]+) *"), {"asked", "records", "verdicts"}),
     "a bit of an SAE": (bit("mine/saes/block_1/sae_weights.safetensors", "W_dec"), {"fetched_sae", "dictionary_of", "hear", "top_tokens"} | OF_SCORES | OF_DIRECTIONS | OF_EDITED),
-    "a bit of the base model": (bit("mine/base/model.safetensors", "model.layers.1.mlp.gate_proj.weight"), {"hear", "gradient_moments", "rounding", "losses", "gains_by_document", "top_tokens", "repetition", "planned", "answer_some", "token_limits"} | OF_SCORES | OF_DIRECTIONS | OF_EDITED),
+    "a bit of the base model": (bit("mine/base/model.safetensors", "model.layers.1.mlp.gate_proj.weight"), {"hear", "gradient_moments", "rounding", "losses", "general_losses", "scored_tokens", "top_tokens", "repetition", "planned", "answer_some", "token_limits"} | OF_SCORES | OF_DIRECTIONS | OF_EDITED),
 }  # fmt: skip
 
 

@@ -11,7 +11,9 @@ from stetholib import layer_selection as ls
 from stetholib import layer_sets, sae_features
 from stetholib.calibration import RULE, null_p_values, planted_sums, power_curve
 from stetholib.errors import UserError
+from stetholib.models.streams import DocumentLosses
 from stetholib.models.sums import moments, one_hot, resampled, shuffled_labels, specificity
+from stetholib.store.tables import CONTRACTS
 
 
 def test_the_score_finds_the_planted_layer_and_its_features():
@@ -79,9 +81,13 @@ def test_sets_are_all_of_them_or_different_random_ones():
     assert len(set(drawn)) == 200 and drawn == layer_sets.sampled_sets(12, 4, 200, 0) != layer_sets.sampled_sets(12, 4, 200, 1)
 
 
+def percentile(value, others):
+    return layer_sets.percentiles(np.array([[value]]), np.array(others)[:, None], 0)[0, 0]
+
+
 def test_the_percentile_counts_worse_sets_and_half_of_equals():
-    assert layer_sets.percentile(-1.0, [-2.0, -1.0, 0.0, 1.0]) == pytest.approx(0.625)
-    assert layer_sets.percentile(-9.0, [0.0]) == 1 and layer_sets.percentile(9.0, [0.0]) == 0
+    assert percentile(-1.0, [-2.0, -1.0, 0.0, 1.0]) == pytest.approx(0.625)
+    assert percentile(-9.0, [0.0]) == 1 and percentile(9.0, [0.0]) == 0
 
 
 def test_greedy_finds_the_best_set_of_an_additive_loss():
@@ -91,16 +97,106 @@ def test_greedy_finds_the_best_set_of_an_additive_loss():
 
 def test_every_fixed_selector_picks_as_many_layers():
     scores = {"corpus": [1, 2, 3, 4, 5, 6], "matched": [6, 5, 4, 3, 2, 1]}
-    found = layer_sets.fixed_selectors(scores, energies=[1, 9, 1, 9, 1, 1], small_step=[0, 0, -1, 0, -2, 0], count=2)
+    found = layer_sets.fixed_selectors(scores, energies=[1, 9, 1, 9, 1, 1], count=2)
     assert {name: layers for name, (_, layers) in found.items()} == {
         "stethoscope": (4, 5),
         "stethoscope_matched": (0, 1),
         "least_specific": (0, 1),
         "largest_norm": (1, 3),
+        "first": (0, 1),
         "middle": (2, 3),
         "last": (4, 5),
-        "small_step": (2, 4),
     }
+
+
+WORTH = np.array([[3.0, 0.0], [1.0, 1.0], [0.0, 4.0], [1.0, 1.0]])  # of each layer, on the first and the last three problems
+
+
+def additive(layers, alpha):
+    """Losses of six problems where every layer brings its own worth; the closing sentence is worth ten times as much."""
+    fall = alpha * np.repeat(WORTH[list(layers)].sum(0), 3)
+    return DocumentLosses(10 - fall, 100 - 10 * fall, np.full(6, 2.0))
+
+
+FIRST = np.array([True] * 3 + [False] * 3)
+
+
+def planned(random_sets=100):
+    chosen = {"stethoscope": ("corpus", (0, 1)), "stethoscope_matched": ("matched", (2, 3)), "last": ("-", (2, 3))}
+    return layer_sets.planned_sets(chosen, np.array([1.0, 1.0, 3.0, 4.0]), random_sets, seed=0)
+
+
+def test_the_shrunk_vector_has_the_energy_of_the_selected_layers():
+    energy = np.array([1.0, 2.0, 3.0, 4.0])
+    alpha = layer_sets.shrunk_to(energy, (1, 2))
+    assert alpha**2 * energy.sum() == pytest.approx(5.0) and layer_sets.shrunk_to(energy, (0, 1, 2, 3)) == 1
+    by_name = {one.selector: one for one in planned()}
+    assert by_name["full_shrunk"].layers == (0, 1, 2, 3) and by_name["full_shrunk"].alpha == pytest.approx((2 / 9) ** 0.5)
+
+
+@pytest.mark.parametrize("sizes", [(70,) * 7, (1,) * 7, (3, 1, 2), (1, 1)])
+def test_halves_are_stratified_by_subject_and_seeded(sizes):
+    subjects = [f"s{at}" for at, size in enumerate(sizes) for _ in range(size)]
+    half = layer_sets.halving(subjects, 0)
+    assert half.dtype == bool and len(half) == sum(sizes) and abs(2 * half.sum() - len(half)) <= 1
+    for name, size in zip(sorted(set(subjects)), sizes, strict=True):
+        assert abs(2 * half[np.array(subjects) == name].sum() - size) <= 1
+    assert (half == layer_sets.halving(subjects, 0)).all()
+    assert any((half != layer_sets.halving(subjects, seed)).any() for seed in range(1, 9))
+
+
+def test_rules_that_see_losses_choose_on_one_half_of_the_problems():
+    found = [layer_sets.seeing_sets(additive, seen, draw, 4, 1, 0.1, True) for draw, seen in enumerate((FIRST, ~FIRST))]
+    assert [(one.selector, one.draw, one.layers) for plan in found for one in plan] == [
+        ("small_step", 0, (0,)),
+        ("greedy", 0, (0,)),
+        ("small_step", 1, (2,)),
+        ("greedy", 1, (2,)),
+    ]
+    assert [one.selector for one in layer_sets.seeing_sets(additive, FIRST, 0, 4, 2, 0.1, False)] == ["small_step"]
+
+
+def test_the_table_of_sets_is_known_where_effects_add_up():
+    plan = planned()
+    for draw, seen in enumerate((FIRST, ~FIRST)):
+        plan += layer_sets.seeing_sets(additive, seen, draw, 4, 2, 0.1, True)
+    energy = np.array([1.0, 1.0, 3.0, 4.0])
+    table = layer_sets.measure_sets(plan, additive, lambda layers, alpha: 3 + alpha * len(layers), FIRST, energy, seed=0)
+    assert set(CONTRACTS["04_layer_sets"][0] + CONTRACTS["04_layer_sets"][1]) <= set(table)
+    rows = table.set_index(["selector", "draw"])
+    assert rows.loc[("full", 0), "loss_change"] == pytest.approx(-(5 + 6) * 3 / 12)
+    assert rows["closing_change"].to_numpy() == pytest.approx(10 * rows["loss_change"].to_numpy())
+    # greedy of half 0 takes layer 0 and 1, which on the other half bring 1 a problem, or 0.5 a token
+    assert rows.loc[("greedy", 0), "layers"] == "0 1" and rows.loc[("greedy", 0), "loss_change"] == pytest.approx(-0.5)
+    assert rows.loc[("greedy", 1), "layers"] == "1 2" and rows.loc[("greedy", 1), "loss_change"] == pytest.approx(-0.5)
+    assert rows.loc[("stethoscope", 0), "loss_change"] == pytest.approx(-(4 + 1) * 3 / 12)
+    # the six pairs bring 5, 7, 5, 6, 4 and 6 over both halves: one is worse than {0 1}, two are equal
+    assert rows.loc[("stethoscope", 0), "percentile"] == pytest.approx((1 + 2 / 2) / 6)
+    # and 1, 4, 1, 5, 2 and 5 on the other half: none is worse than greedy's first, two are equal
+    assert rows.loc[("greedy", 0), "percentile"] == pytest.approx(1 / 6)
+    assert (rows["percentile_low"].dropna() <= rows["percentile_high"].dropna()).all()
+    ranked = {name for name, _ in rows.index[rows["percentile"].notna()]}
+    assert ranked == {"full_shrunk", "random", "stethoscope", "stethoscope_matched", "last", "greedy", "small_step"}
+    assert set(table.loc[table["general_change"].isna(), "selector"]) == {"random", "only", "without"}
+    assert rows.loc[("full_shrunk", 0), "general_change"] == pytest.approx(4 * (2 / 9) ** 0.5)
+    assert rows.loc[("full_shrunk", 0), "energy"] == pytest.approx(rows.loc[("stethoscope", 0), "energy"])
+    named = layer_sets.named_sets(table)
+    assert named.index.is_unique and named.loc["greedy", "layers"] == "0 1 | 1 2" and named.loc["greedy", "loss_change"] == -0.5
+
+
+def test_the_interval_of_a_percentile_holds_what_resampled_problems_give():
+    rng = np.random.default_rng(0)
+    chance = rng.normal(size=(60, 40))
+    ours = np.stack([chance.mean(0) - 0.2, np.full(40, -9.0), chance[0]])
+    found = layer_sets.percentiles(ours, chance, seed=0)
+    by_hand = [percentile(one.sum(), chance.sum(1)) for one in ours]
+    assert found[:, 0].tolist() == pytest.approx(by_hand) and found[1].tolist() == [1, 1, 1]
+    assert (found[:, 1] <= found[:, 2]).all()
+    draws = []
+    for _ in range(400):
+        picks = rng.integers(0, 40, 40)
+        draws.append(percentile(ours[0][picks].sum(), chance[:, picks].sum(1)))
+    assert found[0, 1:] == pytest.approx(np.quantile(draws, [0.025, 0.975]), abs=0.08)
 
 
 def test_spearman_is_scipys_and_its_interval_holds_it():
@@ -126,10 +222,11 @@ def test_effects_are_falls_of_the_loss():
     sets = pd.DataFrame(
         [("full", 0, -1.0), ("only", 0, -0.5), ("only", 1, 0.1), ("without", 0, -0.2), ("without", 1, -1.1)],
         columns=["selector", "draw", "loss_change"],
-    )
+    ).assign(closing_change=lambda t: 2 * t["loss_change"])
     table = ls.measure({"corpus": result}, {"corpus": [0.0, 0.0]}, 1, sets).set_index("layer")
     assert table["effect_alone"].tolist() == [0.5, -0.1]
     assert table["effect_left_out"].tolist() == pytest.approx([0.8, -0.1])
+    assert table["closing_alone"].tolist() == [1.0, -0.2] and table["closing_left_out"].tolist() == pytest.approx([1.6, -0.2])
     assert table["selected"].tolist() == [1, 0]
 
 

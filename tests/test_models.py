@@ -1,9 +1,12 @@
 import copy
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from stetholib.data import prompts
+from stetholib.data.mini import tokenizer
 from stetholib.models import loading, streams, weights
 from stetholib.models.weights import ModelError
 
@@ -45,9 +48,73 @@ def test_only_what_follows_the_context_is_scored(toy):
 def test_padding_and_batching_do_not_change_a_documents_loss(toy):
     texts = [("", "There are 12 boxes."), ("", "The train was late, and Ada asked what the sum of it is."), ("", "So what?")]
     pairs = streams.tokenize(toy, texts, 64)
-    together = streams.document_losses(toy.model, streams.batches(pairs, 1000, "cpu"))[0]
-    alone = streams.document_losses(toy.model, streams.batches(pairs, 1, "cpu"))[0]
-    assert torch.allclose(together, alone, rtol=1e-5)
+    together = streams.document_losses(toy.model, streams.batches(pairs, 1000, "cpu"))
+    alone = streams.document_losses(toy.model, streams.batches(pairs, 1, "cpu"))
+    assert np.allclose(together.nats("total"), alone.nats("total"), rtol=1e-5) and not together.closing.any()
+
+
+ROWS = [dict(problem="What is 1 + 2?", solution=r"So $1 + 2 = \boxed{3}$."), dict(problem="What?", solution=r"So $\boxed{12}$.")]
+
+
+def solved(style="minerva"):
+    """Prompts with gold solutions, and their closing sentences."""
+    texts = [(prompts.prompt(row["problem"]), prompts.target(row["solution"], style)) for row in ROWS]
+    return texts, [prompts.closing(text) for _, text in texts]
+
+
+def test_the_closing_sentence_is_told_from_the_solution():
+    (_, text), end = solved()[0][0], solved()[1][0]
+    assert end == "\nFinal Answer: The final answer is $3$. I hope it is correct." and text.endswith(end)
+    assert solved("plain")[1] == ["", ""] and text.removesuffix(end) == solved("plain")[0][0][1]
+
+
+def test_the_tokens_of_the_closing_sentence_are_known(toy):
+    texts, ends = solved()
+    for batch in streams.pool_of(toy, texts, 256, 1000, ends):
+        for row, index in enumerate(batch.documents):
+            said = [toy.tokenizer.decode(batch.input_ids[row][batch.closing[row].bool()]), ends[index]]
+            assert said[0] == said[1], said
+            assert toy.tokenizer.decode(batch.input_ids[row][batch.scored[row].bool()]) == texts[index][1]
+    assert not any(batch.closing.any() for batch in streams.pool_of(toy, texts, 256, 1000))
+    assert not any(batch.closing.any() for batch in streams.pool_of(toy, texts[:1], 12, 1000, ends[:1])), (
+        "the sentence is cut off"
+    )
+
+
+def test_a_token_that_spans_the_boundary_belongs_to_the_closing_sentence(toy):
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+
+    texts, ends = solved()
+    splitter = pre_tokenizers.Split(Regex(r"\$\.\nFinal| ?[A-Za-z]+| ?\d|\s|[^\sA-Za-z\d]"), behavior="isolated")
+    words = {word for context, text in texts for word, _ in splitter.pre_tokenize_str(context + text)}
+    words |= {word for _, text in texts for word, _ in splitter.pre_tokenize_str(text.removesuffix(ends[0]))}
+    names = ["<pad>", "<eos>", "<bos>", "<unk>", *sorted(words)]
+    made = Tokenizer(models.WordLevel({name: at for at, name in enumerate(names)}, unk_token="<unk>"))
+    made.pre_tokenizer = splitter
+    merging = loading.LanguageModel(toy.model, tokenizer.wrapped(made))
+    (batch,) = streams.pool_of(merging, texts[:1], 256, 1000, ends[:1])
+    said = [names[i] for i in batch.input_ids[0][batch.closing[0].bool()]]
+    assert said[0] == "$.\nFinal" and "".join(said) == "$." + ends[0]
+    before = [names[i] for i in batch.input_ids[0][(batch.scored - batch.closing)[0].bool()]]
+    assert "".join(before) == texts[0][1].removesuffix("$." + ends[0])
+
+
+def test_the_two_losses_are_the_whole_one_token_by_token(toy):
+    texts, ends = solved()
+    pool = streams.pool_of(toy, texts, 256, 1000, ends)
+    losses = streams.document_losses(toy.model, pool)
+    for batch in pool:
+        each = streams.token_losses(toy.model, batch).double()
+        for row, index in enumerate(batch.documents):
+            closing = each[row][batch.closing[row].bool()].sum()
+            solution = each[row][(batch.scored - batch.closing)[row].bool()].sum()
+            assert losses.closing[index] == pytest.approx(float(closing), abs=1e-6) and closing > 0
+            assert losses.solution[index] == pytest.approx(float(solution), abs=1e-6) and solution > 0
+            assert losses.tokens[index] == int(batch.scored[row].sum())
+    assert losses.mean() + losses.mean("closing") == pytest.approx(losses.mean("total"), abs=1e-12)
+    assert losses.mean("total") == pytest.approx(streams.mean_loss(toy.model, streams.pool_of(toy, texts, 256, 1000)), abs=1e-6)
+    first = np.array([True, False])
+    assert losses.mean("closing", first) == pytest.approx(losses.closing[0] / losses.tokens[0])
 
 
 def test_a_tokenizer_without_bos_or_with_two_is_refused(toy):

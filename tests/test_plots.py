@@ -17,6 +17,14 @@ FIGURES = {"panels", "labelled", "save"}
 NAMES = {"base": "base", "full": "whole vector", "stethoscope": "stethoscope", "my_own": "a variant of one's own"}
 
 
+LAYERS = pd.DataFrame(dict(layer=[0, 1], contrast="corpus", closing_alone=[0.1, 0.2], closing_left_out=[0.0, 0.1]))
+SCALES = pd.DataFrame([(0.01, -0.1, -0.2, 0.0), (1.0, -0.5, -0.6, 0.1)], columns=["energy", "solution", "closing", "general"])
+SETS = pd.DataFrame(
+    [("random", -0.1), ("random", -0.2), ("greedy", -0.2), ("greedy", -0.3), ("stethoscope", -0.15), ("full_shrunk", -0.3)],
+    columns=["selector", "loss_change"],
+).assign(draw=[0, 1, 0, 1, 0, 0], contrast="-", layers="0 1", energy=0.3, closing_change=-0.2, general_change=0.01)
+
+
 def table(stem, folder="mini"):
     return pd.read_csv(ROOT / "figures" / folder / f"{stem}.csv", keep_default_na=False, na_values=[""])
 
@@ -38,9 +46,10 @@ def draw(name, ax):
         "bars_with_zero": lambda f: f({"full": -0.1, "raw_shrunk": 0.0, "scalpel": 0.02}, "change", ax),
         "overlap_by_basis": lambda f: f(energies(["side"]).rename(columns={"energy_retained": "overlap"}), ax),
         "layer_scores": lambda f: f(table("04_layer_selection"), np.tile(draws, (12, 1)), "matched", ax),
-        "effects": lambda f: f(table("04_layer_selection"), ax),
+        "effects": lambda f: f(LAYERS, "closing", ax),
+        "scales": lambda f: f(SCALES, SETS, ax),
         "score_against_effect": lambda f: f(table("04_layer_selection"), ax),
-        "layer_sets": lambda f: f(table("04_layer_sets"), ax),
+        "layer_sets": lambda f: f(SETS, ax),
         "uniform_check": lambda f: f(draws, ax),
         "power": lambda f: f(effects, ax),
         "accuracies": lambda f: f(table("05_minerva_math"), "all", shown, ax),

@@ -54,7 +54,7 @@ KEYED = {  # what notebooks ask each step for that comes as a table, and its col
     "layer_selection.sets": "04_layer_sets",
     "layer_selection.agreement": "contrast definition layers rho_with_default",
     "layer_selection.relations": "predictor effect rho low high partial",
-    "layer_selection.greedy_share": "selector share low high",
+    "layer_selection.reliability": "04_reliability",
     "minerva_math.table": "05_minerva_math",
     "minerva_math.records": "variant subject problem_id completion stopped_by exact_match math_verify extracted",
     "minerva_math.noise": "change",
@@ -138,7 +138,7 @@ def test_a_table_has_a_row_for_everything_it_measures(study):
     layers, contrasts = len(LAYERS), len(CONTRASTS)
     sizes = {"task_vectors.table": layers * 7, "sae_features.table": layers * contrasts, "sae_features.self_tests": layers}
     sizes |= {"layer_selection.table": layers * contrasts, "layer_selection.agreement": contrasts * 3}
-    sizes |= {"layer_selection.relations": 2 * 4, "minerva_math.records": len(VARIANTS) * len(SUBJECTS) * 2}
+    sizes |= {"layer_selection.relations": 4 * 4, "minerva_math.records": len(VARIANTS) * len(SUBJECTS) * 2}
     sizes |= {"minerva_math.table": len(VARIANTS) * (len(SUBJECTS) + 1), "significance.claims": None}
     assert {name: len(asked(study, name)) for name in sizes if sizes[name]} == {k: v for k, v in sizes.items() if v}
     assert set(asked(study, "significance.claims")["claim"]) == {f"C{i}" for i in range(1, 10)}
@@ -190,13 +190,21 @@ def test_04_scores_sets_and_losses(study):
     assert scores.permuted.shape == scores.resampled.shape == (3, 20) and scores.score.tolist() == step.plain_scores("corpus")
     scores.score[:] = 0
     assert step.scores("corpus").score.any(), "arrays belong to whoever asked"
-    null, power = step.calibration()
+    null, power = wired.planted(study.world)
     assert isinstance(null, np.ndarray) and {"effect", "power"} <= set(power)
     assert step.selected_count == 1 and all(len(layers) == 1 for _, layers in step.chosen().values())
     sets = step.sets().set_index(["selector", "draw"])
-    change = study.losses.of(LAYERS) - study.losses.of(())
-    assert sets.loc[("full", 0), "loss_change"] == pytest.approx(change, abs=1e-9)
-    assert study.losses.of(LAYERS, 0.0) == study.losses.of(())
+    after, before = study.losses.of(LAYERS), study.losses.of(())
+    assert sets.loc[("full", 0), "loss_change"] == pytest.approx(after.mean() - before.mean(), abs=1e-9)
+    assert sets.loc[("full", 0), "closing_change"] == pytest.approx(after.mean("closing") - before.mean("closing"), abs=1e-9)
+    assert study.losses.of(LAYERS, 0.0).mean("total") == before.mean("total") and before.closing.all()
+    assert len(before.tokens) == len(study.losses.subjects) == len(SUBJECTS)
+    scales = study.losses.scales(step.shrunk).set_index("alpha")
+    assert len(scales) == 7 and scales.loc[1.0, "solution"] == pytest.approx(sets.loc[("full", 0), "loss_change"])
+    shrunk = sets.loc[("full_shrunk", 0), ["energy", "loss_change", "general_change"]].tolist()
+    assert shrunk == pytest.approx(scales.loc[step.shrunk, ["energy", "solution", "general"]].tolist())
+    again = Study.open("smoke", SMALL, root=study.workspace.root).losses
+    assert all((again.of(LAYERS).nats(part) == after.nats(part)).all() for part in ("solution", "closing")), "the same bits"
 
 
 def test_05_answers_are_asked_once_and_by_any_rank(study):

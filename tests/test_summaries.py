@@ -242,45 +242,94 @@ def test_03_the_invariants_hold(matrix):
 # --- 04
 
 
+LAYERS = 12
+
+
+def layer_table(**changes):
+    """Twelve layers under both contrasts; early ones write the solution, late ones its closing sentence."""
+    layer = np.arange(LAYERS)
+    columns = dict(
+        layer=layer, score=0.1 * layer, p_max=0.01, selected=(layer >= 8).astype(int), effect_alone=0.001 * (12 - layer)
+    )
+    rows = pd.DataFrame(columns | dict(closing_alone=0.002 * layer**2) | changes)
+    return pd.concat([rows.assign(contrast=contrast) for contrast in ("corpus", "matched")], ignore_index=True)
+
+
+def set_table(**changes):
+    """Sets that rules picked, and what they are worth; changes: by selector, a dict of columns."""
+    known = dict(
+        full=(-0.04, -0.05, np.nan),
+        full_shrunk=(-0.036, -0.04, 1.0),
+        stethoscope=(-0.01, -0.03, 0.57),
+        stethoscope_matched=(-0.012, -0.03, 0.6),
+        last=(-0.008, -0.045, 0.1),
+        first=(-0.02, -0.01, 0.9),
+    )
+    rows = [dict(selector=n, loss_change=a, closing_change=b, percentile=c) for n, (a, b, c) in known.items()]
+    rows += [dict(selector="greedy", draw=d, loss_change=-0.03, closing_change=-0.04, percentile=0.7 + 0.2 * d) for d in (0, 1)]
+    rows += [dict(selector="random", draw=d, loss_change=-0.01, closing_change=-0.01, percentile=0.5) for d in range(3)]
+    table = pd.DataFrame(rows).assign(contrast="-", layers="8 9 10 11").fillna({"draw": 0})
+    table = table.assign(percentile_low=table["percentile"] - 0.05, percentile_high=table["percentile"] + 0.05)
+    for name, columns in changes.items():
+        table.loc[table["selector"] == name, list(columns)] = list(columns.values())
+    return table
+
+
 def relations(table, **low):
-    """Scores against effects, by Spearman; named bounds replace those of the interval."""
+    """Scores and depth against effects, by Spearman; named bounds replace the interval's lower end of all tokens and so on."""
     rows = []
-    for name in ("corpus", "matched"):
-        one = table[table["contrast"] == name].sort_values("layer")
-        rho, below, above = layer_selection.spearman(one["score"], one["effect_alone"], resamples=200)
-        rows.append(dict(predictor=name, effect="effect_alone", rho=rho, low=low.get(name, below), high=above))
-    rows += [dict(predictor=name, effect="effect_alone", rho=0.1, low=-0.5, high=0.5) for name in ("|tau|", "depth")]
-    return pd.DataFrame(rows + [row | dict(effect="effect_left_out", rho=9.0) for row in rows])
+    for effect in ("effect_alone", "closing_alone"):
+        for name in ("corpus", "matched", "|tau|", "depth"):
+            one = table[table["contrast"] == ("matched" if name == "matched" else "corpus")].sort_values("layer")
+            x = one["score"] if name in ("corpus", "matched") else one["layer"]
+            rho, below, above = layer_selection.spearman(x, one[effect], resamples=200)
+            rows.append(dict(predictor=name, effect=effect, rho=rho, low=low.get(name, below), high=above))
+    return pd.DataFrame(rows)
+
+
+def reliable(reliability=0.8, held_out=0.4):
+    rows = [("sets", "solution", 106, reliability, held_out, 0.5), ("sets", "closing", 106, 0.99, 0.2, 0.2)]
+    return pd.DataFrame(rows, columns=["what", "loss", "n", "reliability", "r_held_out", "r_in_sample"])
+
+
+def fourth(table=None, sets=None, found=None, told=None):
+    table, sets = layer_table() if table is None else table, set_table() if sets is None else sets
+    return layer_selection.summary(
+        table, sets, relations(table) if found is None else found, reliable() if told is None else told
+    )
 
 
 def test_04_says_the_tables_numbers():
-    table, sets = committed("04_layer_selection"), committed("04_layer_sets")
-    heard, chosen, injected, rules, score = lines(layer_selection.summary(table, sets, found := relations(table)))
-    count = [((table["contrast"] == c) & (table["p_max"] < 0.05)).sum() for c in ("corpus", "matched")]
-    assert heard.startswith(
-        f"- {count[0]} of 12 layers hear mathematics beyond chance on all tokens, {count[1]} on matched words"
+    heard, chosen, places, apart, injected, beside, score = lines(fourth())
+    assert (
+        heard
+        == "- 12 of 12 layers hear mathematics beyond chance on all tokens, 12 on matched words (permutation, maximum over layers). Hearing is not the question."
     )
-    picked = [sorted(table[(table["contrast"] == c) & (table["selected"] == 1)]["layer"]) for c in ("corpus", "matched")]
-    assert f"are {picked[0]} on all tokens and {picked[1]} on matched words" in chosen
-    assert chosen.endswith(f"{len(set(picked[0]) & set(picked[1]))} of 4 in common.")
-    random = sets[sets["selector"] == "random"]["loss_change"]
-    worse = {
-        n: (random > sets.set_index("selector").loc[n, "loss_change"]).mean() for n in ("stethoscope", "stethoscope_matched")
-    }
-    for name in worse:
-        assert abs(worse[name] - sets.set_index("selector").loc[name, "percentile"]) < 0.01
-        assert f"**{sets.set_index('selector').loc[name, 'percentile']:.0%}**" in injected
-    # the miniature's set is beaten by almost half of the random ones, and a rule without an SAE picks the same layers
-    assert "On all tokens and on matched words that is **not told from chance**" in injected
-    assert rules == "- Rules that do better than the stethoscope: none; as well as it: middle."
-    rho = found.set_index(["effect", "predictor"])["rho"]["effect_alone"]
-    assert f"rho = {rho['corpus']:+.2f} (all tokens), {rho['matched']:+.2f} (matched words)" in score
+    assert "are [8, 9, 10, 11] on all tokens and [8, 9, 10, 11] on matched words: 4 of 4 in common." in chosen
+    assert places == (
+        "- Injected alone, early layers do most for the solution, late layers for its closing sentence "
+        "(rho with depth -1.00 and +1.00)."
+    )
+    assert (
+        "**tells sets of layers apart**" in apart
+        and "rank 106 sets with rho +0.80" in apart
+        and apart.endswith("by 40% of the whole vector's effect.")
+    )
+    assert "better than **57%** (52% to 62%; all tokens) and **60%** (55% to 65%; matched words) of random sets" in injected
+    assert "On all tokens and on matched words that is **not told from chance**, which needs 95%" in injected
+    assert injected.endswith("Rules that do better: stethoscope matched, first, greedy.")
+    assert (
+        "stethoscope's set brings 25%, the whole vector shrunk to its energy 90%: selecting layers **does no better than"
+        in beside
+    )
+    assert beside.endswith("Of the closing sentence's, 60% and 80%.")
+    assert "rho = -1.00 (all tokens), -1.00 (matched words), -1.00 (size of the change), -1.00 (depth)" in score
     assert "does not tell a layer's worth" in score
 
 
 def test_04_says_when_no_layer_hears_mathematics():
-    table, sets = committed("04_layer_selection"), committed("04_layer_sets")
-    told = lambda t: lines(layer_selection.summary(t, sets, relations(table)))[0]  # noqa: E731
+    table = layer_table()
+    told = lambda t: lines(fourth(t))[0]  # noqa: E731
     assert told(table.assign(p_max=0.4)).startswith("- **No layer hears mathematics beyond chance**")
     matched = table["contrast"] == "matched"
     mixed = told(table.assign(p_max=table["p_max"].where(~matched, 0.4)))
@@ -290,26 +339,63 @@ def test_04_says_when_no_layer_hears_mathematics():
 
 
 def test_04_says_nothing_of_chance_where_sets_and_scores_are_better():
-    table, sets = committed("04_layer_selection"), committed("04_layer_sets")
-    sets.loc[sets["selector"].str.startswith("stethoscope"), "percentile"] = 0.99
-    text = layer_selection.summary(table, sets, relations(table, corpus=0.2, matched=0.1))
-    assert "not told from chance" not in text and "does not tell" not in text and "as well as it" not in text
-    sets.loc[sets["selector"] == "stethoscope", "percentile"] = 0.1
-    text = layer_selection.summary(table, sets, relations(table, corpus=0.2, matched=-0.1))
-    assert "On all tokens that is **not told from chance**" in text and "stethoscope matched" in lines(text)[3]
-    assert "On matched words **the score does not tell" in text
+    table, high = layer_table(), dict(percentile=0.99, percentile_low=0.96)
+    sets = set_table(stethoscope=high, stethoscope_matched=high)
+    text = fourth(table, sets, relations(table, corpus=0.2, matched=0.1))
+    assert "not told from chance" not in text and "does not tell a" not in text and "Rules that do better: none" in text
+    sets = set_table(stethoscope_matched=high, stethoscope=dict(percentile=0.99, percentile_low=0.94))
+    text = fourth(table, sets, relations(table, corpus=0.2, matched=-0.1))
+    assert "On all tokens that is **not told from chance**" in text and "On matched words **the score does not tell" in text
+
+
+def test_04_says_when_effects_live_nowhere_and_titles_do():
+    flat = layer_table(effect_alone=[1, 3, 2] * 4, closing_alone=0.1 * np.arange(LAYERS))
+    assert "**no layers of a particular depth** do most for the solution, late layers for its closing" in fourth(flat)
+    found = relations(flat)
+    assert layer_selection.effects_title(found, "solution").startswith(
+        "The solution: no layers of a particular depth do most (rho "
+    )
+    assert layer_selection.effects_title(found, "closing") == "The closing sentence: late layers do most (rho +1.00)"
+
+
+@pytest.mark.parametrize(("reliability", "held_out"), [(0.2, 0.4), (0.8, 0.05), (0.0, -0.1)])
+def test_04_says_when_this_world_does_not_tell_sets_apart(reliability, held_out):
+    told = reliable(reliability, held_out)
+    text = fourth(told=told)
+    assert (
+        "**This world does not tell sets of layers apart**" in text
+        and "(wanted: 0.5 and 10%), so percentiles say nothing." in text
+    )
+    assert (
+        "Rules that look better, which this world cannot tell,: " not in text
+        and "which this world cannot tell: stethoscope" in text
+    )
+    assert layer_selection.sets_title(set_table(), told).startswith(
+        "This world cannot tell sets apart (the stethoscope's beats 57%"
+    )
+    assert layer_selection.sets_title(set_table(), reliable()) == "The stethoscope's set beats 57% of random sets (52% to 62%)"
+
+
+def test_04_says_when_its_losses_rank_nothing():
+    assert "**cannot be said**" in fourth(told=reliable(np.nan, 0.4)) and "**cannot be said**" in fourth(
+        told=reliable(0.9, np.nan)
+    )
+
+
+def test_04_says_how_shrinking_all_layers_does_beside_selecting_some():
+    better = set_table(full_shrunk=dict(loss_change=-0.005))
+    assert "shrunk to its energy 12%: selecting layers does better than shrinking all." in fourth(sets=better)
+    assert layer_selection.scales_title(better) == "At equal energy all layers bring 12% of the fall, the stethoscope's 25%"
+    useless = set_table(full=dict(loss_change=0.001))
+    assert "**does not lower the solution's loss** (+0.001 nats a token)" in fourth(sets=useless)
+    assert layer_selection.scales_title(useless) == "The whole vector does not lower the solution's loss"
+    assert "Of the closing sentence's" not in fourth(sets=set_table(full=dict(closing_change=0.0)))
 
 
 def test_04_the_sets_are_told_apart():
-    sets, table = committed("04_layer_sets"), committed("04_layer_selection")
-    named = layer_sets.named_sets(sets)
-    assert named.index.is_unique and {"full", "greedy", "stethoscope", "middle"} <= set(named.index)
-    equal = sets[sets["selector"] == "random_energy"]["loss_change"]
-    median, share = layer_sets.at_equal_energy(sets).values()
-    assert median == pytest.approx(np.median(equal)) and share == (equal > named.loc["stethoscope", "loss_change"]).mean()
-    chosen = layer_selection.chosen_layers(table)
-    assert " ".join(map(str, chosen["corpus"])) == named.loc["stethoscope", "layers"]
-    assert " ".join(map(str, chosen["matched"])) == named.loc["stethoscope_matched", "layers"]
+    named = layer_sets.named_sets(set_table())
+    assert named.index.is_unique and "random" not in named.index
+    assert named.loc["greedy", "percentile"] == pytest.approx(0.8) and named.loc["greedy", "layers"] == "8 9 10 11 | 8 9 10 11"
 
 
 # --- 05

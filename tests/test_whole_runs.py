@@ -159,7 +159,7 @@ def test_no_test_problem_is_read_before_step_05(tmp_path, monkeypatch):
     study.task_vectors.table(), study.sae_features.table()
     study.subspace_projection.table(), study.subspace_projection.mechanism(), study.subspace_projection.energy_or_direction()
     stethoscope = study.layer_selection
-    stethoscope.table(), stethoscope.agreement(), stethoscope.relations(), stethoscope.greedy_share()
+    stethoscope.table(), stethoscope.agreement(), stethoscope.relations(), stethoscope.reliability()
     with pytest.raises(AssertionError, match="test problem"):
         study.minerva_math.table()
 

@@ -7,6 +7,7 @@ from stetholib.errors import UserError
 
 STOP = "Problem:"
 INVALID = "[invalidanswer]"
+CLOSING = "\nFinal Answer: The final answer is $"
 
 
 def prompt(problem: str) -> str:
@@ -18,7 +19,13 @@ def target(solution: str, style: str = "minerva") -> str:
     """A solution as a model should complete the prompt; `minerva` ends with the sentence `exact_match` looks for."""
     if style == "plain":
         return f" {solution}"
-    return f" {solution}\nFinal Answer: The final answer is ${boxed_answer(solution)}$. I hope it is correct."
+    return f" {solution}{CLOSING}{boxed_answer(solution)}$. I hope it is correct."
+
+
+def closing(target: str) -> str:
+    """The closing sentence at the end of a target, its line break included; empty where there is none, as in style `plain`."""
+    _, opening, rest = target.rpartition(CLOSING)
+    return opening + rest if opening else ""
 
 
 def boxed_answer(solution: str) -> str:

@@ -1,10 +1,11 @@
 """What runs through a model: texts as batches of tokens, taps on the residual stream, and losses."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -22,12 +23,35 @@ def unwatched(items: Sequence[Any], label: str) -> Iterable[Any]:
 
 @dataclass(frozen=True)
 class Batch:
-    """Left-aligned token ids with their mask; `scored` marks the tokens whose loss, or features, count."""
+    """Left-aligned token ids with their mask; `scored` marks the tokens whose loss, or features, count, and `closing` those
+    of them that belong to the closing sentence."""
 
     documents: tuple[int, ...]
     input_ids: Int[Tensor, "doc seq"]
     attention_mask: Int[Tensor, "doc seq"]
     scored: Int[Tensor, "doc seq"]
+    closing: Int[Tensor, "doc seq"]
+
+
+@dataclass(frozen=True)
+class DocumentLosses:
+    """Summed loss of each document, in nats: of the solution before its closing sentence, and of that sentence.
+
+    tokens: how many are scored in the whole of it, which both parts are divided by, so that they add up to the whole's loss.
+    """
+
+    solution: Float[np.ndarray, " doc"]
+    closing: Float[np.ndarray, " doc"]
+    tokens: Float[np.ndarray, " doc"]
+
+    def nats(self, part: str = "solution") -> Float[np.ndarray, " doc"]:
+        """Summed loss of each document; part: `solution`, `closing` or `total`."""
+        return self.solution + self.closing if part == "total" else getattr(self, part)
+
+    def mean(self, part: str = "solution", where: np.ndarray | None = None) -> float:
+        """Nats a token of the whole solution, over all documents or where a mask is True."""
+        at = slice(None) if where is None else where
+        return float(self.nats(part)[at].sum() / self.tokens[at].sum())
 
 
 @contextmanager
@@ -60,16 +84,28 @@ def tokenize(model: LanguageModel, texts: Sequence[tuple[str, str]], max_tokens:
     pairs = []
     for context, text in texts:
         ids = tokenizer(context + text).input_ids
-        held = tokenizer(context).input_ids
         if ids[0] != tokenizer.bos_token_id or ids[:2].count(tokenizer.bos_token_id) != 1:
             raise ModelError(f"tokenizer: a text must open with {tokenizer.bos_token} exactly once, got ids {ids[:3]}")
-        shared = next((i for i, (a, b) in enumerate(zip(held, ids, strict=False)) if a != b), min(len(held), len(ids)))
-        pairs.append((ids[:max_tokens], min(shared, max_tokens)))
+        pairs.append((ids[:max_tokens], min(_shared(model, context, ids), max_tokens)))
     return pairs
 
 
-def batches(pairs: Sequence[tuple[list[int], int]], batch_tokens: int, device: torch.device | str) -> list[Batch]:
-    """Padded batches of at most `batch_tokens` tokens, texts of like length together; order is by length, then index."""
+def _shared(model: LanguageModel, opening: str, ids: Sequence[int]) -> int:
+    """How many tokens of a text are those of its opening alone; one that spans the boundary belongs to what follows."""
+    held = model.tokenizer(opening).input_ids
+    return next((i for i, (a, b) in enumerate(zip(held, ids, strict=False)) if a != b), min(len(held), len(ids)))
+
+
+def batches(
+    pairs: Sequence[tuple[list[int], int]],
+    batch_tokens: int,
+    device: torch.device | str,
+    closing_from: Mapping[int, int] | None = None,
+) -> list[Batch]:
+    """Padded batches of at most `batch_tokens` tokens, texts of like length together; order is by length, then index.
+
+    closing_from: where the closing sentence begins, in tokens, by the index of each text that has one.
+    """
     order = sorted(range(len(pairs)), key=lambda i: (len(pairs[i][0]), i))
     groups: list[list[int]] = []
     for index in order:
@@ -77,18 +113,22 @@ def batches(pairs: Sequence[tuple[list[int], int]], batch_tokens: int, device: t
             groups[-1].append(index)
         else:
             groups.append([index])
-    return [_batch(pairs, group, device) for group in groups]
+    return [_batch(pairs, group, device, closing_from or {}) for group in groups]
 
 
-def _batch(pairs: Sequence[tuple[list[int], int]], group: list[int], device: torch.device | str) -> Batch:
+def _batch(
+    pairs: Sequence[tuple[list[int], int]], group: list[int], device: torch.device | str, closing_from: Mapping[int, int]
+) -> Batch:
     width = max(len(pairs[i][0]) for i in group)
-    ids, mask, scored = (torch.zeros(len(group), width, dtype=torch.long) for _ in range(3))
+    ids, mask, scored, closing = (torch.zeros(len(group), width, dtype=torch.long) for _ in range(4))
     for row, index in enumerate(group):
         tokens, context = pairs[index]
         ids[row, : len(tokens)] = torch.tensor(tokens)
         mask[row, : len(tokens)] = 1
         scored[row, max(context, 1) : len(tokens)] = 1
-    return Batch(tuple(group), ids.to(device), mask.to(device), scored.to(device))
+        closing[row, closing_from.get(index, width) :] = 1
+    closing *= scored
+    return Batch(tuple(group), ids.to(device), mask.to(device), scored.to(device), closing.to(device))
 
 
 def token_losses(model: nn.Module, batch: Batch) -> Float[Tensor, "doc seq"]:
@@ -99,21 +139,26 @@ def token_losses(model: nn.Module, batch: Batch) -> Float[Tensor, "doc seq"]:
 
 
 @torch.no_grad()
-def document_losses(model: nn.Module, pool: Sequence[Batch]) -> tuple[Float[Tensor, " doc"], Float[Tensor, " doc"]]:
-    """Summed loss (nats) and number of scored tokens of every document, in document order."""
-    total = sum(len(batch.documents) for batch in pool)
-    losses, counts = torch.zeros(total, dtype=torch.float64), torch.zeros(total, dtype=torch.float64)
+def document_losses(model: nn.Module, pool: Sequence[Batch]) -> DocumentLosses:
+    """The losses of every document, in document order."""
+    found = torch.zeros(3, sum(len(batch.documents) for batch in pool), dtype=torch.float64)
     for batch in pool:
-        where = torch.tensor(batch.documents)
-        losses[where] = token_losses(model, batch).sum(1).double().cpu()
-        counts[where] = batch.scored.sum(1).double().cpu()
-    return losses, counts
+        losses = token_losses(model, batch).double()
+        closing = (losses * batch.closing).sum(1)
+        parts = torch.stack([losses.sum(1) - closing, closing, batch.scored.sum(1)])
+        found[:, torch.tensor(batch.documents)] = parts.cpu()
+    return DocumentLosses(*found.numpy())
+
+
+def scored_tokens(pool: Sequence[Batch]) -> Float[np.ndarray, " doc"]:
+    """How many tokens of every document are scored, in document order."""
+    counts = {index: int(n) for batch in pool for index, n in zip(batch.documents, batch.scored.sum(1), strict=True)}
+    return np.array([counts[index] for index in sorted(counts)], float)
 
 
 def mean_loss(model: nn.Module, pool: Sequence[Batch]) -> float:
     """Mean loss over all scored tokens, in nats a token."""
-    losses, counts = document_losses(model, pool)
-    return float(losses.sum() / counts.sum())
+    return document_losses(model, pool).mean("total")
 
 
 @torch.no_grad()
@@ -195,6 +240,19 @@ def text_loss(base: LanguageModel, texts: Sequence[str], max_tokens: int, batch_
     return mean_loss(base.model, pool_of(base, [("", text) for text in texts], max_tokens, batch_tokens))
 
 
-def pool_of(base: LanguageModel, texts: Sequence[tuple[str, str]], max_tokens: int, batch_tokens: int) -> list[Batch]:
-    """Texts, each (context, scored text), in batches on the model's device."""
-    return batches(tokenize(base, texts, max_tokens), batch_tokens, base.device)
+def pool_of(
+    base: LanguageModel,
+    texts: Sequence[tuple[str, str]],
+    max_tokens: int,
+    batch_tokens: int,
+    closings: Sequence[str] | None = None,
+) -> list[Batch]:
+    """Texts, each (context, scored text), in batches on the model's device.
+
+    closings: the closing sentence that each scored text ends with, or an empty string.
+    """
+    pairs, starts = tokenize(base, texts, max_tokens), {}
+    for index, ((context, text), end) in enumerate(zip(texts, closings or [""] * len(texts), strict=True)):
+        if end:
+            starts[index] = _shared(base, context + text.removesuffix(end), pairs[index][0])
+    return batches(pairs, batch_tokens, base.device, starts)

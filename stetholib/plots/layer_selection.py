@@ -8,7 +8,8 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 
-from stetholib.plots.style import BLACK, BLUE, CONTRASTS, GREEN, GREY, ORANGE, PALE, RED, SELECTORS, lines, whole_numbers
+from stetholib.layer_sets import named_sets
+from stetholib.plots.style import BLACK, BLUE, CONTRASTS, GREEN, GREY, LOSSES, ORANGE, PALE, RED, SELECTORS, lines, whole_numbers
 
 
 def layer_scores(table: pd.DataFrame, null: np.ndarray, contrast: str, ax: Axes) -> Axes:
@@ -26,11 +27,11 @@ def layer_scores(table: pd.DataFrame, null: np.ndarray, contrast: str, ax: Axes)
     return ax
 
 
-def effects(table: pd.DataFrame, ax: Axes) -> Axes:
-    """What each layer is worth on the validation loss: injected alone, and left out of the whole."""
-    rows = table[table["contrast"] == "corpus"]
-    ax.plot(rows["layer"], rows["effect_left_out"], color=GREEN, marker="^", label="left out of the whole")
-    ax.plot(rows["layer"], rows["effect_alone"], color=ORANGE, marker="D", label="injected alone")
+def effects(table: pd.DataFrame, part: str, ax: Axes) -> Axes:
+    """What each layer is worth on the validation loss of a part, `solution` or `closing`: injected alone, and left out."""
+    rows, of = table[table["contrast"] == "corpus"], {"solution": "effect", "closing": "closing"}[part]
+    ax.plot(rows["layer"], rows[f"{of}_left_out"], color=GREEN, marker="^", label="left out of the whole")
+    ax.plot(rows["layer"], rows[f"{of}_alone"], color=ORANGE, marker="D", label="injected alone")
     ax.axhline(0, color=BLACK, lw=0.8)
     whole_numbers(ax).set(xlabel="layer", ylabel="effect (nats a token)")
     ax.legend()
@@ -49,9 +50,8 @@ def score_against_effect(table: pd.DataFrame, ax: Axes) -> Axes:
 
 
 def layer_sets(table: pd.DataFrame, ax: Axes) -> Axes:
-    """Loss change of random sets of m layers as a histogram, every selector's set marked on it."""
-    change = table.set_index("selector")["loss_change"]
-    random = change["random"]
+    """Solution loss of random sets of m layers as a histogram, every selector's set marked on it (mean of two halves)."""
+    random, change = table.loc[table["selector"] == "random", "loss_change"], named_sets(table)["loss_change"]
     sns.histplot(random, bins=30, color=PALE, alpha=1, edgecolor="white", label=f"{len(random)} random sets", ax=ax)
     ax.axvline(random.median(), color=GREY, ls=":", label="their median")
     top = ax.get_ylim()[1]
@@ -59,8 +59,22 @@ def layer_sets(table: pd.DataFrame, ax: Axes) -> Axes:
         look = SELECTORS[name]
         ax.axvline(change[name], color=look.colour, lw=1, alpha=0.6)
         ax.plot(change[name], top * (0.97 - 0.085 * row), look.marker, color=look.colour, ms=8, label=look.name)
-    ax.set(xlabel="change of validation loss (nats a token); left is better", ylabel="sets")
+    ax.set(xlabel="change of the solution's validation loss (nats a token); left is better", ylabel="sets")
     ax.legend(loc="upper left", bbox_to_anchor=(1.01, 1))
+    return ax
+
+
+def scales(table: pd.DataFrame, sets: pd.DataFrame, ax: Axes) -> Axes:
+    """Loss changes of the whole vector against its energy over scales, the stethoscope's set marked at its own energy."""
+    ours = named_sets(sets).loc["stethoscope"]
+    for part, look in LOSSES.items():
+        ax.plot(table["energy"], table[part], color=look.colour, marker=look.marker, ls=look.dash, label=look.name)
+        column = {"solution": "loss_change"}.get(part, f"{part}_change")
+        ax.plot(ours["energy"], ours[column], look.marker, ms=11, mfc="none", mew=2, color=look.colour)
+    ax.plot([], [], "o", ms=11, mfc="none", mew=2, color=BLACK, label="the stethoscope's set")
+    ax.axhline(0, color=BLACK, lw=0.8)
+    ax.set(xlabel="energy, as a share of the whole vector's", ylabel="change of the loss (nats a token)")
+    ax.legend()
     return ax
 
 

@@ -46,9 +46,16 @@ SELECTORS = {
     "stethoscope_matched": Look("stethoscope matched", BLUE, "s"),
     "largest_norm": Look("largest norm", ORANGE, "D"),
     "small_step": Look("small step", PURPLE, "P"),
+    "first": Look("first", BLACK, "<"),
     "middle": Look("middle", SKY, "^"),
     "last": Look("last", BLACK, ">"),
     "least_specific": Look("least specific", GREY, "v"),
+    "full_shrunk": Look("whole vector, shrunk to the stethoscope's energy", GREEN, "h"),
+}
+LOSSES = {
+    "solution": Look("solution", BLUE, "o"),
+    "closing": Look("its closing sentence", ORANGE, "s", "--"),
+    "general": Look("general text", GREY, "^", ":"),
 }
 VARIANTS = SELECTORS | {
     "base": Look("base", GREY, "x"),

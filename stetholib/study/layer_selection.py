@@ -9,7 +9,7 @@ import torch
 
 from stetholib import calibration, layer_selection, layer_sets
 from stetholib.layer_selection import Scores
-from stetholib.layer_sets import LayerSet
+from stetholib.layer_sets import LayerSet, PlannedSet
 from stetholib.models.sums import CONTRASTS
 from stetholib.store.progress import progress
 from stetholib.study.losses import Losses
@@ -18,6 +18,12 @@ from stetholib.study.task_vectors import TaskVectors
 from stetholib.study.world import Step, World
 
 DEFINITIONS = ("cohen_d", "firing_log_ratio", "auroc")
+
+
+def planted(world: World) -> tuple[np.ndarray, pd.DataFrame]:
+    """The instrument on planted truth: p-values without signal, and power against the planted effect."""
+    null = world.store.made(calibration.null_p_values, 200).value
+    return null, world.store.made(calibration.power_curve, (0.0, 0.1, 0.2, 0.3, 0.4, 0.6), 60).value
 
 
 class LayerSelection(Step):
@@ -32,11 +38,6 @@ class LayerSelection(Step):
     def selected_count(self) -> int:
         """m, the number of layers to select."""
         return layer_sets.layer_count(self._world.layers, self._profile.selection.layer_share)
-
-    def calibration(self) -> tuple[np.ndarray, pd.DataFrame]:
-        """The instrument on planted truth: p-values without signal, and power against the planted effect."""
-        null = self._store.made(calibration.null_p_values, 200).value
-        return null, self._store.made(calibration.power_curve, (0.0, 0.1, 0.2, 0.3, 0.4, 0.6), 60).value
 
     def scores(self, contrast: str) -> Scores:
         """Layer scores under one contrast, with permutations and resamples."""
@@ -77,17 +78,33 @@ class LayerSelection(Step):
         return layer_sets.layer_energies(self._vectors.energies())
 
     def chosen(self) -> dict[str, tuple[str, LayerSet]]:
-        """selector -> (contrast, layers) for every rule that picks m layers without trying sets."""
-        step, layers = self._profile.selection.small_step, range(self._world.layers)
-        small = [self._losses.of((layer,), step) for layer in progress(layers, "04 small steps")]
+        """selector -> (contrast, layers) for every rule that picks m layers without sight of a loss."""
         scores = {contrast: self.scores(contrast).score for contrast in CONTRASTS}
-        return layer_sets.fixed_selectors(scores, self._layer_energy, small, self.selected_count)
+        return layer_sets.fixed_selectors(scores, self._layer_energy, self.selected_count)
+
+    @property
+    def shrunk(self) -> float:
+        """The alpha at which the whole vector has the energy of the stethoscope's layers (all tokens)."""
+        return layer_sets.shrunk_to(self._layer_energy, self.chosen()["stethoscope"][1])
+
+    def _plan(self) -> list[PlannedSet]:
+        random_sets, seed = self._profile.selection.random_sets, self._world.seed("random sets")
+        return layer_sets.planned_sets(self.chosen(), self._layer_energy, random_sets, seed)
 
     def sets(self) -> pd.DataFrame:
         """Step 04's table of sets of layers, each scored by validation loss after injection."""
-        p, seed = self._profile.selection, self._world.seed("random sets")
-        plan = layer_sets.planned_sets(self.chosen(), self._layer_energy, p.random_sets, p.random_energy_sets, seed)
-        return layer_sets.measure_sets(plan, self._losses.of, self._layer_energy, self.selected_count, p.greedy, progress)
+        p, losses, plan = self._profile.selection, self._losses, self._plan()
+        half = layer_sets.halving(losses.subjects, self._world.seed("halves"))
+        sizes = (self._world.layers, self.selected_count, p.small_step, p.greedy)
+        for draw, seen in enumerate((half, ~half)):
+            plan += layer_sets.seeing_sets(losses.of, seen, draw, *sizes)
+        seed = self._world.seed("percentiles")
+        return layer_sets.measure_sets(plan, losses.of, losses.general, half, self._layer_energy, seed, progress)
+
+    def reliability(self) -> pd.DataFrame:
+        """Step 04's table of whether losses on two halves of the problems rank layers, and sets of layers, alike."""
+        subjects, seed = self._losses.subjects, self._world.seed("reliability")
+        return layer_sets.reliability(self._plan(), self._losses.of, subjects, seed)
 
     def table(self) -> pd.DataFrame:
         """Step 04's table of layers."""
@@ -98,11 +115,3 @@ class LayerSelection(Step):
     def relations(self) -> pd.DataFrame:
         """How layer scores go with effects over layers: Spearman with an interval, and given depth and |tau_l|."""
         return layer_selection.relations(self.table(), self._layer_energy, self._world.seed("spearman"))
-
-    def greedy_share(self) -> pd.DataFrame:
-        """Each selector's loss change as a share of what `greedy` reaches, with a bootstrap interval over problems."""
-        sets = self.sets()
-        chosen = layer_sets.named_sets(sets)["layers"].drop("full")
-        inputs = (self._world.model, self._losses.pool, self._vectors.tau, [(s, n) for s, n in chosen.items()])
-        gains = self._store.made(layer_sets.gains_by_document, *inputs).value if "greedy" in chosen else {}
-        return layer_sets.greedy_share(gains, self._world.seed("greedy share"))

@@ -1,11 +1,21 @@
-"""Validation losses of edits: each is measured once, and on disk as soon as it is known."""
+"""Validation losses of edits: each is measured once, and on disk as soon as it is known.
+
+What is on disk are Python's own digits of each number (`repr`), which read back to the same bits, so that a run that finds its
+losses decides as the one that measured them.
+"""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
+from typing import Any
 
-from stetholib.layer_sets import solution_loss
-from stetholib.models.streams import Batch, pool_of
+import numpy as np
+import pandas as pd
+
+from stetholib.data import corpora
+from stetholib.data.prompts import closing
+from stetholib.editing import Edit, losses_by_document
+from stetholib.models.streams import Batch, DocumentLosses, pool_of, scored_tokens
 from stetholib.store.artefacts import Ledger
 from stetholib.store.values import Input
 from stetholib.study.task_vectors import TaskVectors
@@ -13,33 +23,76 @@ from stetholib.study.world import World
 
 
 class Losses:
-    """Loss of gold solutions of validation problems, nats a token, under edits with the raw task vector."""
+    """Losses under edits with the raw task vector: of gold solutions of validation problems, and of general texts."""
 
     def __init__(self, world: World, task_vectors: TaskVectors) -> None:
         """world: theta_0 and the validation split; task_vectors: what edits inject."""
         self._world, self._vectors = world, task_vectors
 
     @cached_property
+    def _problems(self) -> list[corpora.Row]:
+        return self._world.per_subject("validation", self._world.profile.selection.loss_problems)
+
+    @property
+    def subjects(self) -> list[str]:
+        """The subject of each problem of the pool."""
+        return [row["subject"] for row in self._problems]
+
+    @cached_property
     def pool(self) -> Input[list[Batch]]:
         """Validation problems with gold solutions, in batches, as an input of stages."""
+        texts = self._world.solved(self._problems)
+        return self._batches(texts, [closing(text) for _, text in texts])
+
+    @cached_property
+    def _general(self) -> Input[list[Batch]]:
+        documents = self._world.general("validation", self._world.profile.evaluation.general_documents)
+        return self._batches([("", text) for text in documents])
+
+    def _batches(self, texts: Sequence[tuple[str, str]], closings: Sequence[str] | None = None) -> Input[list[Batch]]:
         p, world = self._world.profile, self._world
-        texts = world.solved(world.per_subject("validation", p.selection.loss_problems))
-        return world.store.derived(pool_of, world.model, texts, p.data.max_tokens, p.selection.batch_tokens)
+        return world.store.derived(pool_of, world.model, texts, p.data.max_tokens, p.selection.batch_tokens, closings)
 
     @cached_property
-    def _ledger(self) -> Ledger:
-        world = self._world
-        return world.store.ledger("losses", solution_loss, world.model, self._vectors.tau, self.pool)
+    def _tokens(self) -> np.ndarray:
+        return self._world.store.made(scored_tokens, self.pool).value
 
     @cached_property
-    def _known(self) -> dict[str, float]:
-        return {row["set"]: row["loss"] for row in self._ledger.rows}
+    def _ledgers(self) -> dict[str, tuple[Ledger, dict[str, Mapping[str, Any]]]]:
+        """By kind, the losses on disk and what is known of them by set."""
+        store, given = self._world.store, (losses_by_document, self._world.model, self._vectors.tau)
+        found = {
+            "losses": store.ledger("losses", *given, self.pool),
+            "general": store.ledger("general_losses", *given, self._general),
+        }
+        return {kind: (ledger, {row["set"]: row for row in ledger.rows}) for kind, ledger in found.items()}
 
-    def of(self, layers: Sequence[int], alpha: float = 1.0) -> float:
-        """Loss with `alpha` times the raw vector in these layers."""
-        name = json.dumps([list(layers), alpha])
-        if name not in self._known:
-            with self.pool.opened() as pool:
-                self._known[name] = solution_loss(self._world.base, self._vectors.vector, pool, tuple(layers), alpha)
-            self._ledger.append([{"set": name, "loss": self._known[name]}])
-        return self._known[name]
+    def _known(self, kind: str, pool: Input[list[Batch]], layers: Sequence[int], alpha: float) -> Mapping[str, Any]:
+        name, (ledger, known) = json.dumps([list(layers), alpha]), self._ledgers[kind]
+        if name not in known:
+            edit = Edit(self._vectors.vector, tuple(layers), alpha=alpha)
+            with pool.opened() as batches:
+                found = losses_by_document(self._world.base.model, edit, batches)
+            per_document = dict(solution=found.solution.tolist(), closing=found.closing.tolist())
+            known[name] = {"set": name} | (per_document if kind == "losses" else dict(loss=found.mean("total")))
+            ledger.append([known[name]])
+        return known[name]
+
+    def of(self, layers: Sequence[int], alpha: float = 1.0) -> DocumentLosses:
+        """Losses of the pool's solutions with `alpha` times the raw vector in these layers."""
+        row = self._known("losses", self.pool, layers, alpha)
+        return DocumentLosses(np.array(row["solution"]), np.array(row["closing"]), self._tokens)
+
+    def general(self, layers: Sequence[int], alpha: float = 1.0) -> float:
+        """Mean loss of general validation texts, nats a token, with `alpha` times the raw vector in these layers."""
+        return self._known("general", self._general, layers, alpha)["loss"]
+
+    def scales(self, shrunk: float) -> pd.DataFrame:
+        """Changes of the losses by the whole vector over alpha, `shrunk` among them: columns alpha, energy (a share of that at
+        alpha 1), solution, closing (nats a token of the whole solution) and general."""
+        every, before, rows = range(self._world.layers), self.of(()), []
+        for alpha in sorted({0.1, 0.25, 0.4, shrunk, 0.75, 1.0, 1.25}):
+            after, general = self.of(every, alpha), self.general(every, alpha) - self.general(())
+            change = {part: after.mean(part) - before.mean(part) for part in ("solution", "closing")}
+            rows.append(dict(alpha=alpha, energy=alpha**2) | change | dict(general=general))
+        return pd.DataFrame(rows)
