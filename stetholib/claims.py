@@ -14,6 +14,8 @@ from stetholib.models.subspaces import split_loss
 from stetholib.models.weights import Key
 from stetholib.significance import ALL
 
+BUILT, SAME = "by construction", "as corpus"
+HOLDS = ("consistent", "reproduced")
 NUMBER_THEORY = "number_theory"
 CONTRAST_VARIANT = {"corpus": "stethoscope", "matched": "stethoscope_matched"}
 FLOOR = 0.05  # base accuracy below which a subject tells nothing

@@ -101,14 +101,15 @@ class Variant:
     alpha: float = 1.0
 
 
-NEEDED = ("base", "full", "scalpel", "stethoscope", "stethoscope_matched", "random_1")  # by the ledger of claims
+NEEDED = ("base", "full", "full_shrunk", "scalpel", "stethoscope", "stethoscope_matched", "random_1")  # by the ledger of claims
 
 
 def variants(
-    layers: int, chosen: Mapping[str, tuple[int, ...]], drawn: Sequence[tuple[int, ...]], wanted: Sequence[str]
+    layers: int, chosen: Mapping[str, tuple[int, ...]], drawn: Sequence[tuple[int, ...]], wanted: Sequence[str], shrunk: float
 ) -> dict[str, Variant]:
     """The edited models that answer the test, in the order wanted; chosen: layers by selector; drawn: random sets.
 
+    shrunk: the alpha at which the whole vector, in all layers, has the energy of the stethoscope's.
     Raises UserError for a name that does not exist, and where one that the claims need is left out.
     """
     every = tuple(range(layers))
@@ -117,6 +118,7 @@ def variants(
         Variant("base"),
         Variant("finetuned", "finetuned"),
         Variant("full", "raw", every),
+        Variant("full_shrunk", "raw", every, alpha=shrunk),
         Variant("scalpel", "projected", every),
         Variant("scalpel_rescaled", "projected_rescaled", every),
         Variant("raw_shrunk", "raw_shrunk", every),
@@ -207,43 +209,84 @@ def price(table: pd.DataFrame, variants: Sequence[str]) -> pd.Series:
     return (loss - loss["base"]).drop("base")
 
 
-def summary(table: pd.DataFrame, significance: pd.DataFrame, noise: pd.DataFrame, headline: str) -> str:
+WORDS = {"exact_match": "exact match", "math_verify": "`math_verify`"}
+SHOWN = {
+    "base": "{} base",
+    "full": "{} whole vector",
+    "stethoscope": "**{}** stethoscope",
+    "full_shrunk": "{} whole vector shrunk to its energy",
+}
+
+
+def summary(table: pd.DataFrame, significance: pd.DataFrame, noise: pd.DataFrame, headline: str, against: pd.DataFrame) -> str:
     """What step 05 saw, as Markdown.
 
     table: of `measure`; significance: the table of step 06, for paired intervals; noise: verdicts that flip by rounding
-    alone; headline: the subject that the paper's headline is about.
+    alone; headline: the subject that the paper's headline is about; against: of `pairs_table`, the stethoscope minus the
+    whole vector shrunk to its energy. A task without `math_verify` is judged by exact match alone.
     """
+    judges = ["exact_match", "math_verify"] if table["math_verify"].notna().all() else ["exact_match"]
     accuracy = table.pivot(index="variant", columns="subject", values="accuracy")
-    paired = significance.set_index(["variant", "subject"])
+    paired: Any = significance.set_index(["variant", "subject", "metric"]).sort_index()
     of, whole = accuracy[headline], accuracy["all"]
+    verified = " (by `math_verify`)" if len(judges) > 1 else ""
     published = "(Paper: 29.6 % to 39.4 %)" if headline == "number_theory" else "(a subject of one's own)"
     spoken = {"stethoscope": "all tokens", "stethoscope_matched": "matched words"}
-    rows = {words: paired.xs((name, headline)) for name, words in spoken.items()}
-    within = [f"{words} ({interval(row)})" for words, row in rows.items() if row["ci_low"] <= 0]
-    untold = f" The stethoscope shows **no gain there that can be told from none** on {' and on '.join(within)}."
+    unlifted = _within({WORDS[judge]: paired.loc[("full", headline, judge)] for judge in judges})
+    untold = _within({words: paired.loc[(name, headline, "exact_match")] for name, words in spoken.items()})
+    flat = f" The whole vector **lifts nothing there that can be told from none** by {unlifted}." if unlifted else ""
+    null = f" The stethoscope shows **no gain there that can be told from none** on {untold}." if untold else ""
     randoms = whole[[name for name in whole.index if name.startswith("random_")]]
     no_better = " The stethoscope's layers are **no better** than those." if whole["stethoscope"] <= randoms.max() else ""
     drawn = {1: "one random set of as many layers gives", 3: "three random sets of as many layers give"}
     sets = drawn.get(len(randoms), f"{len(randoms)} random sets of as many layers give")
     flips = f"{noise['share'].min():.1%} to {noise['share'].max():.1%}" if noise["flips"].any() else "none"
     return f"""
-- {headline.replace("_", " ").title()}: {of["base"]:.1%} for the base, {of["full"]:.1%} with the whole vector, **{of["stethoscope"]:.1%}** with the stethoscope {published}, {of["stethoscope_matched"]:.1%} on matched words, {of["scalpel"]:.1%} with the scalpel.{untold if within else ""}
-- Over all subjects: {whole["base"]:.1%} base, {whole["full"]:.1%} whole, {whole["stethoscope"]:.1%} stethoscope; {sets} {randoms.min():.1%} to {randoms.max():.1%}.{no_better}
-- {_format(overall(table, ["base", "full"]), paired.xs(("full", "all")))}
+- {headline.replace("_", " ").title()} {published}, by exact match{verified}: {_by(judges, table, headline)}; {of["stethoscope_matched"]:.1%} on matched words, {of["scalpel"]:.1%} with the scalpel.{flat}{null}
+- Over all subjects: {_by(judges, table, "all")}; {sets} {randoms.min():.1%} to {randoms.max():.1%}.{no_better}
+- {_shrunk(against.xs(judges[-1], level="metric").iloc[0], WORDS[judges[-1]])}
+- {_format(overall(table, ["base", "full"]), paired.loc[("full", "all")], judges)}
 - Rounding alone flips {flips} of the verdicts.
 """.strip()
 
 
-def _format(whole: pd.DataFrame, gain: Any) -> str:
-    """How much of the whole vector's gain can be format; that there is no gain to split is said."""
-    base, full = whole.loc["base"], whole.loc["full"]
+def _within(rows: Mapping[str, Any]) -> str:
+    """Which of these paired gains cannot be told from none, each with its interval; empty where all can."""
+    return " and ".join(f"{words} ({interval(row)})" for words, row in rows.items() if row["ci_low"] <= 0)
+
+
+def _by(judges: Sequence[str], table: pd.DataFrame, subject: str) -> str:
+    """A subject's accuracy of the variants that the claim turns on, by exact match and in brackets by `math_verify`."""
+    rows: Any = table[table["subject"] == subject].set_index("variant")
+    verify = {name: f" ({rows.loc[name, 'math_verify']:.1%})" if "math_verify" in judges else "" for name in SHOWN}
+    return ", ".join(text.format(f"{rows.loc[name, 'accuracy']:.1%}{verify[name]}") for name, text in SHOWN.items())
+
+
+def _shrunk(row: Any, judge: str) -> str:
+    """What selecting layers is worth beside the same energy in all of them."""
+    verdict = "no difference can be told, so **shrinking does as well as selecting**"
+    if row["ci_low"] > 0:
+        verdict = "selecting layers does better than shrinking"
+    elif row["ci_high"] < 0:
+        verdict = "**shrinking does better than selecting**"
+    return (
+        f"The same energy in chosen layers or, shrunk, in all: by {judge} the stethoscope stands at {row['difference']:+.1%} beside "
+        f"the whole vector shrunk to its energy ({interval(row)}): {verdict}."
+    )
+
+
+def _format(whole: pd.DataFrame, gains: Any, judges: Sequence[str]) -> str:
+    """How much of the whole vector's gain can be format; that there is no gain to split is said. gains: by metric."""
+    base, full, gain = whole.loc["base"], whole.loc["full"], gains.loc["exact_match"]
     split = f"at most {gain['gain_format_bound']:+.1%} of its gain of {gain['difference']:+.1%} is format"
     if gain["ci_low"] <= 0:
         split = f"but it gains **nothing that can be told from chance** ({gain['difference']:+.1%}, {interval(gain)}), so there is no gain to split"
     elif gain["gain_format_bound"] >= gain["difference"]:
         split += ", **which may be all of it**"
-    verify = "goes" if full["math_verify"] > base["math_verify"] else "**does not rise**: it goes"
-    return (
-        f"The base closes {base['extractable']:.0%} of its answers readably, the whole vector {full['extractable']:.0%}: {split}. "
-        f"`math_verify`, which needs no sentence, {verify} from {base['math_verify']:.1%} to {full['math_verify']:.1%}."
+    said = (
+        f"The base closes {base['extractable']:.0%} of its answers readably, the whole vector {full['extractable']:.0%}: {split}."
     )
+    if "math_verify" not in judges:
+        return said
+    verify = "goes" if gains.loc["math_verify", "ci_low"] > 0 else "**does not rise beyond chance**: it goes"
+    return f"{said} `math_verify`, which needs no sentence, {verify} from {base['math_verify']:.1%} to {full['math_verify']:.1%}."

@@ -2,7 +2,7 @@
 
 A subspace of the residual stream filters a reader from the right (tau Q Q') and a writer from the left (Q Q' tau).
 The energy it keeps, rho, is set beside what a random subspace of the same rank keeps (rank / d) and what the best
-one keeps (`own_svd`). What is lost splits into what any subspace of that rank must lose and what this one loses by
+one keeps (`own_svd_layer`: like the scalpel, one subspace for all matrices of a layer). What is lost splits into what any subspace of that rank must lose and what this one loses by
 pointing elsewhere: 1 - rho = (1 - ceiling) + (ceiling - rho).
 """
 
@@ -29,16 +29,17 @@ COVECTORS = ("sae_encoder", "gradient_pca")
 
 
 def own_svd(vector: TaskVector, layer: int) -> dict[str, Basis]:
-    """The best single subspace for a block's readers, and for its writers: the ceiling, by side.
+    """The best single subspace for a block's readers, for its writers, and for both together: the ceilings.
 
-    Eigenvectors of the sum of tau' tau over the readers, and of tau tau' over the writers.
+    Eigenvectors of the sum of tau' tau over the readers, of tau tau' over the writers, and of the sum of the two.
     """
-    bases = {}
+    moments = {}
     for side, matrices in (("reader", READERS), ("writer", WRITERS)):
         deltas = (vector.deltas[layer, matrix].double() for matrix in matrices)
         parts = [delta.T @ delta if side == "reader" else delta @ delta.T for delta in deltas]
-        bases[side] = principal(torch.stack(parts).sum(0).cpu())
-    return bases
+        moments[side] = torch.stack(parts).sum(0).cpu()
+    moments["both"] = moments["reader"] + moments["writer"]
+    return {name: principal(moment) for name, moment in moments.items()}
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ def measure(
             side = SIDE[matrix]
             cell = (where, matrix, side)
             kept = {name: energy_by_rank(delta, basis, side) for name, basis in sites[layer].by_name.items()}
-            kept["own_svd"] = energy_by_rank(delta, best[side], side)
+            kept["own_svd_layer"], kept["own_svd"] = (energy_by_rank(delta, best[of], side) for of in ("both", side))
             kept["own_svd_matrix"] = subspaces.singular_energies(delta).cumsum(0) / delta.double().square().sum().cpu()
             drawn = (subspaces.random_basis(width, max(ranks.grid), generator) for _ in range(random_draws))
             draws = torch.stack([energy_by_rank(delta, one, side) for one in drawn])
@@ -218,20 +219,27 @@ def summary(
     controls, by column variant; carried: what bfloat16 keeps of each edit, by column vector; dtype: the rung's own.
     """
     whole, sides, change = splits["all"], test.set_index("side"), control.set_index("variant")["loss_change"]
-    times = whole.retained / whole.chance
-    beside = "as much as chance" if abs(times - 1) <= 0.05 else "more than chance" if times > 1 else "less than chance"
-    index = f"The misalignment index (0 best, 1 random) is **{whole.index:.2f}**: {splits['readers'].index:.2f} for readers, {splits['writers'].index:.2f} for writers."
+    by_rank = ", so most is lost **by construction** of the rank" if whole.chance < 0.1 else ""
+    index = f"The misalignment index (0 best, 1 random) is **{whole.index:.2f}**; beside the best subspace of each side, {splits['readers'].index:.2f} for readers and {splits['writers'].index:.2f} for writers."
     if whole.index != whole.index:
         index = "A random one keeps as much: **there is no misalignment to tell**."
     measured = "; ".join(_closer(str(side), row) for side, row in sides.iterrows())
     left: Any = carried.set_index("vector")
     return f"""
-- The scalpel discards **{1 - whole.retained:.1%}** at rank {rank} (Paper: about 97 %). A random subspace discards {1 - whole.chance:.1%}: the SAE's keeps **{beside}**, {times:.1f} times as much.
-- The best subspace of that rank keeps {whole.ceiling:.1%}. {index}
+- The scalpel discards **{1 - whole.retained:.1%}** at rank {rank} (Paper: about 97 %). A random subspace discards {1 - whole.chance:.1%}{by_rank}.
+- The SAE's subspace keeps {_beside_chance(whole)}. The best one of that rank for all matrices of a layer, as the scalpel has one, keeps {whole.ceiling:.1%}. {index}
 - Outer products predict readers along activations and writers along gradients. Measured: {measured}.
 - {_direction(control.set_index("variant"))} Scaled back to full energy it changes the loss by {change["scalpel_rescaled"]:+.2g}, the raw vector by {change["full"]:+.2g}.
 - In bfloat16, {left.loc["projected", "unmoved"]:.0%} of the weights would not notice the scalpel's edit ({left.loc["raw", "unmoved"]:.0%} for the raw vector); what is left of it has {left.loc["projected", "energy_kept"]:.0%} of its energy at a cosine of {left.loc["projected", "cosine"]:.2f} ({left.loc["raw_shrunk", "cosine"]:.2f} for the raw vector shrunk to its energy). This rung computes in {dtype}.
 """.strip()
+
+
+def _beside_chance(split: LossSplit) -> str:
+    """What is kept beside random subspaces: the ratio, and how many of their standard deviations it is off."""
+    times = f"{split.retained / split.chance:.1f} times"
+    if abs(split.z) >= 2:
+        return f"**{times} what chance keeps**, {abs(split.z):.0f} sd {'above' if split.z > 0 else 'below'} random subspaces drawn for each matrix"
+    return f"**as much as chance**, {times}: nothing that can be told from random subspaces"
 
 
 def _closer(side: str, row: Any) -> str:
@@ -257,6 +265,6 @@ def _direction(control: pd.DataFrame) -> str:
         verdict = "**no loss of direction can be told** from the loss of size"
     interval = f"{lost['low_against_rival']:+.2g} to {lost['high_against_rival']:+.2g}"
     return (
-        f"At equal energy the scalpel's loss is {lost['loss_change_against_rival']:+.2g} nats a token beside the raw vector's "
+        f"At equal energy the scalpel's loss on solutions is {lost['loss_change_against_rival']:+.2g} nats a token beside the raw vector's "
         f"(paired interval {interval}): {verdict}."
     )

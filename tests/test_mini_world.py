@@ -1,8 +1,11 @@
-from itertools import islice
+import re
+from itertools import count, islice
+from math import gcd
 
 import pytest
 
 from stetholib.data.mini import base, problems, stories
+from stetholib.data.mini.families import FAMILIES
 from stetholib.data.prompts import boxed_answer, prompt, target
 from stetholib.errors import UserError
 from stetholib.profiles import load
@@ -58,6 +61,40 @@ def test_worked_solutions_are_right():
             ):
                 values = {eval(side) for side in sides}
                 assert len(values) == 1, row["solution"]
+
+
+ANSWERS = {  # family -> its text and the answer to it, worked from the text's numbers alone
+    "dividend": (
+        r"A number divided by \$(\d+)\$ gives \$(\d+)\$ and remainder \$(\d+)\$\. What is the number\?",
+        lambda divisor, quotient, left: next(n for n in count(1) if divmod(n, divisor) == (quotient, left)),
+    ),
+    "base_to_ten": (
+        r"In base \$(\d+)\$ a number has the digits \$(\d+)\$ and \$(\d+)\$\. What is the number in base ten\?",
+        lambda base, high, low: next(n for n in count(1) if (n // base, n % base) == (high, low)),
+    ),
+    "greatest_common_divisor": (r"What is the greatest common divisor of \$(\d+)\$ and \$(\d+)\$\?", gcd),
+}
+
+
+def test_the_answers_of_number_theory_are_right():
+    rows = problems.generate("test", {"number_theory": COUNTS.test_problems["number_theory"]}, 0)
+    assert {row["family"] for row in rows} == set(ANSWERS)
+    for row in rows:
+        pattern, work = ANSWERS[row["family"]]
+        numbers = [int(digits) for digits in re.fullmatch(pattern, row["problem"]).groups()]
+        assert int(boxed_answer(row["solution"])) == work(*numbers), row
+        assert row["family"] != "base_to_ten" or max(numbers[1:]) < numbers[0], "a digit is below its base"
+
+
+def test_a_family_that_is_seldom_met_trains_no_arithmetic_of_its_own():
+    assert tuple(dict.fromkeys(base.SELDOM_MET)) == base.SELDOM_MET and set(base.SELDOM_MET) < {
+        make.__name__ for makers in FAMILIES.values() for make in makers
+    }
+    seldom = [subject for subject, makers in FAMILIES.items() for make in makers if make.__name__ in base.SELDOM_MET]
+    assert sorted(seldom) == sorted([*problems.SUBJECTS, "number_theory"]), "one in each subject, two in number theory"
+    for row in problems.generate("train", {"number_theory": 90}, 0):
+        signs = [row["solution"].count(sign) for sign in (r"\cdot", " + ", " - ")]
+        assert row["family"] == "greatest_common_divisor" or signs == [1, 1, 0], "one product and one sum"
 
 
 def test_a_family_without_enough_problems_says_which_key_to_lower():

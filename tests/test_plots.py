@@ -10,6 +10,8 @@ import pytest
 from conftest import ROOT
 
 from stetholib import plots
+from stetholib.claims import BUILT, HOLDS, SAME
+from stetholib.commands.seeds import spread
 from stetholib.models.subspaces import LossSplit, default_rows
 from stetholib.plots import style
 
@@ -42,7 +44,7 @@ def draw(name, ax):
         "self_test": lambda f: f(table("02_sae_features").query("contrast == 'corpus'"), ax),
         "by_layer": lambda f: f(table("02_sae_features"), "top_specificity", "d", ax),
         "energy_by_rank": lambda f: f(energies(), 64, ax),
-        "loss_split": lambda f: f({"all": LossSplit(0.05, 0.2, 0.03), "readers": LossSplit(0.06, 0.3, 0.03)}, ax),
+        "loss_split": lambda f: f({"all": LossSplit(0.05, 0.2, 0.03, 0.01), "readers": LossSplit(0.06, 0.3, 0.03, 0.01)}, ax),
         "bars_with_zero": lambda f: f({"full": -0.1, "raw_shrunk": 0.0, "scalpel": 0.02}, "change", ax),
         "overlap_by_basis": lambda f: f(energies(["side"]).rename(columns={"energy_retained": "overlap"}), ax),
         "layer_scores": lambda f: f(table("04_layer_selection"), np.tile(draws, (12, 1)), "matched", ax),
@@ -58,9 +60,16 @@ def draw(name, ax):
         "forest": lambda f: f(table("06_significance"), {name: name for name in [*shown[1:], "finetuned"]}, ax),
         "discordance": lambda f: f(curve, ax),
         "claims_by_world": lambda f: f(table("claims", "seeds"), "verdict_strict", ax),
+        "gains_by_world": lambda f: f(worlds := gains(), spread(worlds), ax),
         "percentiles_by_world": lambda f: f(table("worlds", "seeds"), ax),
     }
     return calls[name](getattr(plots, name))
+
+
+def gains():
+    """Gains by math_verify in three worlds, made up."""
+    shares = dict(full=0.2, full_shrunk=0.15, stethoscope=0.1, stethoscope_matched=0.05)
+    return pd.DataFrame({"world": [0, 1, 2]} | {f"gain_{v}_math_verify": [g, g + 0.02, g - 0.01] for v, g in shares.items()})
 
 
 def energies(by=()):
@@ -99,10 +108,46 @@ def test_one_thing_has_one_colour():
 
 
 def test_the_squares_of_the_claims_say_what_the_table_says():
+    verdicts = [
+        ("consistent", "reproduced"),
+        ("contradicted", "consistent"),
+        ("not testable", BUILT),
+        (SAME, SAME),
+        (BUILT, BUILT),
+    ]
+    claims = pd.DataFrame(
+        [(f"C{i}", "-", world, verdict) for i, pair in enumerate(verdicts) for world, verdict in enumerate(pair)],
+        columns=["claim", "contrast", "world", "verdict"],
+    )
     figure, ax = plots.panels()
-    claims = table("claims", "seeds")
+    words = [text.get_text() for text in plots.claims_by_world(claims, "verdict", ax).texts]
+    assert words[:10] == ["yes", "yes", "no", "yes", "?", "-", "=", "=", "-", "-"]
+    assert words[10:] == ["2 of 2", "1 of 2", "0 of 2", "0 of 2", "0 of 2"], "what is true by construction does not count"
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["holds", "contradicted", "not testable", BUILT, SAME]
+    plt.close(figure)
+    claims, (figure, ax) = table("claims", "seeds"), plots.panels()
     words = [text.get_text() for text in draw("claims_by_world", ax).texts]
-    counts = claims["verdict_strict"].value_counts()
-    assert (words.count("no"), words.count("?")) == (counts["contradicted"], counts["not testable"])
-    assert words.count("yes") == len(claims) - words.count("no") - words.count("?")
+    assert words.count("yes") == claims["verdict_strict"].isin(HOLDS).sum()
+    assert words.count("no") == (claims["verdict_strict"] == "contradicted").sum()
+    plt.close(figure)
+
+
+def test_both_metrics_of_an_accuracy_are_drawn():
+    figure, ax = plots.panels()
+    of = table("05_minerva_math").query("subject == 'all'").set_index("variant").loc[["base", "full", "stethoscope", "scalpel"]]
+    marks = [line.get_xdata() for line in draw("accuracies", ax).lines]
+    for metric in ("accuracy", "math_verify"):
+        assert any(np.array_equal(of[metric], x) for x in marks), metric
+    assert {text.get_text() for text in ax.get_legend().get_texts()} == {"exact match", "Math-Verify"}
+    plt.close(figure)
+
+
+def test_the_gains_over_worlds_have_a_mark_a_world_and_students_interval():
+    figure, ax = plots.panels()
+    worlds = gains()
+    draw("gains_by_world", ax)
+    full = spread(worlds).set_index("quantity").loc["gain_full_math_verify"]
+    assert np.allclose(ax.lines[0].get_xdata(), worlds["gain_full_math_verify"])
+    (start, end), _ = zip(*ax.containers[0].lines[2][0].get_segments()[0], strict=True)
+    assert (start, end) == pytest.approx((full["low"], full["high"]))
     plt.close(figure)

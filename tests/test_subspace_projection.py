@@ -11,6 +11,7 @@ from stetholib.models.weights import MATRICES, SIDE
 from stetholib.subspace_projection import Directions, Ranks
 
 D, HIDDEN = 24, 40
+SIDES = ("all", "reader", "writer")
 
 
 def overlap(one, other):
@@ -106,6 +107,57 @@ def test_own_svd_is_the_best_subspace_and_each_matrix_has_a_better_one(vector):
         )
 
 
+def by_hand(reader, writer):
+    """A block whose one reader and one writer have these energies along the axes of the residual stream; the rest is zero."""
+    deltas = {(0, m): torch.zeros(4, 3) if SIDE[m] == "reader" else torch.zeros(3, 4) for m in MATRICES}
+    deltas[0, "q"] = torch.cat([torch.diag(torch.tensor(reader).sqrt()), torch.zeros(1, 3)])
+    deltas[0, "o"] = torch.cat([torch.diag(torch.tensor(writer).sqrt()), torch.zeros(3, 1)], 1)
+    return TaskVector(deltas)
+
+
+def test_the_best_subspace_of_a_layer_weighs_readers_and_writers_together():
+    hand = by_hand([4.0, 1.0, 0.0], [1.0, 9.0, 0.0])
+    best = sp.own_svd(hand, 0)
+    assert [int(best[side][:, 0].abs().argmax()) for side in ("reader", "writer", "both")] == [0, 1, 1]
+    kept = {name: sp.scalpel(hand, {0: basis[:, :1]}).energy() for name, basis in best.items()}
+    assert kept == pytest.approx(dict(reader=5.0, writer=10.0, both=10.0))  # of 15; a subspace a side keeps 4 + 9
+    gains = {where: torch.ones(3) for where in hand.deltas}
+    sites = {0: Directions({"sae_decoder": torch.eye(3, dtype=torch.float64)[:, :2]})}
+    table, energies = sp.measure(hand, sites, gains, Ranks(1, (1, 2)), random_draws=3, seed=0), hand.energies()
+    whole = subspaces.split_loss(table, energies, 1)
+    assert (whole.retained, whole.ceiling) == pytest.approx((5 / 15, 10 / 15))
+    sides = subspaces.splits_by_side(table, energies, 1)
+    assert sides["readers"].ceiling == pytest.approx(4 / 5) and sides["writers"].ceiling == pytest.approx(9 / 10)
+
+
+def test_no_single_subspace_of_a_layer_keeps_more_than_its_own(vector):
+    best, generator = sp.own_svd(vector, 1), torch.Generator().manual_seed(0)
+    block = vector.restrict([1])
+    rivals = [subspaces.random_basis(D, 4, generator) for _ in range(50)] + [best["reader"][:, :4], best["writer"][:, :4]]
+    kept = sp.scalpel(block, {1: best["both"][:, :4]}).energy()
+    assert all(sp.scalpel(block, {1: rival}).energy() < kept for rival in rivals)
+
+
+def test_the_deviation_of_chance_is_that_of_random_subspaces_pooled(vector):
+    sites = {layer: Directions({"sae_decoder": torch.eye(D, dtype=torch.float64)[:, :6]}) for layer in range(2)}
+    gains = {where: torch.ones(D) for where in vector.deltas}
+    uneven = vector.map(lambda where, delta: delta * (3.0 if where == (0, "up") else 1.0))
+    table, energies = sp.measure(uneven, sites, gains, Ranks(3, (3,)), random_draws=400, seed=1), uneven.energies()
+    generator, drawn = torch.Generator().manual_seed(7), []
+    for _ in range(400):
+        kept = {
+            at: float(subspaces.energy_by_rank(delta, subspaces.random_basis(D, 3, generator), SIDE[at[1]])[-1])
+            for at, delta in uneven.deltas.items()
+        }
+        drawn.append({side: sum(e * kept[at] for at, e in energies.items() if side in ("all", SIDE[at[1]])) for side in SIDES})
+    for side in SIDES:
+        whole = sum(e for at, e in energies.items() if side in ("all", SIDE[at[1]]))
+        split = subspaces.split_loss(table, energies, 3, **({} if side == "all" else dict(side=side)))
+        assert split.chance_sd == pytest.approx(np.std([one[side] for one in drawn], ddof=1) / whole, rel=0.12)
+        assert split.z == pytest.approx((split.retained - 3 / D) / split.chance_sd)
+    assert np.isnan(subspaces.LossSplit(0.1, 0.3, 0.1, 0.0).z)
+
+
 def table_of(vector, basis=None):
     ranks = Ranks(3, (1, 3, 6))
     basis = torch.linalg.qr(torch.randn(D, 6, dtype=torch.float64))[0] if basis is None else basis
@@ -118,16 +170,16 @@ def table_of(vector, basis=None):
 def test_budget_and_misalignment_are_exactly_what_is_lost(vector):
     table, _, _ = table_of(vector)
     energies = vector.energies()
-    for where in ({}, {"side": "reader"}, {"side": "writer"}, {"matrix": "q"}):
+    for where in ({}, {"side": "reader"}, {"side": "writer"}):
         split = subspaces.split_loss(table, energies, 3, **where)
         assert split.rank_budget + split.misalignment == pytest.approx(1 - split.retained, abs=1e-12)
         assert split.ceiling >= split.retained
 
 
 def test_the_index_is_zero_for_the_best_basis_and_one_for_a_random_one():
-    assert subspaces.LossSplit(retained=0.4, ceiling=0.4, chance=0.1).index == 0
-    assert subspaces.LossSplit(retained=0.1, ceiling=0.4, chance=0.1).index == 1
-    assert np.isnan(subspaces.LossSplit(0.1, 0.1, 0.1).index)
+    assert subspaces.LossSplit(retained=0.4, ceiling=0.4, chance=0.1, chance_sd=0.01).index == 0
+    assert subspaces.LossSplit(retained=0.1, ceiling=0.4, chance=0.1, chance_sd=0.01).index == 1
+    assert np.isnan(subspaces.LossSplit(0.1, 0.1, 0.1, 0.01).index)
 
 
 def test_pooling_weighs_matrices_by_their_energy(vector):

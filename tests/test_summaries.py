@@ -153,7 +153,7 @@ CARRIED = pd.DataFrame(
 
 
 def third(splits=None, test=None, losses=None):
-    split = subspaces.LossSplit(0.05, 0.16, 0.031)
+    split = subspaces.LossSplit(0.05, 0.16, 0.031, 0.001)
     splits = splits or dict(all=split, readers=split, writers=split)
     test, losses = mechanism_test() if test is None else test, control() if losses is None else losses
     return subspace_projection.summary(splits, RANK, test, losses, CARRIED, "float32")
@@ -164,29 +164,46 @@ def test_03_says_the_tables_numbers():
     text = third(subspaces.splits_by_side(table, energy, RANK))
     here = table[(table["rank"] == RANK) & (table["layer"] == table["sae_layer"]) & (table["gains"] == "plain")]
     kept = {}
-    for basis in ("sae_decoder", "own_svd"):
+    for basis in ("sae_decoder", "own_svd_layer", "random"):
         rows = here[here["basis"] == basis]
         weight = np.array([energy[at] for at in zip(rows["layer"], rows["matrix"], strict=True)])
         kept[basis] = float((rows["energy_retained"] * weight).sum() / weight.sum())
-    chance, index = RANK / 64, (kept["own_svd"] - kept["sae_decoder"]) / (kept["own_svd"] - RANK / 64)
+    spread = float(np.sqrt(((rows["energy_sd"] * weight) ** 2).sum()) / weight.sum())
+    chance, index = RANK / 64, (kept["own_svd_layer"] - kept["sae_decoder"]) / (kept["own_svd_layer"] - RANK / 64)
     first, second, third_, fourth, last = lines(text)
     assert f"discards **{1 - kept['sae_decoder']:.1%}** at rank 2" in first and f"discards {1 - chance:.1%}" in first
-    assert f"keeps **more than chance**, {kept['sae_decoder'] / chance:.1f} times as much" in first
-    assert f"keeps {kept['own_svd']:.1%}" in second and f"is **{index:.2f}**" in second
+    assert first.endswith("so most is lost **by construction** of the rank.")
+    times, z = kept["sae_decoder"] / chance, (kept["sae_decoder"] - chance) / spread
+    assert f"keeps **{times:.1f} times what chance keeps**, {z:.0f} sd above random subspaces drawn for each matrix." in second
+    assert f"keeps {kept['own_svd_layer']:.1%}" in second and f"is **{index:.2f}**" in second
     assert "readers lie closer to activations than to gradients in 9 of 12 layers (p = 0.001)" in third_
     assert "+0.009 nats" in fourth and "(paired interval +0.0056 to +0.013): direction was lost" in fourth
     assert "-0.0045, the raw vector by -0.02." in fourth
     assert "19% of the weights" in last and "103% of its energy" in last and last.endswith("computes in float32.")
 
 
-@pytest.mark.parametrize(("kept", "said"), [(0.031, "as much as chance"), (0.02, "less than chance"), (0.05, "more than chance")])
-def test_03_says_when_the_scalpel_keeps_no_more_than_chance(kept, said):
-    split = subspaces.LossSplit(kept, 0.16, 0.031)
-    assert f"keeps **{said}**" in third(dict(all=split, readers=split, writers=split))
+@pytest.mark.parametrize(
+    ("kept", "sd", "said"),
+    [
+        (0.031, 0.001, "**as much as chance**, 1.0 times: nothing that can be told from random subspaces."),
+        (0.05, 0.02, "**as much as chance**, 1.6 times: nothing that can be told from random subspaces."),
+        (0.02, 0.001, "**0.6 times what chance keeps**, 11 sd below random subspaces drawn for each matrix."),
+        (0.05, 0.001, "**1.6 times what chance keeps**, 19 sd above random subspaces drawn for each matrix."),
+        (0.031, 0.0, "**as much as chance**"),
+    ],
+)
+def test_03_says_when_the_scalpel_keeps_no_more_than_chance(kept, sd, said):
+    split = subspaces.LossSplit(kept, 0.16, 0.031, sd)
+    assert f"keeps {said}" in lines(third(dict(all=split, readers=split, writers=split)))[1]
+
+
+def test_03_says_by_construction_only_where_chance_loses_most_as_well():
+    loose = subspaces.LossSplit(0.3, 0.6, 0.25, 0.001)
+    assert "construction" not in third(dict(all=loose, readers=loose, writers=loose)) and "**by construction**" in third()
 
 
 def test_03_says_when_there_is_nothing_to_tell():
-    flat = subspaces.LossSplit(0.031, 0.031, 0.031)
+    flat = subspaces.LossSplit(0.031, 0.031, 0.031, 0.001)
     assert "there is no misalignment to tell" in lines(third(dict(all=flat, readers=flat, writers=flat)))[1]
     assert third(test=mechanism_test(p=0.4)).count("**no difference can be told**") == 2
     assert "readers lie **closer to gradients** than to activations" in third(test=mechanism_test(swapped=True))
@@ -413,50 +430,128 @@ def changed(table, where, **values):
     return table
 
 
+METRICS = ("exact_match", "math_verify")
+
+
+def rival(metric="math_verify", **changes):
+    """The stethoscope minus the whole vector shrunk to its energy, by metric; named changes go to one metric's row."""
+    index = pd.MultiIndex.from_product([["stethoscope - full_shrunk"], METRICS], names=["pair", "metric"])
+    table = pd.DataFrame(dict(difference=[0.2, -0.03], ci_low=[0.1, -0.045], ci_high=[0.3, -0.015]), index=index)
+    table.loc[[("stethoscope - full_shrunk", metric)], list(changes)] = list(changes.values())
+    return table
+
+
+def fifth():
+    """Tables of steps 05 and 06, made up: everything is lifted, half of it by format, and the stethoscope beats random sets."""
+    shares = dict(base=0.2, full=0.4, full_shrunk=0.35, stethoscope=0.3, stethoscope_matched=0.3, scalpel=0.2)
+    shares |= dict(random_1=0.25, random_2=0.26, random_3=0.27)
+    rows = [
+        dict(variant=name, subject=subject, accuracy=value, math_verify=value + 0.05, extractable=0.5 + value)
+        for name, value in shares.items()
+        for subject in ("all", "number_theory", "algebra")
+    ]
+    table = pd.DataFrame(rows)
+    pairs = [
+        dict(variant=row["variant"], subject=row["subject"], metric=metric, difference=row["accuracy"] - 0.2)
+        | dict(ci_low=row["accuracy"] - 0.22, ci_high=row["accuracy"] - 0.18, gain_format_bound=(row["accuracy"] - 0.2) / 2)
+        for row in rows
+        for metric in METRICS
+        if row["variant"] != "base"
+    ]
+    return table, pd.DataFrame(pairs)
+
+
+def said_05(table=None, paired=None, noise=NOISE, headline="number_theory", against=None):
+    made = fifth()
+    table, paired = made[0] if table is None else table, made[1] if paired is None else paired
+    return minerva_math.summary(table, paired, noise, headline, rival() if against is None else against)
+
+
 def test_05_says_the_tables_numbers():
     table, paired = committed("05_minerva_math"), committed("06_significance")
-    number, overall, form, flips = lines(minerva_math.summary(table, paired, NOISE, "number_theory"))
+    number, overall, _, form, flips = lines(said_05(table, paired))
     at = lambda name, subject, column="accuracy": table[(table["variant"] == name) & (table["subject"] == subject)][column].item()  # noqa: E731
-    of = {name: f"{at(name, 'number_theory'):.1%}" for name in set(table["variant"])}
-    assert number.startswith(
-        f"- Number Theory: {of['base']} for the base, {of['full']} with the whole vector, **{of['stethoscope']}** with"
-    )
-    assert f"{of['stethoscope_matched']} on matched words, {of['scalpel']} with the scalpel." in number
-    row = paired[(paired["variant"] == "stethoscope") & (paired["subject"] == "number_theory")].iloc[0]
-    assert (f"(paired interval {row['ci_low']:+.1%} to {row['ci_high']:+.1%})" in number) == (row["ci_low"] <= 0)
+    for line, subject in ((number, "number_theory"), (overall, "all")):
+        both = {name: f"{at(name, subject):.1%} ({at(name, subject, 'math_verify'):.1%})" for name in set(table["variant"])}
+        assert f": {both['base']} base, {both['full']} whole vector, **{both['stethoscope']}** stethoscope, " in line
+        assert f"{both['full_shrunk']} whole vector shrunk to its energy; " in line
+    matched, scalpel = (f"{at(name, 'number_theory'):.1%}" for name in ("stethoscope_matched", "scalpel"))
+    assert f"{matched} on matched words, {scalpel} with the scalpel." in number
+    row = paired.set_index(["variant", "subject", "metric"]).loc[("stethoscope", "number_theory", "exact_match")]
+    assert (f"all tokens (paired interval {row['ci_low']:+.1%} to {row['ci_high']:+.1%})" in number) == (row["ci_low"] <= 0)
     randoms = [at(f"random_{i}", "all") for i in (1, 2, 3)]
     assert f"three random sets of as many layers give {min(randoms):.1%} to {max(randoms):.1%}." in overall
     assert ("**no better** than those" in overall) == (at("stethoscope", "all") <= max(randoms))
-    gain = paired[(paired["variant"] == "full") & (paired["subject"] == "all")].iloc[0]
-    assert f"at most {gain['gain_format_bound']:+.1%} of its gain of {gain['difference']:+.1%} is format." in form
-    assert f"goes from {at('base', 'all', 'math_verify'):.1%} to {at('full', 'all', 'math_verify'):.1%}." in form
+    gain = paired.set_index(["variant", "subject", "metric"]).loc[("full", "all", "exact_match")]
+    assert f"at most {gain['gain_format_bound']:+.1%} of its gain of {gain['difference']:+.1%} is format" in form
+    assert f"from {at('base', 'all', 'math_verify'):.1%} to {at('full', 'all', 'math_verify'):.1%}." in form
     assert flips == "- Rounding alone flips 0.0% to 0.5% of the verdicts."
 
 
+def test_05_says_both_metrics_in_one_line_a_subject():
+    number, overall, shrunk, form, _ = lines(said_05())
+    both = "20.0% (25.0%) base, 40.0% (45.0%) whole vector, **30.0% (35.0%)** stethoscope, 35.0% (40.0%) whole vector shrunk to its energy"
+    assert number == (
+        f"- Number Theory (Paper: 29.6 % to 39.4 %), by exact match (by `math_verify`): {both}; "
+        "30.0% on matched words, 20.0% with the scalpel."
+    )
+    assert overall == f"- Over all subjects: {both}; three random sets of as many layers give 25.0% to 27.0%."
+    assert "readably, the whole vector 90%: at most +10.0% of its gain of +20.0% is format. `math_verify`" in form
+    assert form.endswith("goes from 25.0% to 45.0%.") and "math_verify` the stethoscope stands at -3.0%" in shrunk
+
+
 def test_05_says_whether_a_gain_is_told_from_none():
-    table, paired = committed("05_minerva_math"), committed("06_significance")
+    table, paired = fifth()
     steth = lambda t: t["variant"].str.startswith("stethoscope") & (t["subject"] == "number_theory")  # noqa: E731
-    real = minerva_math.summary(table, changed(paired, steth, ci_low=0.01), NOISE, "number_theory")
-    assert "told from none" not in real
-    null = minerva_math.summary(table, changed(paired, steth, ci_low=-0.01, ci_high=0.02), NOISE, "number_theory")
+    assert "told from none" not in said_05()
+    null = said_05(table, changed(paired, steth, ci_low=-0.01, ci_high=0.02))
     interval = "(paired interval -1.0% to +2.0%)"
-    assert f"**no gain there that can be told from none** on all tokens {interval} and on matched words {interval}." in null
-    assert "(a subject of one's own)" in minerva_math.summary(table, paired, NOISE, "algebra")
+    assert f"**no gain there that can be told from none** on all tokens {interval} and matched words {interval}." in null
+    assert "(a subject of one's own)" in said_05(headline="algebra")
+
+
+def test_05_says_when_the_whole_vector_itself_lifts_nothing_of_the_headline():
+    _, paired = fifth()
+    full = lambda t: (t["variant"] == "full") & (t["subject"] == "number_theory")  # noqa: E731
+    interval = "(paired interval -1.0% to +2.0%)"
+    flat = said_05(paired=changed(paired, full, ci_low=-0.01, ci_high=0.02))
+    lifts = "The whole vector **lifts nothing there that can be told from none** by"
+    assert f"{lifts} exact match {interval} and `math_verify` {interval}." in flat
+    verify = lambda t: full(t) & (t["metric"] == "math_verify")  # noqa: E731
+    assert f"{lifts} `math_verify` {interval}." in said_05(paired=changed(paired, verify, ci_low=-0.01, ci_high=0.02))
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "said"),
+    [
+        (0.01, 0.03, "(paired interval +1.0% to +3.0%): selecting layers does better than shrinking."),
+        (-0.01, 0.03, "(paired interval -1.0% to +3.0%): no difference can be told, so **shrinking does as well as selecting**."),
+        (-0.05, -0.01, "(paired interval -5.0% to -1.0%): **shrinking does better than selecting**."),
+    ],
+)
+def test_05_says_what_selecting_is_worth_beside_shrinking(low, high, said):
+    against = rival(ci_low=low, ci_high=high, difference=(low + high) / 2)
+    assert lines(said_05(against=against))[2].endswith(said)
+
+
+def test_05_a_task_without_math_verify_is_judged_by_exact_match_alone():
+    table, paired = fifth()
+    bare = said_05(table.assign(math_verify=None), paired[paired["metric"] == "exact_match"], headline="algebra")
+    assert "verify" not in bare and "by exact match: 20.0% base, 40.0% whole vector" in lines(bare)[0]
+    assert "by exact match the stethoscope stands at +20.0%" in lines(bare)[2]
 
 
 def test_05_says_when_there_is_no_gain_to_split_and_when_it_may_all_be_format():
-    table, paired = committed("05_minerva_math"), committed("06_significance")
+    table, paired = fifth()
     full = lambda t: (t["variant"] == "full") & (t["subject"] == "all")  # noqa: E731
-    none = minerva_math.summary(table, changed(paired, full, difference=0.001, ci_low=-0.02), NOISE, "algebra")
+    none = said_05(paired=changed(paired, full, difference=0.001, ci_low=-0.02))
     assert "**nothing that can be told from chance** (+0.1%" in none and "is format" not in none
-    whole = minerva_math.summary(table, changed(paired, full, gain_format_bound=0.5), NOISE, "algebra")
-    assert "**which may be all of it**" in whole
-    assert "**does not rise**" in minerva_math.summary(changed(table, full, math_verify=0.1), paired, NOISE, "algebra")
-    best = changed(table, lambda t: (t["variant"] == "stethoscope") & (t["subject"] == "all"), accuracy=0.9)
-    assert "no better" not in minerva_math.summary(best, paired, NOISE, "algebra")
-    assert "flips none of the verdicts" in minerva_math.summary(table, paired, NOISE.iloc[:1], "algebra")
-    one = table[~table["variant"].isin(["random_2", "random_3"])]
-    assert "one random set of as many layers gives" in minerva_math.summary(one, paired, NOISE, "algebra")
+    assert "`math_verify`, which needs no sentence, **does not rise beyond chance**" in none
+    assert "**which may be all of it**" in said_05(paired=changed(paired, full, gain_format_bound=0.5))
+    worse = changed(table, lambda t: (t["variant"] == "stethoscope") & (t["subject"] == "all"), accuracy=0.26)
+    assert "**no better** than those" in said_05(worse) and "no better" not in said_05()
+    assert "flips none of the verdicts" in said_05(noise=NOISE.iloc[:1])
+    assert "one random set of as many layers gives" in said_05(table[~table["variant"].isin(["random_2", "random_3"])])
 
 
 def answers(turned):

@@ -75,7 +75,10 @@ def test_several_worlds_go_on_after_a_kill_and_end_as_undisturbed_ones(first, tm
         assert set(peaks) == {"world 0", "world 1"} and max(peaks.values()) < 3
     assert kept.items() <= runs.stages(folder).items()
     one, other = ({path.name: path.read_bytes() for path in (where / "figures" / "seeds").iterdir()} for where in (folder, first))
-    assert one == other and set(one) == {"claims.csv", "worlds.csv", "stability.csv", "seeds.png", "seeds.svg"}
+    tables = {f"{stem}.csv" for stem in ("claims", "worlds", "stability", "spread")}
+    assert one == other and set(one) == tables | {"manifest.json", "seeds.png", "seeds.svg"}
+    manifest = json.loads(one["manifest.json"])
+    assert manifest["seeds"] == [0, 1] and manifest == json.loads(made(first)["manifest.json"]) | dict(seeds=[0, 1])
     table = pd.read_csv(folder / "figures" / "seeds" / "claims.csv", keep_default_na=False)
     default = pd.read_csv(first / "figures" / "smoke" / "06_claims.csv", keep_default_na=False)
     zero = table[table["world"] == 0].drop(columns="world").reset_index(drop=True)

@@ -1,8 +1,10 @@
 """The experiment in several worlds: new data, fine-tune and SAEs from new seeds, on the same base model.
 
-`make seeds SEEDS=5` repeats a profile under the seeds 0, 1, 2, ... and says how often each claim holds; world 0 is its own run.
+`make seeds SEEDS=5` repeats a profile under the seeds 0, 1, 2, ... and says how often each claim holds and how far each figure
+spreads; world 0 is its own run.
 What is the Hub's stays the same. Every world is a process of its own, so that memory stays flat, and is cached by stage."""
 
+import json
 import multiprocessing
 import os
 import sys
@@ -13,15 +15,17 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from scipy import stats
 
 import stetholib
 from stetholib import profiles
-from stetholib.claims import FAILS
+from stetholib.claims import HOLDS
 from stetholib.commands.reproduce import alone, set_environment
 from stetholib.errors import UserError
 from stetholib.store.tables import Workspace
 
 SAE_SEEDS = 1  # further SAE trainings within each world
+REFERENCES = {"percentile_": 0.5, "reliability": 0.5, "r_held_out": 0.1, "misalignment_index": 0.5}  # of others it is 0
 
 
 def run(name: str, device: str, count: int, into: str | None = None, root: Path | None = None, out: Any = sys.stderr) -> None:
@@ -45,12 +49,30 @@ def run(name: str, device: str, count: int, into: str | None = None, root: Path 
                     f"world {seed}: its process was killed, most often for want of memory; finished work is kept"
                 ) from None
             print(f"world {seed}: {time.monotonic() - started:.0f} s", file=out, flush=True)
-    tables = {key: pd.concat([world[key] for world in found], ignore_index=True) for key in found[0]}
-    _write(profile, tables, Workspace(into or f"seeds-{profile.name}", root))
+    tables = {key: pd.concat([world[key] for world, _ in found], ignore_index=True) for key in found[0][0]}
+    tables["spread"] = spread(tables["worlds"])
+    manifest = found[0][1] | dict(seeds=tables["worlds"]["world"].tolist())
+    _write(profile, tables, manifest, Workspace(into or f"seeds-{profile.name}", root))
 
 
-def one(name: str, device: str, seed: int, root: Path | None = None) -> dict[str, pd.DataFrame]:
-    """One world: its ledger, its main figures in one row, and how stable its layer scores are over SAE seeds."""
+def spread(worlds: pd.DataFrame, level: float = 0.05) -> pd.DataFrame:
+    """Each figure over worlds: n, reference, mean, sd, Student's interval of the mean (low, high; NaN of one world) and the
+    verdict, on which side of the reference the interval lies. worlds: one row a world; p-values, which have no mean, are left out.
+    """
+    rows = []
+    for name, column in worlds.select_dtypes("number").drop(columns="world", errors="ignore").items():
+        values, reference = column.dropna(), next((r for start, r in REFERENCES.items() if str(name).startswith(start)), 0.0)
+        n, mean, sd = len(values), values.mean(), values.std()
+        half = stats.t.isf(level / 2, n - 1) * sd / n**0.5 if n > 1 else float("nan")
+        side = "above" if mean - half > reference else "below" if mean + half < reference else ""
+        verdict = f"{side} {reference:g}" if side else "cannot be told"
+        row = dict(quantity=name, n=n, reference=reference, mean=mean, sd=sd, low=mean - half, high=mean + half, verdict=verdict)
+        rows += [row] if not str(name).startswith("p_") else []
+    return pd.DataFrame(rows)
+
+
+def one(name: str, device: str, seed: int, root: Path | None = None) -> tuple[dict[str, pd.DataFrame], dict[str, Any]]:
+    """One world: its ledger, its main figures in one row, and how stable its layer scores are over SAE seeds; its manifest."""
     own = profiles.load(name).seed
     study = stetholib.Study.open(name, {} if seed == own else {"seed": seed}, device, root)
     tables = {
@@ -58,26 +80,31 @@ def one(name: str, device: str, seed: int, root: Path | None = None) -> dict[str
         "worlds": pd.DataFrame([study.significance.headline()]),
         "stability": study.layer_selection.sae_stability(SAE_SEEDS),
     }
-    return {key: table.assign(world=seed) for key, table in tables.items()}
+    return {key: table.assign(world=seed) for key, table in tables.items()}, study.manifest()
 
 
-def _write(profile: profiles.Profile, tables: dict[str, pd.DataFrame], folder: Workspace) -> None:
+def _write(profile: profiles.Profile, tables: dict[str, pd.DataFrame], manifest: dict[str, Any], folder: Workspace) -> None:
     from stetholib import plots  # not earlier: matplotlib reads its settings on import, after set_environment has placed them
 
     for stem, table in tables.items():
-        ordered = table[["world", *(column for column in table if column != "world")]]
+        ordered = table[sorted(table, key=lambda column: column != "world")]
         folder.text(f"{stem}.csv", ordered.to_csv(index=False, float_format="%.6g", lineterminator="\n"))
+    folder.text("manifest.json", json.dumps(manifest, indent=1, sort_keys=True) + "\n")
     claims, count = tables["claims"], tables["worlds"]["world"].nunique()
-    fig, axes = plots.panels(columns=3, width=4.6, height=5.2)
+    fig, axes = plots.panels(columns=4, width=4.6, height=5.2)
     for ax, column, title in zip(axes, ("verdict", "verdict_strict"), ("Like for like", "Strictly"), strict=False):
         plots.claims_by_world(claims, column, ax)
-        holds = ~claims[column].isin(FAILS)
+        holds = claims[column].isin(HOLDS)
         always = int(holds.groupby([claims["claim"], claims["contrast"]]).all().sum())
         ax.set_title(f"{title}, {always} of {len(claims) // count} hold in every world")
     axes[1].set_yticklabels([])
     plots.percentiles_by_world(tables["worlds"], axes[2])
     medians = tables["worlds"][["percentile_corpus", "percentile_matched"]].median()
     axes[2].set_title(f"The selected sets beat {medians.iloc[0]:.0%} and {medians.iloc[1]:.0%} (medians)")
+    plots.gains_by_world(tables["worlds"], tables["spread"], axes[3])
+    means = tables["spread"].set_index("quantity")["mean"]
+    full, steth = (100 * means[f"gain_{name}_math_verify"] for name in ("full", "stethoscope"))
+    axes[3].set_title(f"Mean gain: whole {full:+.1f}, stethoscope {steth:+.1f} points")
     plots.labelled(fig, f"{profile.title}, {count} worlds")
     for kind in ("png", "svg"):
         folder.file(f"seeds.{kind}", lambda path: plots.save(fig, path))

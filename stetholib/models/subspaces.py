@@ -82,14 +82,18 @@ def principal_cosines(one: Basis, other: Basis) -> Float[Tensor, " rank"]:
 
 
 def pooled(table: pd.DataFrame, energies: Mapping[Key, float], by: Sequence[str] = ()) -> pd.DataFrame:
-    """Energy retained over many matrices, each weighing by its energy; grouped by basis, rank and `by`."""
+    """Energy retained over many matrices, each weighing by its energy; grouped by basis, rank and `by`.
+
+    energy_sd is that of the pooled energy over draws of random subspaces, which are independent over matrices.
+    """
     part = table.assign(energy=[energies[layer, matrix] for layer, matrix in zip(table["layer"], table["matrix"], strict=True)])
-    part["kept"] = part["energy"] * part["energy_retained"]
+    part["kept"], part["spread"] = part["energy"] * part["energy_retained"], (part["energy"] * part["energy_sd"]) ** 2
     grouped = part.groupby(["basis", "rank", *by], sort=True)
-    pooled_table = grouped[["kept", "energy"]].sum()
+    pooled_table = grouped[["kept", "spread", "energy"]].sum()
     pooled_table["energy_retained"] = pooled_table["kept"] / pooled_table["energy"]
+    pooled_table["energy_sd"] = pooled_table["spread"] ** 0.5 / pooled_table["energy"]
     pooled_table["chance"] = grouped["chance"].first()
-    return pooled_table.drop(columns=["kept", "energy"]).reset_index()
+    return pooled_table.drop(columns=["kept", "spread", "energy"]).reset_index()
 
 
 def default_rows(table: pd.DataFrame) -> pd.DataFrame:
@@ -99,11 +103,15 @@ def default_rows(table: pd.DataFrame) -> pd.DataFrame:
 
 @dataclass(frozen=True)
 class LossSplit:
-    """What a projection loses, split: `rank_budget` (no subspace of that rank could keep it) and `misalignment`."""
+    """What a projection loses, split: `rank_budget` (no subspace of that rank could keep it) and `misalignment`.
+
+    chance, chance_sd: what random subspaces keep, pooled, and its standard deviation over draws.
+    """
 
     retained: float
     ceiling: float
     chance: float
+    chance_sd: float
 
     @property
     def rank_budget(self) -> float:
@@ -121,19 +129,26 @@ class LossSplit:
         room = self.ceiling - self.chance
         return self.misalignment / room if room > 1e-12 else float("nan")
 
+    @property
+    def z(self) -> float:
+        """Standard deviations by which more is kept than by random subspaces; NaN where these all keep the same."""
+        return (self.retained - self.chance) / self.chance_sd if self.chance_sd > 1e-12 else float("nan")
 
-def split_loss(table: pd.DataFrame, energies: Mapping[Key, float], rank: int, **where: str) -> LossSplit:
-    """The scalpel's split at one rank, pooled over matrices; `side="reader"` or `matrix="q"` narrows it."""
+
+def split_loss(table: pd.DataFrame, energies: Mapping[Key, float], rank: int, side: str | None = None) -> LossSplit:
+    """The scalpel's split at one rank, pooled over matrices, of one side or of both.
+
+    The ceiling is in the scalpel's own class: one subspace a layer for all its matrices, and one for those of a side.
+    """
     rows = default_rows(table)
-    rows = rows[(rows["rank"] == rank) & (rows["basis"].isin(["sae_decoder", "own_svd"]))]
-    for column, value in where.items():
-        rows = rows[rows[column] == value]
+    rows = rows[(rows["rank"] == rank) & ((rows["side"] == side) | (side is None))]
     kept = pooled(rows, energies).set_index("basis")
-    retained, chance = kept["energy_retained"], kept["chance"]
-    return LossSplit(float(retained["sae_decoder"]), float(retained["own_svd"]), float(chance["sae_decoder"]))
+    retained, ceiling = kept["energy_retained"], "own_svd" if side else "own_svd_layer"
+    ends = retained["sae_decoder"], retained[ceiling], kept["chance"]["sae_decoder"], kept["energy_sd"]["random"]
+    return LossSplit(*(float(end) for end in ends))
 
 
-BASES = ("sae_decoder", "sae_encoder", "activation_pca", "gradient_pca", "own_svd", "own_svd_matrix", "random")
+BASES = ("sae_decoder", "sae_encoder", "activation_pca", "gradient_pca", "own_svd_layer", "own_svd", "own_svd_matrix", "random")
 
 
 @dataclass(frozen=True)
@@ -182,8 +197,8 @@ def kept_by_definition(table: pd.DataFrame, rank: int, basis: str = "sae_decoder
 
 def splits_by_side(table: pd.DataFrame, energies: Mapping[Key, float], rank: int) -> dict[str, LossSplit]:
     """The scalpel's split of the loss at one rank: over `all` matrices, over `readers` and over `writers`."""
-    named = {"all": {}, "readers": {"side": "reader"}, "writers": {"side": "writer"}}
-    return {name: split_loss(table, energies, rank, **where) for name, where in named.items()}
+    named = {"all": None, "readers": "reader", "writers": "writer"}
+    return {name: split_loss(table, energies, rank, side) for name, side in named.items()}
 
 
 PREDICTED = {"reader": ("activation_pca", "gradient_pca"), "writer": ("gradient_pca", "activation_pca")}

@@ -10,4 +10,4 @@ from stetholib.plots.significance import discordance, forest
 from stetholib.plots.style import bars_with_zero, labelled, panels, save
 from stetholib.plots.subspace_projection import energy_by_rank, loss_split, overlap_by_basis
 from stetholib.plots.task_vectors import layer_bars, loss_curve, matrix_heatmap
-from stetholib.plots.worlds import claims_by_world, percentiles_by_world
+from stetholib.plots.worlds import claims_by_world, gains_by_world, percentiles_by_world

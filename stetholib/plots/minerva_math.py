@@ -6,24 +6,29 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
-from stetholib.plots.style import BLACK, BLUE, GREY, ORANGE, SKY, VARIANTS, lines, percent, rows, twin_bars
+from stetholib.plots.style import BLACK, BLUE, ORANGE, SKY, VARIANTS, lines, percent, rows, twin_bars
 
 
 def accuracies(table: pd.DataFrame, subject: str, order: Sequence[str], ax: Axes) -> Axes:
-    """Accuracy of every variant on a subject (or `all`) with 95 % intervals of the harness's standard error."""
+    """Accuracy of every variant on a subject (or `all`): exact match filled, with 95 % intervals of the harness's standard
+    error, and math_verify hollow below it; dotted lines at the base's."""
     of = table[table["subject"] == subject].set_index("variant").loc[list(order)]
-    ax.errorbar(of["accuracy"], np.arange(len(of)), xerr=1.96 * of["stderr"], fmt="o", color=BLUE, ecolor=SKY, capsize=2)
-    ax.axvline(of["accuracy"]["base"], color=GREY, ls=":", label="base")
-    rows(order, ax).set(xlabel="accuracy (exact match)", xlim=(0, None))
+    at, error = np.arange(len(of)), 1.96 * of["stderr"]
+    ax.errorbar(of["accuracy"], at - 0.12, xerr=error, fmt="o", color=BLUE, ecolor=SKY, capsize=2, label="exact match")
+    ax.plot(of["math_verify"].astype(float), at + 0.18, "D", color=ORANGE, mfc="none", label="Math-Verify")
+    for metric, colour in (("accuracy", BLUE), ("math_verify", ORANGE)):
+        ax.axvline(of[metric].astype(float)["base"], color=colour, lw=0.8, ls=":")
+    rows(order, ax).set(xlabel="accuracy (dotted: the base's)", xlim=(0, None))
     percent(ax.xaxis)
-    ax.legend(loc="lower left")
+    ax.legend(ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.14))
     return ax
 
 
 def gain_split(table: pd.DataFrame, variants: Sequence[str], ax: Axes) -> Axes:
-    """The gain over the base, split into problems readable under both models and problems whose readability changed."""
+    """The gain in exact match over the base, split into problems readable under both models and problems whose readability
+    changed."""
     names = {"gain_both_extractable": "answer readable under both", "gain_format_bound": "readability changed (bounds format)"}
-    parts = table[table["subject"] == "all"].melt("variant", list(names))
+    parts = table[(table["subject"] == "all") & (table["metric"] == "exact_match")].melt("variant", list(names))
     twin_bars(parts, (BLUE, ORANGE), ax, x="value", y="variant", order=list(variants), hue="variable", hue_order=list(names))
     ax.axvline(0, color=BLACK, lw=0.8)
     rows(variants, ax).set(xlabel="part of the gain in accuracy", ylabel=None)

@@ -32,7 +32,8 @@ class Look(NamedTuple):
 
 BASES = {
     "own_svd_matrix": Look("best for each matrix", GREEN, "^", "--"),
-    "own_svd": Look("best for each side (ceiling)", GREEN, "o"),
+    "own_svd": Look("best for each side", GREEN, "o", "-."),
+    "own_svd_layer": Look("best for each layer (ceiling)", GREEN, "P"),
     "gradient_pca": Look("gradient components", PURPLE, "D"),
     "activation_pca": Look("activation components", BLUE, "s"),
     "sae_decoder": Look("SAE decoder (the scalpel)", ORANGE, "o"),
@@ -60,6 +61,7 @@ LOSSES = {
 VARIANTS = SELECTORS | {
     "base": Look("base", GREY, "x"),
     "full": Look("whole vector", GREEN, "D"),
+    "full_shrunk": Look("whole vector, shrunk", GREEN, "h"),
     "scalpel": Look("scalpel", ORANGE, "^"),
 }
 STYLE: Any = {

@@ -1,24 +1,57 @@
-"""Figures over many worlds: which claims hold in all of them."""
+"""Figures over many worlds: which claims hold in all of them, and how far their figures spread."""
 
+from typing import Any
+
+import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
+from matplotlib.patches import Patch
 
-from stetholib.plots.style import BLACK, BLUE, CONTRASTS, GREY, ORANGE, PALE, percent, whole_numbers
+from stetholib.claims import BUILT, HOLDS, SAME
+from stetholib.plots.style import BLACK, BLUE, CONTRASTS, GREY, ORANGE, PALE, SKY, VARIANTS, percent, rows, whole_numbers
+
+SIGNS = {  # sign -> (what it says, its colour)
+    "yes": ("holds", BLUE),
+    "no": ("contradicted", ORANGE),
+    "?": ("not testable", PALE),
+    "-": (BUILT, GREY),
+    "=": (SAME, SKY),
+}
 
 
 def claims_by_world(table: pd.DataFrame, column: str, ax: Axes) -> Axes:
-    """One square a claim and world: holds, contradicted, or not testable; the count of worlds stands at the right."""
+    """One square a claim and world with the sign of its verdict; in how many worlds the claim holds stands at the right."""
     words = {"-": ""} | {contrast: f" {look.name}" for contrast, look in CONTRASTS.items()}
     named = table.assign(row=table["claim"] + table["contrast"].map(words))
     grid = named.pivot(index="row", columns="world", values=column).loc[named["row"].unique()]
-    signs = grid.map(lambda verdict: {"contradicted": "no", "not testable": "?"}.get(verdict, "yes"))
-    squares = dict(cmap=[BLUE, ORANGE, PALE], vmin=0, vmax=2, cbar=False, linewidths=3)
-    sns.heatmap(signs.map(["yes", "no", "?"].index), annot=signs, fmt="", annot_kws={"size": 8}, ax=ax, **squares)
+    sign_of = {said: sign for sign, (said, _) in SIGNS.items()} | dict.fromkeys(HOLDS, "yes")
+    signs, legend = grid.map(sign_of.__getitem__), [Patch(color=colour, label=said) for said, colour in SIGNS.values()]
+    squares = dict(cmap=[colour for _, colour in SIGNS.values()], vmin=0, vmax=len(SIGNS) - 1, cbar=False, linewidths=3)
+    sns.heatmap(signs.map([*SIGNS].index), annot=signs, fmt="", annot_kws={"size": 8}, ax=ax, **squares)
     for row, holds in enumerate((signs == "yes").sum(axis=1)):
         ax.text(grid.shape[1] + 0.1, row + 0.5, f"{holds} of {grid.shape[1]}", va="center", fontsize=9)
     ax.tick_params(length=0, rotation=0)
     ax.set(xlabel="world (seed)", ylabel=None)
+    ax.legend(handles=legend, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.12))
+    return ax
+
+
+def gains_by_world(worlds: pd.DataFrame, spread: pd.DataFrame, ax: Axes) -> Axes:
+    """Gain over the base by math_verify: one hollow mark a world, and the mean over worlds with Student's 95 % interval.
+
+    spread: of `seeds.spread`, by column quantity.
+    """
+    of: Any = spread.set_index("quantity")
+    names = ("full", "full_shrunk", "stethoscope", "stethoscope_matched")
+    for at, name in enumerate(names):
+        column, look = f"gain_{name}_math_verify", VARIANTS[name]
+        mean, low, high = of.loc[column, ["mean", "low", "high"]]
+        ax.plot(worlds[column], np.full(len(worlds), at + 0.16), look.marker, color=look.colour, mfc="none")
+        ax.errorbar(mean, at - 0.12, xerr=[[mean - low], [high - mean]], fmt=look.marker, color=look.colour, ms=8, capsize=3)
+    ax.axvline(0, color=BLACK, lw=0.8)
+    rows([VARIANTS[name].name for name in names], ax).set(xlabel="gain by Math-Verify (hollow: worlds; filled: mean, 95 %)")
+    percent(ax.xaxis)
     return ax
 
 

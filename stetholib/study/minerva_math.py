@@ -13,6 +13,7 @@ from stetholib.adapters import harness
 from stetholib.adapters.harness import Asked, Tasks
 from stetholib.claims import NUMBER_THEORY
 from stetholib.data import corpora
+from stetholib.data.prompts import problem_id
 from stetholib.editing import Edit, TaskVector, edited
 from stetholib.minerva_math import Variant
 from stetholib.models.answering import Answer, answer_all, answer_some, planned
@@ -47,7 +48,8 @@ class MinervaMath(Step):
         chosen = {name: layers for name, (_, layers) in self._stethoscope.chosen().items()}
         seed = self._world.seed("random variants")
         drawn = layer_sets.sampled_sets(self._world.layers, self._stethoscope.selected_count, 3, seed)
-        return minerva_math.variants(self._world.layers, chosen, drawn, self._profile.evaluation.variants)
+        wanted, shrunk = self._profile.evaluation.variants, self._stethoscope.shrunk
+        return minerva_math.variants(self._world.layers, chosen, drawn, wanted, shrunk)
 
     def variants(self) -> dict[str, Variant]:
         """The edited models that answer the test, in the profile's order."""
@@ -72,6 +74,12 @@ class MinervaMath(Step):
     def _problems(self) -> list[corpora.Row]:
         """The test split. First read in step 05."""
         return self._world.problems("test")
+
+    def families(self) -> dict[str, str] | None:
+        """Each test problem's family, by problem id; None where the rows have none, as MATH's."""
+        rows = self._problems
+        known = all("family" in row for row in rows)
+        return {problem_id(row["subject"], row["problem"]): row["family"] for row in rows} if known else None
 
     @cached_property
     def _tasks(self) -> Input[Tasks]:
