@@ -19,7 +19,7 @@ RUN := $(shell $(PYTHON) -m stetholib.commands.environment 2>/dev/null && echo $
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help env reproduce doctor rehearse seeds test test-all faults mini-base lab lint readme clean
+.PHONY: help env reproduce doctor rehearse seeds claim test test-all faults mini-base lab lint readme clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 24
@@ -46,6 +46,9 @@ rehearse: env  ## a profile's notebooks on fabricated weights, for time and memo
 
 seeds: env  ## the experiment in several worlds, how often each claim holds: make seeds [SEEDS=5]
 	@$(RUN) -m stetholib seeds --profile $(PROFILE) --device $(DEVICE) --count $(SEEDS) --into $(WORLDS)
+
+claim: env  ## one claim of the paper checked alone: make claim CLAIM=C3 [PROFILE=mini]
+	@$(RUN) -m stetholib claim --claim "$(CLAIM)" --profile $(PROFILE) --device $(DEVICE)
 
 test: env  ## the tests of every day: offline, at most five minutes on two cores
 	$(RUN) -m pytest -q -n 2 --dist loadfile -m "not slow and not campaign" --cov=stetholib --cov-report=term

@@ -36,6 +36,11 @@ COMMANDS = {
         "Repeat a profile under the seeds 0, 1, 2, ... (new data, fine-tune and SAEs) and leave in figures/<into>/ how often each "
         "claim holds.",
     ),
+    "claim": (
+        "check one claim of the paper alone",
+        "Measure what the rule of one claim reads, and nothing else, and print the rule, what was measured, whether it can be "
+        "tested here, and both verdicts. No figure is written; what was measured is kept.",
+    ),
 }
 
 
@@ -62,6 +67,7 @@ def parser() -> Parser:
     made["rehearse"].add_argument("--scale", type=float, default=1.0, help="of the true shapes: above 0, at most 1 (1)")
     made["seeds"].add_argument("--count", type=int, default=5, help="how many worlds (5)")
     made["seeds"].add_argument("--into", help="folder below figures/ for what they say (seeds-<profile>)")
+    made["claim"].add_argument("--claim", required=True, help="which: C1 to C9")
     return top
 
 
@@ -75,6 +81,8 @@ def run(options: argparse.Namespace) -> int:
         module.rehearse(*asked, options.scale)
     elif options.command == "seeds":
         module.run(*asked, options.count, options.into)
+    elif options.command == "claim":
+        module.check(options.claim, *asked)
     elif options.command == "answer":
         module.answer(*asked)
     else:

@@ -77,14 +77,50 @@ def bootstrap_interval(gained: Count, lost: Count, n: int, level: float, draws: 
     return float(low), float(high)
 
 
-def bootstrap_ratio(over: np.ndarray, under: np.ndarray, seed: int, draws: int = 2000) -> tuple[float, float, float]:
-    """sum(over) / sum(under) with a 95 % percentile interval, resampling problems: (ratio, low, high).
+def score_interval(gained: Count, lost: Count, n: int, level: float) -> tuple[float, float]:
+    """Tango's (1998) score interval of the paired difference, which also covers where few pairs are discordant.
+
+    A bootstrap of such pairs is too narrow: with none gained or none lost, one of its ends is exactly 0.
+    """
+    z = float(stats.norm.isf(level / 2))
+    return _score_low(int(gained), int(lost), n, z), -_score_low(int(lost), int(gained), n, z)
+
+
+def _score_low(gained: int, lost: int, n: int, z: float) -> float:
+    """The smaller root of the score equation: the difference below the observed one that is z standard errors away."""
+
+    def excess(difference: float) -> float:
+        # the probability of a loss that is likeliest given the difference, and the variance of the net gain with it
+        b = (2 * n - gained + lost) * difference - gained - lost
+        c = lost * difference * (1 - difference)
+        loss = (sqrt(max(b * b + 8 * n * c, 0.0)) - b) / (4 * n)
+        return gained - lost - n * difference - z * sqrt(n * max(2 * loss + difference * (1 - difference), 0.0))
+
+    # at the observed difference itself the variance may be 0, so the bracket ends just below it
+    return -1.0 if lost == n else float(optimize.brentq(excess, -1.0, (gained - lost) / n - 1e-12))
+
+
+def bootstrap_ratio(
+    over: np.ndarray, under: np.ndarray, seed: int, draws: int = 2000, level: float = 0.05
+) -> tuple[float, float, float]:
+    """sum(over) / sum(under) with a percentile interval at 1 - level, resampling entries: (ratio, low, high).
 
     over, under: one entry a problem. With token counts below and summed differences of loss above, nats a token.
     """
     picks = np.random.default_rng(seed).integers(0, len(over), (draws, len(over)))
-    low, high = np.quantile(over[picks].sum(1) / under[picks].sum(1), [0.025, 0.975])
+    low, high = np.quantile(over[picks].sum(1) / under[picks].sum(1), [level / 2, 1 - level / 2])
     return float(over.sum() / under.sum()), float(low), float(high)
+
+
+def cluster_interval(differences: Values, clusters: Values, level: float, draws: int, seed: int) -> tuple[float, float]:
+    """Percentile interval of the mean difference, resampling whole clusters, such as families of problems.
+
+    differences: one a problem; clusters: the label of each. NaN of a single cluster, whose spread nobody can know.
+    """
+    by_cluster = pd.Series(np.asarray(differences, float)).groupby(np.asarray(clusters)).agg(["sum", "size"])
+    if len(by_cluster) < 2:
+        return nan, nan
+    return bootstrap_ratio(by_cluster["sum"].to_numpy(), by_cluster["size"].to_numpy(), seed, draws, level)[1:]
 
 
 def minimum_detectable(discordance: float, n: int, level: float, power: float = 0.8) -> float:
@@ -103,3 +139,13 @@ def minimum_detectable(discordance: float, n: int, level: float, power: float = 
     if short_of(1.0, 1.0) < 0:
         return 1.0
     return float(optimize.brentq(lambda d: short_of(d, d), 1e-12, 1.0))
+
+
+def minimum_detectable_unpaired(p0: float, n: int, level: float, power: float = 0.8) -> float:
+    """Smallest rise above the accuracy p0 that the harness's unpaired z of n problems detects with this power; 1 if none."""
+    wanted = float(stats.norm.isf(level / 2) + stats.norm.isf(1 - power))
+
+    def short_of(d: float) -> float:
+        return sqrt(n - 1) * d - wanted * sqrt(p0 * (1 - p0) + (p0 + d) * max(1 - p0 - d, 0.0))
+
+    return float(optimize.brentq(short_of, 1e-12, 1 - p0)) if p0 < 1 - 1e-9 and short_of(1 - p0) >= 0 else 1.0

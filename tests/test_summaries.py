@@ -7,6 +7,7 @@ import torch
 from conftest import ROOT
 
 from stetholib import (
+    claims,
     editing,
     layer_selection,
     layer_sets,
@@ -588,38 +589,59 @@ def test_05_the_price_is_beside_the_base():
 # --- 06
 
 
-def ledger():
-    return pd.read_csv(ROOT / "figures" / "mini" / "06_claims.csv", keep_default_na=False)
+def measured(**changes):
+    """Rows over all subjects of the stethoscope and the whole vector, by both metrics."""
+    row = dict(subject="all", difference=0.1, ci_low=0.08, ci_high=0.12, mde=0.02, mde_unpaired=0.045, verdict="improved")
+    row |= dict(z=3.5, p=0.0004, mcnemar_p=1e-9, gained=80, lost=20)
+    verify = dict(difference=0.021, ci_low=0.01, ci_high=0.03, z=0.7, p=0.48, mcnemar_p=0.002, gained=40, lost=19)
+    rows = [dict(row, metric="exact_match"), dict(row, metric="math_verify", **verify)]
+    return pd.DataFrame([dict(one, variant=name) | changes for name in ("full", "stethoscope") for one in rows])
 
 
-def test_06_says_the_tables_numbers():
-    table, claims = committed("06_significance"), ledger()
-    counted, failed, change, z = lines(significance.summary(table, claims))
-    usual = (claims["verdict"] == "consistent").sum(), (claims["verdict"] == "contradicted").sum()
-    assert f"of 13 verdicts: {usual[0]} consistent, {usual[1]} contradicted. Strictly:" in counted
-    assert f"{(claims['verdict_strict'] == 'contradicted').sum()} contradicted" in counted.split("Strictly")[1]
-    names = [
-        c + (f" ({x})" if x != "-" else "") for c, x, v in claims[["claim", "contrast", "verdict"]].values if v == "contradicted"
-    ]
-    assert failed == f"- Contradicted on this rung: {', '.join(names)}."
-    row = table[(table["variant"] == "stethoscope") & (table["subject"] == "all")].iloc[0]
-    assert f"by {row['difference']:+.1%} over all subjects" in change and f"found is {row['mde']:.1%}." in change
-    assert (
-        f"z = {row['z']:+.2f}; paired, McNemar p = {row['mcnemar_p']:.2g} with {row['gained']} gained and {row['lost']} lost" in z
+def ledger(**verdicts):
+    """A ledger in which every claim is consistent, but for (like for like, strictly) of the claims given."""
+    rows = []
+    for name in claims.NAMES:
+        for contrast in ("corpus", "matched") if name in ("C4", "C5", "C6", "C7") else ("-",):
+            usual, strict = verdicts.get(name, ("consistent", "consistent")) if contrast != "matched" else ("contradicted",) * 2
+            rows.append(dict(claim=name, contrast=contrast, testable=f"why {name}", verdict=usual, verdict_strict=strict))
+    return pd.DataFrame(rows)
+
+
+def test_06_counts_one_verdict_a_claim_and_says_the_tables_numbers_by_both_metrics():
+    words = dict(C1=("by construction",) * 2, C3=("contradicted", "consistent"), C5=("consistent", "not testable"))
+    words |= dict(C6=("consistent", "contradicted"))
+    counted, failed, exact, verify = lines(significance.summary(measured(), ledger(**words)))
+    assert counted == (
+        "- Like for like, of 9 claims: 7 consistent, 1 by construction, 1 contradicted. "
+        "Strictly: 6 consistent, 1 by construction, 1 not testable, 1 contradicted."
     )
+    assert failed.startswith("- Contradicted on this rung: C3; strictly: C6. True **by construction**, whatever is measured: C1.")
+    assert failed.endswith(" Not testable **strictly**: C5 (why C5).") and "**Not testable**" not in failed
+    assert exact.startswith(
+        "- By exact_match the stethoscope changes accuracy by +10.0% over all subjects (paired interval +8.0%"
+    )
+    assert exact.endswith("2.0% paired, 4.5% unpaired. Unpaired z = +3.50; McNemar p = 1e-09 with 80 gained and 20 lost.")
+    assert verify.startswith("- By math_verify the stethoscope changes accuracy by +2.1%") and "z = +0.70" in verify
 
 
 def test_06_says_when_no_variant_improved_and_when_nothing_could_be_tested():
-    table, claims = committed("06_significance"), ledger()
-    here = (table["variant"] == "stethoscope") & (table["subject"] == "all")
-    null = table.assign(verdict="inconclusive")
-    for column, value in dict(difference=0.001, ci_low=-0.01, ci_high=0.012, p=0.7, mcnemar_p=0.8).items():
-        null.loc[here, column] = value
-    text = significance.summary(null, claims.assign(verdict="not testable"))
-    assert lines(text)[-1].startswith("- **No variant improved**") and "told from none" in text
-    assert "not significant by either test" in text and "Contradicted on this rung: nothing. **Not testable**" in text
-    fine = significance.summary(table, claims.assign(verdict="consistent"))
-    assert "Contradicted on this rung: nothing." in fine and "Not testable" not in fine and "No variant" not in fine
+    null = dict(difference=0.001, ci_low=-0.01, ci_high=0.012, p=0.7, mcnemar_p=0.8, verdict="inconclusive")
+    nothing = dict.fromkeys(claims.NAMES, ("not testable",) * 2)
+    text = significance.summary(measured(**null), ledger(**nothing))
+    assert lines(text)[-1].endswith("paired and corrected, by exact_match or math_verify.")
+    assert text.count("**no change that can be told from none**") == text.count("**not significant by either test**") == 2
+    reasons = "; ".join(f"{name} (why {name})" for name in claims.NAMES)
+    assert (
+        f"Contradicted on this rung: nothing; strictly: nothing. **Not testable**, and so not upheld either: {reasons}." in text
+    )
+    one = measured().assign(verdict=["improved", "no worse"] * 2)
+    assert lines(significance.summary(one, ledger()))[-1].startswith("- **No variant improved**")
+    assert lines(significance.summary(one, ledger()))[-1].endswith("corrected, by math_verify.")
+    fine = significance.summary(measured(), ledger())
+    assert (
+        "Contradicted on this rung: nothing; strictly: nothing.\n" in fine and "testable" not in fine and "No variant" not in fine
+    )
 
 
 def test_06_the_curve_of_discordance_holds_the_published_gain():
@@ -634,13 +656,15 @@ def test_06_the_curve_of_discordance_holds_the_published_gain():
     assert (equal["z"] == 0).all() and equal["crossing"].isna().all()
 
 
-def test_06_pairs_are_first_minus_second():
+def test_06_pairs_are_first_minus_second_by_both_metrics():
     pairs = significance.control_pairs(["base", "random_1", "random_2"])
     assert ("raw_shrunk", "scalpel") in pairs and pairs[-2:] == [("stethoscope", "random_1"), ("stethoscope", "random_2")]
-    rows = [(name, "s", str(i), int(i < right), "x") for name, right in (("one", 6), ("two", 2)) for i in range(8)]
-    records = pd.DataFrame(rows, columns=["variant", "subject", "problem_id", "exact_match", "extracted"])
+    assert {("stethoscope", "full_shrunk"), ("stethoscope_matched", "full_shrunk")} <= set(pairs)
+    rows = [(name, "s", str(i), int(i < right), int(i < 3), "x") for name, right in (("one", 6), ("two", 2)) for i in range(8)]
+    records = pd.DataFrame(rows, columns=["variant", "subject", "problem_id", "exact_match", "math_verify", "extracted"])
     margins = significance.Margins(level=0.05, overall=0.03, subject=0.05, draws=100, seed=0)
     table = significance.pairs_table(records, [("one", "two"), ("one", "absent")], margins)
-    assert list(table.index) == ["one - two", "one - absent"]
-    assert table.loc["one - two", "difference"] == 0.5 and table.loc["one - two", "gained"] == 4
-    assert np.isnan(table.loc["one - absent", "difference"])
+    assert list(table.index) == [(pair, metric) for pair in ("one - two", "one - absent") for metric in significance.METRICS]
+    exact = table.loc[("one - two", "exact_match")]
+    assert exact["difference"] == 0.5 and exact["gained"] == 4 and table.loc[("one - two", "math_verify"), "difference"] == 0
+    assert table.loc["one - absent", "difference"].isna().all()

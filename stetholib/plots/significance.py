@@ -11,7 +11,7 @@ from stetholib.plots.style import BLACK, BLUE, GREY, RED, VARIANTS, percent, row
 
 
 def forest(table: pd.DataFrame, variants: Mapping[str, str], ax: Axes) -> Axes:
-    """Paired differences by subject with bootstrap intervals, one colour a variant, with zero and the margins."""
+    """Paired differences by subject with their intervals, one colour a variant, with zero and the margins; table: one metric's."""
     subjects = ["all", *sorted(set(table["subject"]) - {"all"})]
     at = np.arange(len(subjects))
     by_variant = table.set_index(["variant", "subject"])
@@ -22,7 +22,7 @@ def forest(table: pd.DataFrame, variants: Mapping[str, str], ax: Axes) -> Axes:
         ax.errorbar(of["difference"], at + shift, xerr=error, fmt=look.marker, **style)
     ax.vlines(-of["margin"], at - 0.45, at + 0.45, color=GREY, ls=":", label="margin")
     ax.axvline(0, color=BLACK, lw=0.8)
-    rows(subjects, ax).set(xlabel="difference in accuracy to the base (points), 95 % paired interval")
+    rows(subjects, ax).set(xlabel="accuracy beside the base's (points), 95 % interval")
     percent(ax.xaxis, symbol="")
     ax.legend(loc="upper left", bbox_to_anchor=(1.01, 1))
     return ax

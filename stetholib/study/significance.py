@@ -1,12 +1,13 @@
 """Step 06 wired to a world: tests of what the records say, and the ledger."""
 
 from collections.abc import Sequence
+from functools import cache
 
 import pandas as pd
 
-from stetholib import claims, significance
-from stetholib.models.subspaces import split_loss
-from stetholib.significance import Margins
+from stetholib import claims, layer_sets, significance
+from stetholib.models.subspaces import LossSplit, split_loss
+from stetholib.significance import ALL, METRICS, Margins
 from stetholib.study.layer_selection import LayerSelection
 from stetholib.study.minerva_math import MinervaMath
 from stetholib.study.subspace_projection import SubspaceProjection
@@ -30,44 +31,69 @@ class Significance(Step):
         p = self._profile.significance
         return Margins(p.level, p.margin, p.margin_subject, p.bootstrap, self._world.seed("bootstrap"))
 
+    def _against(self, variant: str, base: str = "base") -> pd.DataFrame:
+        """One variant against another, by metric and subject; only these two answer the test."""
+        inputs = (self._answers.records([base, variant]), self.margins, self._answers.families(), base)
+        return self._store.made(significance.measure, *inputs).value
+
     def table(self) -> pd.DataFrame:
-        """Step 06's table."""
-        return self._store.made(significance.measure, self._answers.records(), self.margins).value
+        """Step 06's table: every variant against the base."""
+        variants = sorted(set(self._answers.variants()) - {"base"})
+        return pd.concat([self._against(variant) for variant in variants], ignore_index=True)
 
     def published(self) -> pd.DataFrame:
         """The published figure by three tests."""
         return significance.published()
 
     def pairs(self, wanted: Sequence[tuple[str, str]]) -> pd.DataFrame:
-        """Pairs of variants on the same test problems, first minus second, over all subjects; one row a pair."""
+        """Pairs of variants on the same test problems, first minus second, over all subjects; one row a pair and metric."""
         return self._store.made(significance.pairs_table, self._answers.records(), list(wanted), self.margins).value
 
-    def claims(self) -> pd.DataFrame:
-        """The ledger of the paper's nine claims."""
+    def _split(self, **where: str) -> LossSplit:
+        return split_loss(self._scalpel.table(), self._vectors.energies(), self._scalpel.ranks.default, **where)
+
+    def _tells_apart(self) -> bool:
+        return layer_sets.tells_apart(self._stethoscope.reliability())
+
+    def claims(self, *names: str) -> pd.DataFrame:
+        """The ledger of the paper's nine claims, or of some by name (`C4`): only what these need is measured."""
         evidence = claims.Evidence(
-            projection=self._scalpel.table(),
-            energies=self._vectors.energies(),
+            split=cache(self._split),
+            control=self._scalpel.energy_or_direction,
+            sets=self._stethoscope.sets,
+            tells_apart=self._tells_apart,
+            chosen=lambda: {name: layers for name, (_, layers) in self._stethoscope.chosen().items()},
+            against=cache(self._against),
+            checks=self._answers.checks,
             rank=self._scalpel.ranks.default,
-            sets=self._stethoscope.sets(),
-            significance=self.table(),
-            checks=self._answers.checks(),
             published_rung=self._profile.published_rung,
             level=self._profile.significance.level,
         )
-        return claims.ledger(evidence)
+        return claims.ledger(evidence, names or claims.NAMES)
 
     def headline(self) -> dict[str, float]:
-        """The run in one row: what the fine-tune brought, what was discarded, and what the selected sets are worth."""
-        split = split_loss(self._scalpel.table(), self._vectors.energies(), self._scalpel.ranks.default)
-        table = self.table()
-        overall = table.query("subject == 'all'").set_index("variant")["difference"]
-        verify = self._answers.table().query("subject == 'all'").set_index("variant")["math_verify"]
-        sets, rho = self._stethoscope.sets().set_index("selector"), self._stethoscope.relations()
-        row = dict(base_accuracy=float(table["base_accuracy"].iloc[0]))
-        row |= {f"gain_{name}": overall[name] for name in ("full", "scalpel", "stethoscope", "stethoscope_matched")}
-        row["gain_full_math_verify"] = verify["full"] - verify["base"]
+        """The run in one row: what the fine-tune brought by both metrics, what was discarded, and what the selected sets are
+        worth. `gain_full` is over all subjects by exact_match, `gain_full_number_theory` of the headline's subject, and either
+        with `_math_verify` by that metric.
+        """
+        table, split, subject = self.table(), self._split(), self._answers.headline_subject
+        gains, exact = table.set_index(["variant", "subject", "metric"])["difference"], table["metric"] == METRICS[0]
+        base = table[exact].drop_duplicates("subject").set_index("subject")["base_accuracy"]
+        row = dict(base_accuracy=base[ALL], base_accuracy_min=base.drop(ALL).min(), base_accuracy_max=base.drop(ALL).max())
+        for name in ("full", "full_shrunk", "scalpel", *claims.CONTRAST_VARIANT.values()):
+            for where, of in (("", ALL), (f"_{subject}", subject)):
+                exact_match, math_verify = (gains[name, of, metric] for metric in METRICS)
+                row |= {f"gain_{name}{where}": exact_match, f"gain_{name}{where}_math_verify": math_verify}
+        row["stethoscope_minus_full_shrunk_math_verify"] = (
+            row["gain_stethoscope_math_verify"] - row["gain_full_shrunk_math_verify"]
+        )
         row |= dict(discarded=1 - split.retained, discarded_by_chance=1 - split.chance, misalignment_index=split.index)
-        for contrast, name in claims.CONTRAST_VARIANT.items():
-            row[f"percentile_{contrast}"] = float(sets["percentile"][name])
-        alone = rho[rho["effect"] == "effect_alone"].set_index("predictor")["rho"]
-        return row | {f"rho_{name}": value for name, value in alone.items()}
+        return row | self._worth_of_sets()
+
+    def _worth_of_sets(self) -> dict[str, float]:
+        sets, told = self._stethoscope.sets().set_index("selector"), self._stethoscope.reliability()
+        row = {f"percentile_{contrast}": float(sets["percentile"][name]) for contrast, name in claims.CONTRAST_VARIANT.items()}
+        about = told.set_index(["what", "loss"]).loc[("sets", "solution")]
+        row |= dict(reliability=about["reliability"], r_held_out=about["r_held_out"], tells_apart=float(self._tells_apart()))
+        rho = self._stethoscope.relations().query("effect == 'effect_alone'").set_index("predictor")["rho"]
+        return row | {f"rho_{name}": value for name, value in rho.items()}
