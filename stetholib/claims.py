@@ -12,10 +12,8 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from stetholib.models.subspaces import LossSplit
-from stetholib.significance import ALL, METRICS, PUBLISHED
+from stetholib.significance import ALL, PUBLISHED, points
 
-BUILT, SAME = "by construction", "as corpus"
-HOLDS = ("consistent", "reproduced")
 NUMBER_THEORY = "number_theory"
 CONTRAST_VARIANT = {"corpus": "stethoscope", "matched": "stethoscope_matched"}
 FLOOR = 0.05  # base accuracy below which a subject tells nothing
@@ -27,7 +25,6 @@ CONSISTENT, REPRODUCED, CONTRADICTED, UNTESTABLE = "consistent", "reproduced", "
 BUILT = "by construction"  # it would hold of anything, so it says nothing
 SAME = "as corpus"  # both contrasts select the same layers: one verdict, which is not counted twice
 HOLDS = (CONSISTENT, REPRODUCED)
-FAILS = (CONTRADICTED, UNTESTABLE)  # a word that is in neither counts nowhere
 Verdict = bool | str | None  # True holds, False fails, None cannot be told; a string is the word itself
 
 
@@ -62,6 +59,12 @@ class Evidence:
         table = self.against(variant, base)
         return table[table["metric"] == metric].set_index("subject")
 
+    @property
+    def strict(self) -> By:
+        """What a sceptic judges by; exact_match takes the place of math_verify where a task has none."""
+        known = set(self.against("full", "base")["metric"])
+        return STRICT if STRICT.metric in known else STRICT._replace(metric=USUAL.metric)
+
     def counting(self, by: By) -> list[str]:
         """Subjects that `full` lifts by as much as the test detects, from a base accuracy above the floor."""
         full = self.rows("full", by.metric).drop(ALL)
@@ -70,7 +73,7 @@ class Evidence:
 
     def improved(self, rows: pd.DataFrame, by: By) -> pd.Series:
         """Which rows improved: by the harness's z like for like, by Holm-corrected McNemar strictly."""
-        return (rows["p"] < self.level) & (rows["difference"] > 0) if by is USUAL else rows["verdict"] == "improved"
+        return (rows["p"] < self.level) & (rows["difference"] > 0) if by == USUAL else rows["verdict"] == "improved"
 
 
 class Finding(NamedTuple):
@@ -103,11 +106,6 @@ def percent(share: Any) -> str:
     return f"{100 * share:.1f} %"
 
 
-def points(row: Any) -> str:
-    """A paired difference with its interval, in points."""
-    return f"{100 * row['difference']:+.1f} points ({100 * row['ci_low']:+.1f} to {100 * row['ci_high']:+.1f})"
-
-
 def _lifted(e: Evidence, by: By) -> str:
     """Whether `full` lifts Number Theory by as much as a test detects, in words."""
     row = e.rows("full", by.metric).loc[NUMBER_THEORY]
@@ -124,7 +122,7 @@ def _where(e: Evidence, by: By, holds: Any) -> Verdict:
 def _lifted_subjects(e: Evidence) -> str:
     """How many subjects `full` lifts by as much as each test detects, in words."""
     n = len(e.rows("full", USUAL.metric)) - 1
-    told = [f"{len(e.counting(by))} of {n} by {by.metric} ({by.test})" for by in (USUAL, STRICT)]
+    told = [f"{len(e.counting(by))} of {n} by {by.metric} ({by.test})" for by in (USUAL, e.strict)]
     return f"subjects that full lifts by as much as is detected, of which five in seven are needed: {told[0]}, {told[1]}"
 
 
@@ -150,7 +148,7 @@ def _contained(e: Evidence, by: By) -> tuple[str, Verdict]:
 
 
 def _no_gain(e: Evidence, contrast: str) -> Finding:
-    (usual, holds), (strict, strictly) = (_contained(e, by) for by in (USUAL, STRICT))
+    (usual, holds), (strict, strictly) = (_contained(e, by) for by in (USUAL, e.strict))
     return Finding(f"{usual}; {strict}", f"{_lifted_subjects(e)}; intervals must end below the margin", holds, strictly)
 
 
@@ -173,43 +171,43 @@ def _misaligned(e: Evidence, contrast: str) -> Finding:
 
 def _lifts(e: Evidence, contrast: str) -> Finding:
     variant = CONTRAST_VARIANT[contrast]
-    usual, strict = (e.rows(variant, by.metric).loc[NUMBER_THEORY] for by in (USUAL, STRICT))
-    shrunk = e.rows(variant, STRICT.metric, base="full_shrunk").loc[NUMBER_THEORY]
+    usual, strict = (e.rows(variant, by.metric).loc[NUMBER_THEORY] for by in (USUAL, e.strict))
+    shrunk = e.rows(variant, e.strict.metric, base="full_shrunk").loc[NUMBER_THEORY]
     place, apart = e.sets().query("draw == 0").set_index("selector").loc[variant], e.tells_apart()
     told = [f"{percent(row['base_accuracy'])} -> {percent(row['accuracy'])}" for row in (usual, strict)]
     measured = (
-        f"{told[0]} by exact_match, {told[1]} by math_verify, {points(shrunk)} against full_shrunk; by validation loss better "
+        f"{told[0]} by exact_match, {told[1]} by {e.strict.metric}, {points(shrunk)} against full_shrunk; by validation loss better "
         f"than {percent(place['percentile'])} ({percent(place['percentile_low'])} to {percent(place['percentile_high'])}) of "
         f"random sets of as many layers{'' if apart else '; sets of layers cannot be told apart here'}"
     )
-    testable = f"{_lifted(e, USUAL)}; {_lifted(e, STRICT)}; sets of layers {'can' if apart else 'cannot'} be told apart"
+    testable = f"{_lifted(e, USUAL)}; {_lifted(e, e.strict)}; sets of layers {'can' if apart else 'cannot'} be told apart"
     beats = strict["ci_low"] > 0 and shrunk["ci_low"] > 0 and place["percentile_low"] >= 0.95
-    holds = _where(e, USUAL, usual["ci_low"] > 0), _where(e, STRICT, beats) if apart else None
+    holds = _where(e, USUAL, usual["ci_low"] > 0), _where(e, e.strict, beats) if apart else None
     return Finding(measured, testable, *holds, bool(usual["ci_low"] <= PUBLISHED_GAIN <= usual["ci_high"]))
 
 
 def _significantly(e: Evidence, contrast: str) -> Finding:
     variant = CONTRAST_VARIANT[contrast]
-    usual, strict = (e.rows(variant, by.metric).loc[[NUMBER_THEORY]] for by in (USUAL, STRICT))
-    holds, strictly = (_where(e, by, e.improved(row, by).item()) for row, by in ((usual, USUAL), (strict, STRICT)))
+    usual, strict = (e.rows(variant, by.metric).loc[[NUMBER_THEORY]] for by in (USUAL, e.strict))
+    holds, strictly = (_where(e, by, e.improved(row, by).item()) for row, by in ((usual, USUAL), (strict, e.strict)))
     z, p, p_holm = usual["z"].item(), usual["p"].item(), strict["mcnemar_p_holm"].item()
-    measured = f"z = {z:+.2f}, p = {p:.2g} by exact_match; McNemar by math_verify, Holm p = {p_holm:.2g}"
-    return Finding(measured, f"{_lifted(e, USUAL)}; {_lifted(e, STRICT)}", holds, strictly)
+    measured = f"z = {z:+.2f}, p = {p:.2g} by exact_match; McNemar by {e.strict.metric}, Holm p = {p_holm:.2g}"
+    return Finding(measured, f"{_lifted(e, USUAL)}; {_lifted(e, e.strict)}", holds, strictly)
 
 
 def _improved(e: Evidence, contrast: str) -> Finding:
     variant = CONTRAST_VARIANT[contrast]
-    rows = {by: e.rows(variant, by.metric).drop(ALL) for by in (USUAL, STRICT)}
+    rows = {by: e.rows(variant, by.metric).drop(ALL) for by in (USUAL, e.strict)}
     n, (usual, strict) = len(rows[USUAL]), (int(e.improved(subjects, by).sum()) for by, subjects in rows.items())
-    shrunk = e.rows(variant, STRICT.metric, base="full_shrunk").loc[ALL]
-    measured = f"{usual} of {n}; {strict} of {n} paired and corrected by math_verify, {points(shrunk)} against full_shrunk"
-    told = [_enough(len(e.counting(by)), n) for by in rows]
-    strictly = _enough(strict, n) and bool(shrunk["ci_low"] > 0) if told[1] else None
+    shrunk = e.rows(variant, e.strict.metric, base="full_shrunk").loc[ALL]
+    measured = f"{usual} of {n}; {strict} of {n} paired and corrected by {e.strict.metric}, {points(shrunk)} against full_shrunk"
+    beats, told = bool(shrunk["ci_low"] > 0), [_enough(len(e.counting(by)), n) for by in rows]
+    strictly = _enough(strict, n) and beats if told[1] else None
     return Finding(measured, _lifted_subjects(e), _enough(usual, n) if told[0] else None, strictly)
 
 
 def _not_degraded(e: Evidence, contrast: str) -> Finding:
-    by_metric = {metric: e.rows(CONTRAST_VARIANT[contrast], metric).drop(ALL) for metric in METRICS}
+    by_metric = {by.metric: e.rows(CONTRAST_VARIANT[contrast], by.metric).drop(ALL) for by in (USUAL, e.strict)}
     subjects, verdicts = by_metric[USUAL.metric], pd.concat([rows["verdict"] for rows in by_metric.values()])
     n, above = len(subjects), subjects["base_accuracy"] >= FLOOR
     usual = int(((subjects["p"] < e.level) & (subjects["difference"] < 0)).sum())
@@ -235,15 +233,13 @@ def _deterministic(e: Evidence, contrast: str) -> Finding:
 def _costless(e: Evidence, contrast: str) -> Finding:
     base, edited = e.checks()["base_cost"], e.checks()["edited_cost"]
     more = [f"{edited[name] - base[name]:+d}" for name in ("parameters", "flops")]
-    return Finding(
-        f"{more[0]} parameters, {more[1]} FLOPs a forward pass", "both models were counted", edited == base, edited == base
-    )
+    said = f"{more[0]} parameters, {more[1]} FLOPs a forward pass"
+    return Finding(said, "both models were counted", edited == base, edited == base)
 
 
 @dataclass(frozen=True)
 class Claim:
-    """A claim of the paper with its figure, its rule, and the notebook that measures it; `minutes` is a budget, no
-    measurement: what checking it alone on `mini` may take on two cores."""
+    """A claim of the paper with its figure, its rule and its notebook; `minutes`: a budget for it alone, on `mini` and two cores."""
 
     name: str
     statement: str

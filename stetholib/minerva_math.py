@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from stetholib.data.prompts import INVALID, problem_id
 from stetholib.editing import Edit, TaskVector, edited
 from stetholib.errors import UserError
-from stetholib.models.answering import Answer, answer_some
+from stetholib.models.answering import Answer, Limits, answer_some
 from stetholib.models.loading import LanguageModel
 from stetholib.models.weights import weight_hash
 from stetholib.significance import interval
@@ -142,19 +142,13 @@ def running_cost(model: LanguageModel) -> dict[str, int]:
 
 
 def repetition(
-    base: LanguageModel,
-    vector: TaskVector,
-    layers: Sequence[int],
-    prompts: Mapping[str, str],
-    batch_size: int,
-    max_new_tokens: int,
-    stops: Sequence[str],
+    base: LanguageModel, vector: TaskVector, layers: Sequence[int], prompts: Mapping[str, str], limits: Limits
 ) -> dict[str, Any]:
     """What C8 and C9 rest on: the same edit made and answered twice, weights before and after, and what a pass costs."""
     before, runs, costs = weight_hash(base.model), [], []
     for _ in range(2):
         with edited(base.model, Edit(vector, tuple(layers))):
-            runs.append(answer_some(base, prompts, batch_size, max_new_tokens, stops))
+            runs.append(answer_some(base, prompts, limits))
             costs.append(running_cost(base))
     return dict(
         answered_twice=len(runs[0]),

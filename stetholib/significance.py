@@ -122,9 +122,14 @@ def measure(
     tables = [
         compare(start, _answers(records, variant), margins, metric, families).assign(variant=variant)
         for variant in variants
-        for metric in METRICS
+        for metric in metrics_of(records)
     ]
     return pd.concat(tables, ignore_index=True)
+
+
+def metrics_of(records: pd.DataFrame) -> list[str]:
+    """The metrics that judge every record; a task of one's own may have exact_match alone."""
+    return [metric for metric in METRICS if records[metric].notna().all()]
 
 
 def _answers(records: pd.DataFrame, variant: str) -> pd.DataFrame:
@@ -171,10 +176,15 @@ def control_pairs(variants: Sequence[str]) -> list[tuple[str, str]]:
 
 def pairs_table(records: pd.DataFrame, pairs: Sequence[tuple[str, str]], margins: Margins) -> pd.DataFrame:
     """Paired differences over all subjects, one row a pair of variants, `one - other`, and a metric."""
-    keys = [(pair, metric) for pair in pairs for metric in METRICS]
+    keys = [(pair, metric) for pair in pairs for metric in metrics_of(records)]
     rows = [paired_against(records, other, one, margins, metric) for (one, other), metric in keys]
     index = pd.MultiIndex.from_tuples([(" - ".join(pair), metric) for pair, metric in keys], names=["pair", "metric"])
     return pd.DataFrame(rows, index=index).astype(float)
+
+
+def points(row: Any) -> str:
+    """A paired difference with its interval, in points, from a row of `measure`."""
+    return f"{100 * row['difference']:+.1f} points ({100 * row['ci_low']:+.1f} to {100 * row['ci_high']:+.1f})"
 
 
 def interval(row: Any) -> str:

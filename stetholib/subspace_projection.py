@@ -238,7 +238,7 @@ def _beside_chance(split: LossSplit) -> str:
     """What is kept beside random subspaces: the ratio, and how many of their standard deviations it is off."""
     times = f"{split.retained / split.chance:.1f} times"
     if abs(split.z) >= 2:
-        return f"**{times} what chance keeps**, {abs(split.z):.0f} sd {'above' if split.z > 0 else 'below'} random subspaces drawn for each matrix"
+        return f"**{times} what chance keeps**, {abs(split.z):.0f} sd {'above' if split.z > 0 else 'below'} random subspaces"
     return f"**as much as chance**, {times}: nothing that can be told from random subspaces"
 
 

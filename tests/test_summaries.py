@@ -175,7 +175,7 @@ def test_03_says_the_tables_numbers():
     assert f"discards **{1 - kept['sae_decoder']:.1%}** at rank 2" in first and f"discards {1 - chance:.1%}" in first
     assert first.endswith("so most is lost **by construction** of the rank.")
     times, z = kept["sae_decoder"] / chance, (kept["sae_decoder"] - chance) / spread
-    assert f"keeps **{times:.1f} times what chance keeps**, {z:.0f} sd above random subspaces drawn for each matrix." in second
+    assert f"keeps **{times:.1f} times what chance keeps**, {z:.0f} sd above random subspaces." in second
     assert f"keeps {kept['own_svd_layer']:.1%}" in second and f"is **{index:.2f}**" in second
     assert "readers lie closer to activations than to gradients in 9 of 12 layers (p = 0.001)" in third_
     assert "+0.009 nats" in fourth and "(paired interval +0.0056 to +0.013): direction was lost" in fourth
@@ -188,8 +188,8 @@ def test_03_says_the_tables_numbers():
     [
         (0.031, 0.001, "**as much as chance**, 1.0 times: nothing that can be told from random subspaces."),
         (0.05, 0.02, "**as much as chance**, 1.6 times: nothing that can be told from random subspaces."),
-        (0.02, 0.001, "**0.6 times what chance keeps**, 11 sd below random subspaces drawn for each matrix."),
-        (0.05, 0.001, "**1.6 times what chance keeps**, 19 sd above random subspaces drawn for each matrix."),
+        (0.02, 0.001, "**0.6 times what chance keeps**, 11 sd below random subspaces."),
+        (0.05, 0.001, "**1.6 times what chance keeps**, 19 sd above random subspaces."),
         (0.031, 0.0, "**as much as chance**"),
     ],
 )

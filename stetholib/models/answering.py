@@ -1,14 +1,30 @@
-"""A model answers prompts: greedily, in batches that are always the same, each row until its own stop string."""
+"""A model answers prompts: greedily, over transformers, each row until its own stop string.
+
+    opening |  problem A  | answer ...          what all prompts open with (four shots) is computed once
+            |  problem B  | answer .            a row leaves when it ends, and a waiting problem takes its slot
+            |  problem C  | answer ......
+
+The unit of record is a chunk of problems that never changes: what stands beside a row touches the last bits of its
+answer, and within a chunk it depends on nothing else. Prompts of equal length are read together, so that nothing is
+padded while reading; rows that join are padded on the *left* of everything, since pads after the opening would push it
+out of a sliding window, which counts slots of the cache.
+"""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import torch
+from transformers import DynamicCache
 
 from stetholib.data.prompts import STOP
 from stetholib.errors import UserError
 from stetholib.models.loading import LanguageModel
+
+CHUNK = 512  # problems: many more than slots, few enough that a kill loses little
+REFILL = 8  # rows are dropped and slots filled when one in so many has ended: each time the whole cache is copied
 
 
 @dataclass(frozen=True)
@@ -22,64 +38,176 @@ class Answer:
     stopped_by: str
 
 
-def plan(tokenizer: Any, prompts: Mapping[str, str], batch_size: int) -> list[list[str]]:
-    """Problem ids in the batches that they are always answered in, whoever asks and whatever is known: longest first.
+@dataclass(frozen=True)
+class Limits:
+    """When an answer ends, and how many are under way at once."""
 
-    Padding touches the last bits of an answer, so the batches are fixed. Among prompts of about the same length, those
-    that open alike share a batch: their answers tend to end together.
-    """
+    max_new_tokens: int
+    slots: int
+    stops: tuple[str, ...] = (STOP,)
+
+
+def plan(tokenizer: Any, prompts: Mapping[str, str], size: int = CHUNK) -> list[list[str]]:
+    """Problem ids in the chunks that they are always answered in, whoever asks and whatever is known: longest first."""
     lengths = {name: len(tokenizer(text).input_ids) for name, text in prompts.items()}
-    order = sorted(prompts, key=lambda name: (-(lengths[name] // 8), prompts[name]))
-    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    order = sorted(prompts, key=lambda name: (-lengths[name], prompts[name]))
+    return [order[start : start + size] for start in range(0, len(order), size)]
 
 
-def answer_all(
-    model: LanguageModel,
-    prompts: Mapping[str, str],
-    batches: Iterable[Sequence[str]],
-    max_new_tokens: int,
-    keep: Callable[[list[Answer]], None],
-    stops: Sequence[str] = (STOP,),
-) -> None:
-    """Answer these batches greedily and hand each to `keep` as soon as it is done.
-
-    prompts: by problem id. Batches are padded on the left. Generation ends at a stop string, at EOS or at the limit.
-    """
-    tokenizer = model.tokenizer
-    enders = last_signs(tokenizer, stops)
-    for names in batches:
-        encoded = tokenizer([prompts[name] for name in names], return_tensors="pt", padding=True).to(model.device)
-        _assert_one_bos(encoded.input_ids, tokenizer)
-        with torch.no_grad():
-            output = model.model.generate(
-                **{k: v for k, v in encoded.items() if k in ("input_ids", "attention_mask")},
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                stopping_criteria=[stop_rows(tokenizer, encoded.input_ids.shape[1], enders, stops)],
-                pad_token_id=tokenizer.pad_token_id,
-            )
-        new, lengths = output[:, encoded.input_ids.shape[1] :].tolist(), encoded.attention_mask.sum(1).tolist()
-        keep([_answer(*row, model, stops) for row in zip(names, lengths, new, strict=True)])
-
-
-def answer_some(
-    model: LanguageModel, prompts: Mapping[str, str], batch_size: int, max_new_tokens: int, stops: Sequence[str]
-) -> list[Answer]:
-    """Answers to a few problems, in batches of their own."""
-    found: list[Answer] = []
-    answer_all(model, prompts, plan(model.tokenizer, prompts, batch_size), max_new_tokens, found.extend, stops)
-    return found
-
-
-def planned(model: LanguageModel, prompts: Mapping[str, str], batch_size: int, max_new_tokens: int) -> list[list[str]]:
-    """The batches of `plan`; raises UserError where the model's context has no room for a prompt and its answer."""
+def planned(model: LanguageModel, prompts: Mapping[str, str], max_new_tokens: int) -> list[list[str]]:
+    """The chunks of `plan`; raises UserError where the model's context has no room for a prompt and its answer."""
     longest = max(len(model.tokenizer(text).input_ids) for text in prompts.values())
     if model.context is not None and longest + max_new_tokens > model.context:
         raise UserError(
             f"evaluation: a prompt of {longest} tokens and {max_new_tokens} new ones exceed the model's context of {model.context}; "
             "lower evaluation.num_fewshot or evaluation.max_new_tokens"
         )
-    return plan(model.tokenizer, prompts, batch_size)
+    return plan(model.tokenizer, prompts)
+
+
+def answer_all(
+    model: LanguageModel,
+    prompts: Mapping[str, str],
+    chunks: Iterable[Sequence[str]],
+    limits: Limits,
+    keep: Callable[[list[Answer]], None],
+) -> None:
+    """Answer these chunks greedily and hand each to `keep` as soon as it is done; prompts: by problem id."""
+    ends = Ends(model, limits)
+    for names in chunks:
+        ids = {name: model.tokenizer(prompts[name]).input_ids for name in names}
+        _assert_one_bos(ids.values(), model.tokenizer)
+        new = _answered(model, ids, limits, ends)
+        keep([_answer(name, len(ids[name]), new[name], model, limits.stops) for name in names])
+
+
+def answer_some(model: LanguageModel, prompts: Mapping[str, str], limits: Limits) -> list[Answer]:
+    """Answers to a few problems, in chunks of their own."""
+    found: list[Answer] = []
+    answer_all(model, prompts, plan(model.tokenizer, prompts), limits, found.extend)
+    return found
+
+
+@dataclass
+class Rows:
+    """Answers under way: the cache [row, ...], padded on the left, and of each row its problem, how many tokens the cache
+    holds of it, its new tokens, of which the last is not in the cache yet, and whether it has ended."""
+
+    cache: DynamicCache
+    names: list[str]
+    lengths: list[int]
+    new: list[list[int]]
+    done: list[bool]
+
+
+@torch.no_grad()
+def _answered(model: LanguageModel, ids: Mapping[str, list[int]], limits: Limits, ends: "Ends") -> dict[str, list[int]]:
+    """New tokens of every problem of a chunk, by problem id; ids: of the prompts, in the order that they take slots."""
+    alike = (at for at, column in enumerate(zip(*ids.values(), strict=False)) if len(set(column)) > 1)
+    shared = min(next(alike, min(map(len, ids.values()))), min(map(len, ids.values())) - 1)
+    opening = _no_cache(model)
+    if shared:
+        _forward(model, opening, [next(iter(ids.values()))[:shared]], 0)
+    found: dict[str, list[int]] = {}
+    waiting, rows = list(ids), Rows(_no_cache(model), [], [], [], [])
+    while waiting or rows.names:
+        if REFILL * sum(rows.done) >= len(rows.done):
+            found |= {name: new for name, new, done in zip(rows.names, rows.new, rows.done, strict=True) if done}
+            stay = [at for at, done in enumerate(rows.done) if not done]
+            fresh, waiting = waiting[: limits.slots - len(stay)], waiting[limits.slots - len(stay) :]
+            equal = (list(same) for _, same in groupby(fresh, lambda name: len(ids[name])))
+            rows = _joined(model, rows, stay, [_read(model, opening, shared, names, ids, ends) for names in equal])
+        if rows.names:
+            _step(model, rows, ends)
+    return found
+
+
+def _no_cache(model: LanguageModel) -> DynamicCache:
+    return DynamicCache(config=model.model.config)
+
+
+def _read(
+    model: LanguageModel, opening: DynamicCache, shared: int, names: list[str], ids: Mapping[str, list[int]], ends: "Ends"
+) -> Rows:
+    """Prompts of equal length, read after the opening that they share, each with its first new token."""
+    cache = deepcopy(opening)
+    cache.batch_repeat_interleave(len(names))
+    logits = _forward(model, cache, [ids[name][shared:] for name in names], shared)
+    new = [[token] for token in logits.argmax(-1).tolist()]
+    return Rows(cache, names, [len(ids[name]) for name in names], new, list(map(ends, new)))
+
+
+def _step(model: LanguageModel, rows: Rows, ends: "Ends") -> None:
+    """One more token of every row; those that have ended and wait to be dropped take part, and nobody reads what they say."""
+    held, width = torch.tensor(rows.lengths, device=model.device).unsqueeze(1), rows.cache.get_seq_length()
+    mask = torch.arange(width + 1, device=model.device) >= width - held
+    logits = _forward(model, rows.cache, [new[-1:] for new in rows.new], held, mask.long())
+    for at, token in enumerate(logits.argmax(-1).tolist()):
+        rows.lengths[at] += 1
+        if not rows.done[at]:
+            rows.new[at].append(token)
+            rows.done[at] = ends(rows.new[at])
+
+
+def _forward(model: LanguageModel, cache: DynamicCache, ids: list[list[int]], start: Any, mask: Any = None) -> torch.Tensor:
+    """Logits after the last of these tokens [row, token], the first of which stands at `start`; the cache grows."""
+    tokens = torch.tensor(ids, device=model.device)
+    positions = (start + torch.arange(tokens.shape[1], device=model.device)).expand_as(tokens)
+    inputs = dict(input_ids=tokens, position_ids=positions, attention_mask=mask, past_key_values=cache)
+    return model.model(**inputs, use_cache=True, logits_to_keep=1).logits[:, -1].float()
+
+
+def _joined(model: LanguageModel, rows: Rows, stay: list[int], read: Sequence[Rows]) -> Rows:
+    """The rows that stay and those that were read, in one cache as wide as the longest of them."""
+    fields = ("names", "lengths", "new", "done")
+    old = Rows(rows.cache, *([getattr(rows, kind)[at] for at in stay] for kind in fields))
+    if stay:
+        old.cache.batch_select_indices(torch.tensor(stay, device=model.device))
+    parts = [part for part in (old, *read) if part.names]
+    width, cache = max((length for part in parts for length in part.lengths), default=0), _no_cache(model)
+    layer: Any
+    for index, layer in enumerate(cache.layers if parts else ()):
+        kept: list[Any] = [part.cache.layers[index] for part in parts]
+        held = min(width, layer.sliding_window - 1) if layer.is_sliding else width
+        layer.update(*(torch.cat([_fitted(getattr(one, kind), held) for one in kept]) for kind in ("keys", "values")))
+        if layer.is_sliding:
+            layer.cumulative_length = width
+    return Rows(cache, *([value for part in parts for value in getattr(part, kind)] for kind in fields))
+
+
+def _fitted(states: torch.Tensor, width: int) -> torch.Tensor:
+    """Keys or values [row, head, slot, d] with so many slots: pads are dropped, or put, on the left."""
+    missing = width - states.shape[2]
+    return torch.nn.functional.pad(states, (0, 0, missing, 0)) if missing > 0 else states[:, :, -missing:]
+
+
+class Ends:
+    """Whether an answer has ended: at EOS, at its limit, or as soon as its text holds a stop string.
+
+    Only rows whose last token is one of `last_signs` are decoded, so it costs next to nothing.
+    """
+
+    def __init__(self, model: LanguageModel, limits: Limits) -> None:
+        """limits: the stop strings, and how many tokens an answer may have."""
+        self._tokenizer, self._limits = model.tokenizer, limits
+        self._signs, self._eos = last_signs(model.tokenizer, limits.stops), eos_of(model)
+        self._longest = max(map(len, limits.stops))
+
+    def __call__(self, new: list[int]) -> bool:
+        """new: the tokens of one answer; what comes after its end is cut off later."""
+        if len(new) >= self._limits.max_new_tokens or new[-1] in self._eos:
+            return True
+        if new[-1] not in self._signs:
+            return False
+        return (
+            _first_stop(self._tokenizer.decode(new[-self._longest :], skip_special_tokens=True), self._limits.stops) is not None
+        )
+
+
+def eos_of(model: LanguageModel) -> set[int]:
+    """The tokens that end a text."""
+    eos = model.model.generation_config.eos_token_id
+    return {eos} if isinstance(eos, int) else set(eos or ())
 
 
 def last_signs(tokenizer: Any, stops: Sequence[str]) -> set[int]:
@@ -91,42 +219,19 @@ def last_signs(tokenizer: Any, stops: Sequence[str]) -> set[int]:
     }
 
 
-def stop_rows(tokenizer: Any, prompt_width: int, enders: set[int], stops: Sequence[str] = (STOP,)) -> Callable[..., torch.Tensor]:
-    """A stopping criterion that ends each row of a batch on its own as soon as its new text holds a stop string.
-
-    Only rows whose last token is one of `enders` are decoded, so it costs next to nothing.
-    """
-    longest = max(map(len, stops))
-
-    def done(input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        last = input_ids[:, -1].tolist()
-        recent = input_ids[:, prompt_width:][:, -longest:]
-        return torch.tensor(
-            [
-                token in enders and _first_stop(tokenizer.decode(row, skip_special_tokens=True), stops) is not None
-                for token, row in zip(last, recent, strict=True)
-            ],
-            device=input_ids.device,
-        )
-
-    return done
-
-
 def _first_stop(text: str, stops: Sequence[str]) -> int | None:
     """Where the first of the stop strings begins; None without one."""
     return min((found for stop in stops if (found := text.find(stop)) >= 0), default=None)
 
 
-def _assert_one_bos(ids: torch.Tensor, tokenizer: Any) -> None:
+def _assert_one_bos(prompts: Iterable[list[int]], tokenizer: Any) -> None:
     """Every prompt opens with BOS exactly once; a doubled one quietly costs accuracy."""
-    counts = (ids == tokenizer.bos_token_id).sum(1)
-    if int(counts.min()) != 1 or int(counts.max()) != 1:
-        raise UserError(f"minerva_math: each prompt must hold {tokenizer.bos_token} exactly once, found {int(counts.max())}")
+    if odd := [count for ids in prompts if (count := ids.count(tokenizer.bos_token_id)) != 1]:
+        raise UserError(f"minerva_math: each prompt must hold {tokenizer.bos_token} exactly once, found {max(odd)}")
 
 
 def _answer(name: str, prompt_tokens: int, tokens: list[int], model: LanguageModel, stops: Sequence[str] = (STOP,)) -> Answer:
-    eos = model.model.generation_config.eos_token_id
-    ends = {eos} if isinstance(eos, int) else set(eos or ())
+    ends = eos_of(model)
     ended = next((i for i, token in enumerate(tokens) if token in ends), None)
     body = tokens if ended is None else tokens[:ended]
     text = model.tokenizer.decode(body, skip_special_tokens=True)
@@ -138,7 +243,7 @@ def _answer(name: str, prompt_tokens: int, tokens: list[int], model: LanguageMod
 
 
 def _until_stop(tokens: list[int], tokenizer: Any, stops: Sequence[str]) -> list[int]:
-    """The tokens up to the one that completes a stop string; batched generation pads on after it."""
+    """The tokens up to the one that completes a stop string; a row goes on for a while after it."""
     for end in range(1, len(tokens)):
         if _first_stop(tokenizer.decode(tokens[:end], skip_special_tokens=True), stops) is not None:
             return tokens[:end]

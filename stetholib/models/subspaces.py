@@ -84,12 +84,15 @@ def principal_cosines(one: Basis, other: Basis) -> Float[Tensor, " rank"]:
 def pooled(table: pd.DataFrame, energies: Mapping[Key, float], by: Sequence[str] = ()) -> pd.DataFrame:
     """Energy retained over many matrices, each weighing by its energy; grouped by basis, rank and `by`.
 
-    energy_sd is that of the pooled energy over draws of random subspaces, which are independent over matrices.
+    energy_sd is of the pooled energy over draws of random subspaces: at most so much, since a layer's matrices are taken to
+    move together, as they would in one subspace a layer, which is what the scalpel has; layers are independent.
     """
     part = table.assign(energy=[energies[layer, matrix] for layer, matrix in zip(table["layer"], table["matrix"], strict=True)])
-    part["kept"], part["spread"] = part["energy"] * part["energy_retained"], (part["energy"] * part["energy_sd"]) ** 2
+    part["kept"], part["spread"] = part["energy"] * part["energy_retained"], part["energy"] * part["energy_sd"]
     grouped = part.groupby(["basis", "rank", *by], sort=True)
-    pooled_table = grouped[["kept", "spread", "energy"]].sum()
+    pooled_table = grouped[["kept", "energy"]].sum()
+    a_layer = part.groupby(["basis", "rank", *by, "layer"], sort=True)["spread"].sum() ** 2
+    pooled_table["spread"] = a_layer.groupby(level=list(range(2 + len(by)))).sum()
     pooled_table["energy_retained"] = pooled_table["kept"] / pooled_table["energy"]
     pooled_table["energy_sd"] = pooled_table["spread"] ** 0.5 / pooled_table["energy"]
     pooled_table["chance"] = grouped["chance"].first()

@@ -16,7 +16,7 @@ from stetholib.data import corpora
 from stetholib.data.prompts import problem_id
 from stetholib.editing import Edit, TaskVector, edited
 from stetholib.minerva_math import Variant
-from stetholib.models.answering import Answer, answer_all, answer_some, planned
+from stetholib.models.answering import Answer, Limits, answer_all, answer_some, planned
 from stetholib.models.loading import LanguageModel
 from stetholib.models.streams import text_loss
 from stetholib.store.code import code_of
@@ -93,41 +93,45 @@ class MinervaMath(Step):
         return self._store.made(harness.asked, self._tasks, chat).value
 
     @cached_property
-    def _batches(self) -> list[list[str]]:
+    def _chunks(self) -> list[list[str]]:
+        limit = self._profile.evaluation.max_new_tokens
+        return self._store.made(planned, self._world.model, self._asked.prompts, limit).value
+
+    def _limits(self, slots: int | None = None) -> Limits:
         p = self._profile.evaluation
-        return self._store.made(planned, self._world.model, self._asked.prompts, p.batch_size, p.max_new_tokens).value
+        return Limits(p.max_new_tokens, slots or p.batch_size, self._asked.stops)
 
     @cached_property
     def _plan(self) -> str:
-        """Who the prompts are, each in the batch that it is answered in: hashed once for all variants."""
-        return hashed([[(name, self._asked.prompts[name]) for name in batch] for batch in self._batches])
+        """Who the prompts are, each in the chunk that it is answered in: hashed once for all variants."""
+        return hashed([[(name, self._asked.prompts[name]) for name in chunk] for chunk in self._chunks])
 
     def answers(self, variant: Variant, rank: int = 0, world: int = 1) -> dict[str, Answer]:
         """Every answer of a variant, by problem id; each was asked once and is on disk.
 
-        rank, world: answer only every `world`-th batch, beginning with the `rank`-th, into a file of this rank's own.
+        rank, world: answer only every `world`-th chunk, beginning with the `rank`-th, into a file of this rank's own.
         """
-        limit, part = self._profile.evaluation.max_new_tokens, f".{rank}" if rank else ""
+        part = f".{rank}" if rank else ""
         ledger = self._store.ledger("answers", answer_all, *self._answering(variant), part=part, parts="*")
         known = {row["problem_id"]: Answer(**row) for row in ledger.rows}
-        missing = [batch for batch in self._batches[rank::world] if not known.keys() >= set(batch)]
+        missing = [chunk for chunk in self._chunks[rank::world] if not known.keys() >= set(chunk)]
         if not missing:
             return known
 
-        def keep(batch: list[Answer]) -> None:
-            new = [answer for answer in batch if answer.problem_id not in known]
+        def keep(chunk: list[Answer]) -> None:
+            new = [answer for answer in chunk if answer.problem_id not in known]
             ledger.append([asdict(answer) for answer in new])
             known.update({answer.problem_id: answer for answer in new})
 
         busy = f"{ledger.path.name} is being written by another process; end it, or wait for it"
         with held(ledger.path.with_suffix(".lock"), busy), self.edited_model(variant).opened() as model:
             watched = progress(missing, f"05 {variant.name}")
-            answer_all(model, self._asked.prompts, watched, limit, keep, self._asked.stops)
+            answer_all(model, self._asked.prompts, watched, self._limits(), keep)
         return known
 
     def _answering(self, variant: Variant) -> tuple[Any, ...]:
         """What the answers of a variant depend on."""
-        return self.edited_model(variant), self._plan, self._profile.evaluation.max_new_tokens, self._asked.stops
+        return self.edited_model(variant), self._plan, self._limits()
 
     def _records(self, variant: Variant) -> pd.DataFrame:
         answers = Input.of(self._store.key(answer_all, *self._answering(variant)), lambda: self.answers(variant))
@@ -161,9 +165,8 @@ class MinervaMath(Step):
 
     def checks(self) -> dict[str, Any]:
         """What C8 and C9 rest on: a repetition compared bit by bit, and what an edited model costs to run."""
-        p, layers = self._profile.evaluation, self._variants["stethoscope"].layers
-        inputs = (self._world.model, self._vectors.tau, layers, self._some(), p.batch_size, p.max_new_tokens)
-        found = self._store.made(minerva_math.repetition, *inputs, self._asked.stops).value
+        inputs = (self._world.model, self._vectors.tau, self._variants["stethoscope"].layers, self._some(), self._limits())
+        found = self._store.made(minerva_math.repetition, *inputs).value
         again, scores = self._stethoscope.plain_scores("corpus"), self._stethoscope.scores("corpus").score.tolist()
         return found | dict(identical_scores=again == scores)
 
@@ -177,7 +180,6 @@ class MinervaMath(Step):
         changes = [("batch size", ours, max(1, p.batch_size // 8)), ("bfloat16", "bfloat16", p.batch_size)]
         for what, dtype, batch_size in changes if ours != "bfloat16" else changes[:1]:
             other = world.other(world.base_key, lambda: world.base_folder, dtype)
-            inputs = (other, self._some(), batch_size, p.max_new_tokens, self._asked.stops)
-            found = self._store.made(answer_some, *inputs)
+            found = self._store.made(answer_some, other, self._some(), self._limits(batch_size))
             rows.append(minerva_math.flips(kept, self._store.made(harness.verdicts, self._tasks, found).value, what))
         return pd.DataFrame(rows)

@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 from functools import cache
+from math import nan
+from typing import Any
 
 import pandas as pd
 
@@ -77,23 +79,23 @@ class Significance(Step):
         with `_math_verify` by that metric.
         """
         table, split, subject = self.table(), self._split(), self._answers.headline_subject
-        gains, exact = table.set_index(["variant", "subject", "metric"])["difference"], table["metric"] == METRICS[0]
-        base = table[exact].drop_duplicates("subject").set_index("subject")["base_accuracy"]
+        found: Any = table.set_index(["variant", "subject", "metric"])
+        base = table[table["metric"] == METRICS[0]].drop_duplicates("subject").set_index("subject")["base_accuracy"]
         row = dict(base_accuracy=base[ALL], base_accuracy_min=base.drop(ALL).min(), base_accuracy_max=base.drop(ALL).max())
         for name in ("full", "full_shrunk", "scalpel", *claims.CONTRAST_VARIANT.values()):
             for where, of in (("", ALL), (f"_{subject}", subject)):
-                exact_match, math_verify = (gains[name, of, metric] for metric in METRICS)
-                row |= {f"gain_{name}{where}": exact_match, f"gain_{name}{where}_math_verify": math_verify}
-        row["stethoscope_minus_full_shrunk_math_verify"] = (
-            row["gain_stethoscope_math_verify"] - row["gain_full_shrunk_math_verify"]
-        )
+                ends = [(f"gain_{name}{where}{end}", metric) for metric, end in zip(METRICS, ("", "_math_verify"), strict=True)]
+                row |= {end: found["difference"].get((name, of, metric), nan) for end, metric in ends}
+        row[f"p_full_{subject}"] = found["mcnemar_p"]["full", subject, METRICS[0]]
+        gains = [row[f"gain_{name}_math_verify"] for name in ("stethoscope", "full_shrunk")]
+        row["stethoscope_minus_full_shrunk_math_verify"] = gains[0] - gains[1]
         row |= dict(discarded=1 - split.retained, discarded_by_chance=1 - split.chance, misalignment_index=split.index)
         return row | self._worth_of_sets()
 
     def _worth_of_sets(self) -> dict[str, float]:
-        sets, told = self._stethoscope.sets().set_index("selector"), self._stethoscope.reliability()
+        sets, told = layer_sets.named_sets(self._stethoscope.sets()), self._stethoscope.reliability()
         row = {f"percentile_{contrast}": float(sets["percentile"][name]) for contrast, name in claims.CONTRAST_VARIANT.items()}
-        about = told.set_index(["what", "loss"]).loc[("sets", "solution")]
+        about: Any = told.set_index(["what", "loss"]).loc[("sets", "solution")]
         row |= dict(reliability=about["reliability"], r_held_out=about["r_held_out"], tells_apart=float(self._tells_apart()))
         rho = self._stethoscope.relations().query("effect == 'effect_alone'").set_index("predictor")["rho"]
         return row | {f"rho_{name}": value for name, value in rho.items()}

@@ -112,14 +112,14 @@ class Muon(torch.optim.Muon):
     """
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]  # a loss is neither asked for nor given
         """One update of every matrix."""
         for group in self.param_groups:
             by_shape: dict[torch.Size, list[torch.Tensor]] = {}
             for matrix in group["params"]:
                 by_shape.setdefault(matrix.shape, []).append(matrix)
             for shape, matrices in by_shape.items():
-                grads = torch.stack([one.grad for one in matrices])
+                grads = torch.stack([one.grad for one in matrices if one.grad is not None])
                 kept = [self.state[one].setdefault("momentum_buffer", torch.zeros_like(one)) for one in matrices]
                 moments = torch.stack(kept).lerp_(grads, 1 - group["momentum"])
                 updates = orthogonalised(grads.lerp(moments, group["momentum"]), group["ns_coefficients"], group["ns_steps"])
