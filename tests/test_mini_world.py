@@ -3,6 +3,7 @@ from itertools import count, islice
 from math import gcd
 
 import pytest
+import torch
 
 from stetholib.data.mini import base, problems, stories
 from stetholib.data.mini.families import FAMILIES
@@ -193,3 +194,24 @@ def test_the_world_is_the_same_each_time_it_is_made():
     one = problems.generate("test", {"algebra": 30}, 5)
     assert one == problems.generate("test", {"algebra": 30}, 5) != problems.generate("test", {"algebra": 30}, 6)
     assert list(islice(stories.stream(1), 3)) == list(islice(stories.stream(1), 3))
+
+
+def test_muon_is_pytorchs_own_but_for_its_precision():
+    """One step of either from the same weights and gradients; PyTorch's computes in bfloat16."""
+    torch.manual_seed(0)
+    shapes = [(8, 8), (16, 8), (8, 16), (8, 8)]
+    ours, theirs = (
+        [torch.nn.Parameter(torch.randn(s, generator=torch.Generator().manual_seed(i))) for i, s in enumerate(shapes)]
+        for _ in range(2)
+    )
+    made = base.Muon(ours, lr=0.1, weight_decay=0.0), torch.optim.Muon(theirs, lr=0.1, weight_decay=0.0)
+    for _ in range(3):
+        for one, other in zip(ours, theirs, strict=True):
+            one.grad = torch.randn_like(one)
+            other.grad = one.grad.clone()
+        for optimizer in made:
+            optimizer.step()
+    for one, other in zip(ours, theirs, strict=True):
+        assert (one - other).abs().max() < 0.02 and one.shape == other.shape
+    values = torch.linalg.svdvals(base.orthogonalised(torch.randn(4, 16, 8), made[0].defaults["ns_coefficients"], 5))
+    assert values.min() > 0.5 and values.max() < 1.3
