@@ -48,10 +48,10 @@ SELECTORS = {
     "largest_norm": Look("largest norm", ORANGE, "D"),
     "small_step": Look("small step", PURPLE, "P"),
     "first": Look("first", BLACK, "<"),
-    "middle": Look("middle", SKY, "^"),
+    "middle": Look("middle", BLACK, "^"),
     "last": Look("last", BLACK, ">"),
     "least_specific": Look("least specific", GREY, "v"),
-    "full_shrunk": Look("whole vector, shrunk to the stethoscope's energy", GREEN, "h"),
+    "full_shrunk": Look("whole vector, shrunk", SKY, "h"),
 }
 LOSSES = {
     "solution": Look("solution", BLUE, "o"),
@@ -61,7 +61,6 @@ LOSSES = {
 VARIANTS = SELECTORS | {
     "base": Look("base", GREY, "x"),
     "full": Look("whole vector", GREEN, "D"),
-    "full_shrunk": Look("whole vector, shrunk", GREEN, "h"),
     "scalpel": Look("scalpel", ORANGE, "^"),
 }
 STYLE: Any = {
