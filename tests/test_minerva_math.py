@@ -15,7 +15,8 @@ from stetholib.models import answering
 
 
 def ask(model, prompts, max_new_tokens, batch_size, keep):
-    answering.answer_all(model, prompts, answering.plan(model.tokenizer, prompts, batch_size), max_new_tokens, keep)
+    limits = answering.Limits(max_new_tokens, batch_size)
+    answering.answer_all(model, prompts, answering.plan(model.tokenizer, prompts), limits, keep)
 
 
 ROWS = problems.generate("validation", dict.fromkeys(problems.SUBJECTS, 6), 0)
@@ -147,17 +148,6 @@ def test_a_repetition_and_other_batches_give_the_same_answers(tasks, answers, mi
         assert sum(answer.completion == answers[answer.problem_id].completion for answer in found) >= 19
 
 
-def test_rows_stop_one_by_one_at_the_stop_string(tokens):
-    enders = answering.last_signs(tokens, [prompts.STOP])
-    done = answering.stop_rows(tokens, 3, enders)
-    stop = tokens(prompts.STOP + "\n", add_special_tokens=False).input_ids
-    rows = torch.tensor([[2, 9, 9, 10, *stop], [2, 9, 9, *stop, 11]])
-    assert done(rows, None).tolist() == [True, False]
-    assert done(rows[:, :-1], None).tolist() == [False, True]
-    prompt_only = torch.tensor([[2, *stop, 30]])
-    assert answering.stop_rows(tokens, 2, enders)(prompt_only, None).tolist() == [False]
-
-
 def answer_of(tokens, mini, text):
     return answering._answer("id", 3, tokens(text, add_special_tokens=False).input_ids, mini)
 
@@ -176,15 +166,6 @@ def test_any_stop_string_ends_an_answer_and_the_first_one_counts(tokens, mini):
     cut = answering._answer("id", 3, ids, mini, ["\n", prompts.STOP])
     assert (cut.completion, cut.stopped_by) == (" So it is $5$.", "stop")
     assert tokens("\n", add_special_tokens=False).input_ids[-1] in answering.last_signs(tokens, ["\n"])
-
-
-def test_batches_are_the_same_whatever_is_known_and_ranks_share_them_out(tasks, tokens):
-    asked = harness.prompts_of(tasks)
-    batches = answering.plan(tokens, asked, 5)
-    assert sorted(name for batch in batches for name in batch) == sorted(asked) and len(batches) == 9
-    shuffled = dict(sorted(asked.items(), key=lambda item: item[0][::-1]))
-    assert answering.plan(tokens, shuffled, 5) == batches
-    assert sorted(map(tuple, batches[0::2] + batches[1::2])) == sorted(map(tuple, batches))
 
 
 def test_the_chat_template_wraps_each_prompt_and_its_examples_and_leaves_bos_to_the_tokenizer(tmp_path):
@@ -234,11 +215,6 @@ def test_a_task_that_cannot_be_used_here_is_refused_in_one_line(tmp_path, old, n
         harness.load_tasks(tmp_path / "t", names, str(path))
     with pytest.raises(UserError, match="there is no file"):
         harness.write_tasks(tmp_path / "t", ROWS[:1], 0, "absent.yaml")
-
-
-def test_a_prompt_with_two_bos_is_refused(tokens):
-    with pytest.raises(UserError, match="exactly once"):
-        answering._assert_one_bos(torch.tensor([[2, 2, 5]]), tokens)
 
 
 def test_only_answered_problems_are_scored_when_asked_so(tasks, answers):

@@ -174,7 +174,7 @@ def test_no_family_of_problems_is_nearly_solved_by_the_shipped_base(mini):
     by_id = {prompts.problem_id(row["subject"], row["problem"]): row for row in rows}
     found = []
     asked = {name: prompts.prompt(row["problem"]) for name, row in by_id.items()}
-    answering.answer_all(mini, asked, answering.plan(mini.tokenizer, asked, 256), 96, found.extend)
+    answering.answer_all(mini, asked, answering.plan(mini.tokenizer, asked), answering.Limits(96, 256), found.extend)
     closing = "The final answer is $"
     right = pd.DataFrame(
         dict(

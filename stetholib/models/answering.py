@@ -17,13 +17,13 @@ from itertools import groupby
 from typing import Any
 
 import torch
-from transformers import DynamicCache
 
 from stetholib.data.prompts import STOP
 from stetholib.errors import UserError
 from stetholib.models.loading import LanguageModel
 
 CHUNK = 512  # problems: many more than slots, few enough that a kill loses little
+Cache = Any  # transformers' DynamicCache
 REFILL = 8  # rows are dropped and slots filled when one in so many has ended: each time the whole cache is copied
 
 
@@ -93,7 +93,7 @@ class Rows:
     """Answers under way: the cache [row, ...], padded on the left, and of each row its problem, how many tokens the cache
     holds of it, its new tokens, of which the last is not in the cache yet, and whether it has ended."""
 
-    cache: DynamicCache
+    cache: Cache
     names: list[str]
     lengths: list[int]
     new: list[list[int]]
@@ -122,12 +122,14 @@ def _answered(model: LanguageModel, ids: Mapping[str, list[int]], limits: Limits
     return found
 
 
-def _no_cache(model: LanguageModel) -> DynamicCache:
+def _no_cache(model: LanguageModel) -> Cache:
+    from transformers import DynamicCache  # here, so that what answers nothing starts without transformers
+
     return DynamicCache(config=model.model.config)
 
 
 def _read(
-    model: LanguageModel, opening: DynamicCache, shared: int, names: list[str], ids: Mapping[str, list[int]], ends: "Ends"
+    model: LanguageModel, opening: Cache, shared: int, names: list[str], ids: Mapping[str, list[int]], ends: "Ends"
 ) -> Rows:
     """Prompts of equal length, read after the opening that they share, each with its first new token."""
     cache = deepcopy(opening)
@@ -149,7 +151,7 @@ def _step(model: LanguageModel, rows: Rows, ends: "Ends") -> None:
             rows.done[at] = ends(rows.new[at])
 
 
-def _forward(model: LanguageModel, cache: DynamicCache, ids: list[list[int]], start: Any, mask: Any = None) -> torch.Tensor:
+def _forward(model: LanguageModel, cache: Cache, ids: list[list[int]], start: Any, mask: Any = None) -> torch.Tensor:
     """Logits after the last of these tokens [row, token], the first of which stands at `start`; the cache grows."""
     tokens = torch.tensor(ids, device=model.device)
     positions = (start + torch.arange(tokens.shape[1], device=model.device)).expand_as(tokens)
