@@ -19,7 +19,7 @@ RUN := $(shell $(PYTHON) -m stetholib.commands.environment 2>/dev/null && echo $
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help env reproduce doctor rehearse seeds claim test test-all faults mini-base lab lint readme clean
+.PHONY: help env reproduce doctor rehearse seeds claim export test test-all faults mini-base lab lint readme clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 24
@@ -49,6 +49,9 @@ seeds: env  ## the experiment in several worlds, how often each claim holds: mak
 
 claim: env  ## one claim of the paper checked alone: make claim CLAIM=C3 [PROFILE=mini]
 	@$(RUN) -m stetholib claim --claim "$(CLAIM)" --profile $(PROFILE) --device $(DEVICE)
+
+export: env  ## an edited model as a folder that any tool loads: make export VARIANT=stethoscope [PROFILE=mini] [INTO=folder]
+	@$(RUN) -m stetholib export --variant "$(VARIANT)" --profile $(PROFILE) --device $(DEVICE) $(if $(INTO),--into "$(INTO)")
 
 test: env  ## the tests of every day: offline, at most five minutes on two cores
 	$(RUN) -m pytest -q -n 2 --dist loadfile -m "not slow and not campaign" --cov=stetholib --cov-report=term

@@ -41,6 +41,11 @@ COMMANDS = {
         "Measure what the rule of one claim reads, and nothing else, and print the rule, what was measured, whether it can be "
         "tested here, and both verdicts. No figure is written; what was measured is kept.",
     ),
+    "export": (
+        "write an edited model as a folder that any tool loads",
+        "Write the model of a variant with a card, its provenance and, where there is one, a recipe for mergekit; the base's files "
+        "are kept, but for the matrices that were edited. What the variant stands on is found, or computed.",
+    ),
 }
 
 
@@ -68,6 +73,9 @@ def parser() -> Parser:
     made["seeds"].add_argument("--count", type=int, default=5, help="how many worlds (5)")
     made["seeds"].add_argument("--into", help="folder below figures/ for what they say (seeds-<profile>)")
     made["claim"].add_argument("--claim", required=True, help="which: C1 to C9")
+    made["export"].add_argument("--variant", required=True, help="which edited model, e.g. stethoscope")
+    made["export"].add_argument("--into", help="a new folder, or an earlier export (runs/<profile>/export/<variant>)")
+    made["export"].add_argument("--delta", action="store_true", help="only the tensors that are added, in float32")
     return top
 
 
@@ -83,6 +91,8 @@ def run(options: argparse.Namespace) -> int:
         module.run(*asked, options.count, options.into)
     elif options.command == "claim":
         module.check(options.claim, *asked)
+    elif options.command == "export":
+        module.export(options.variant, *asked, options.into, options.delta)
     elif options.command == "answer":
         module.answer(*asked)
     else:
