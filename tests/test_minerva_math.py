@@ -2,7 +2,6 @@ import inspect
 
 import pandas as pd
 import pytest
-import torch
 from toys import TASK
 
 from stetholib import minerva_math as mm

@@ -16,11 +16,11 @@ def test_every_shipped_profile_is_valid_and_bears_its_own_name(name):
 
 
 DIGESTS = {
-    "gemma-3-1b": "933a9d548768ee94",
-    "gemma-3-270m": "cbe001ea5e1ea1e4",
-    "mini": "b2232ebb0de5b903",
-    "paper": "d35be57f1a2449dc",
-    "smoke": "0ef481d1bc671100",
+    "gemma-3-1b": "5505624247294612",
+    "gemma-3-270m": "4cd704d2f1faeda6",
+    "mini": "1414f96053ae676b",
+    "paper": "23c21284537f6a40",
+    "smoke": "22e4d15ccf3c0b21",
 }
 
 
