@@ -39,7 +39,7 @@ class Recipe:
     """What the shipped base was trained with; written beside its weights as `provenance.json`."""
 
     seed: int = 0
-    tokens: int = 6_000_000
+    tokens: int = 8_000_000
     batch_tokens: int = 1024
     maths_share: float = 0.7
     seldom_share: float = 0.015
