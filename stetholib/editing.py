@@ -64,10 +64,7 @@ def _described(checkpoint: Mapping[str, Tensor], name: str) -> str:
 
 @dataclass(frozen=True)
 class TaskVector:
-    """tau = theta_1 - theta_0 (Ilharco et al., 2023), one matrix [d_out, d_in] in float32 for each `(layer, matrix)`.
-
-    Each is computed when it is asked for, so a vector of two checkpoints on disk never has to fit in memory.
-    """
+    """tau = theta_1 - theta_0 (Ilharco et al., 2023), one matrix [d_out, d_in] in float32 for each `(layer, matrix)`."""
 
     deltas: Weights
 
@@ -126,25 +123,22 @@ class TaskVector:
         """Squared Frobenius norm of the whole."""
         return sum(self.energies().values())
 
-    def _with(self, other: "TaskVector", sign: float) -> "TaskVector":
+    def __add__(self, other: "TaskVector") -> "TaskVector":
         if set(self.deltas) != set(other.deltas):
             raise ModelError("task vector: two vectors of different matrices cannot be added")
 
-        def combined(where: Key) -> Tensor:
+        def added(where: Key) -> Tensor:
             mine, theirs = self.deltas[where], other.deltas[where]
             if mine.shape != theirs.shape:
                 raise ModelError(
                     f"task vector: {where} is {tuple(mine.shape)} in one vector and {tuple(theirs.shape)} in the other"
                 )
-            return mine + sign * theirs
+            return mine + theirs
 
-        return TaskVector(Lazy(self.deltas, combined))
-
-    def __add__(self, other: "TaskVector") -> "TaskVector":
-        return self._with(other, 1.0)
+        return TaskVector(Lazy(self.deltas, added))
 
     def __sub__(self, other: "TaskVector") -> "TaskVector":
-        return self._with(other, -1.0)
+        return self + -other
 
     def __mul__(self, scale: float | Mapping[Key, float]) -> "TaskVector":
         """Scaled by one number, or by one for each matrix."""

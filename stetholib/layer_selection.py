@@ -100,10 +100,8 @@ def plain_scores(
 
 
 def agreement(scores: Mapping[tuple[str, str], Values], count: int, default: str) -> pd.DataFrame:
-    """Layers that each definition of specificity selects, and its rank correlation with the default's scores.
-
-    scores: by (contrast, definition).
-    """
+    """Layers that each definition of specificity selects, and its rank correlation with the default's scores. scores: by
+    (contrast, definition)."""
     rows = []
     for (contrast, kind), score in scores.items():
         layers = " ".join(map(str, select(score, count)))
@@ -219,10 +217,8 @@ def _beside_full(sets: pd.DataFrame) -> str:
     if not change["full"] < 0:
         return f"The whole vector **does not lower the solution's loss** ({change['full']:+.2g} nats a token): nothing can be shared out."
     ours, shrunk = (change[name] / change["full"] for name in ("stethoscope", "full_shrunk"))
-    verdict = (
-        f"selecting layers {'**does no better than shrinking all**' if shrunk >= ours else 'does better than shrinking all'}"
-    )
-    said = f"Of the fall that the whole vector brings, the stethoscope's set brings {ours:.0%}, the whole vector shrunk to its energy {shrunk:.0%}: {verdict}."
+    verdict = "**does no better than shrinking all**" if shrunk >= ours else "does better than shrinking all"
+    said = f"Of the fall that the whole vector brings, the stethoscope's set brings {ours:.0%}, the whole vector shrunk to its energy {shrunk:.0%}: selecting layers {verdict}."
     if not closing["full"] < 0:
         return said
     shares = [closing[name] / closing["full"] for name in ("stethoscope", "full_shrunk")]

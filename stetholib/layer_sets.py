@@ -62,10 +62,8 @@ def greedy(loss_of: Callable[[LayerSet], float], layers: int, count: int) -> Lay
 
 
 def fixed_selectors(scores: Mapping[str, Values], energies: Values, count: int) -> dict[str, tuple[str, LayerSet]]:
-    """Every rule that picks `count` layers without trying them out, as selector -> (contrast, layers).
-
-    scores: layer scores by contrast; energies: |tau_l|^2.
-    """
+    """Every rule that picks `count` layers without trying them out, as selector -> (contrast, layers). scores: layer scores by
+    contrast; energies: |tau_l|^2."""
     depth = len(energies)
     before = (depth - count) // 2
     return {
@@ -114,10 +112,8 @@ class PlannedSet:
 def planned_sets(
     chosen: Mapping[str, tuple[str, LayerSet]], layer_energy: np.ndarray, random_sets: int, seed: int
 ) -> list[PlannedSet]:
-    """Every set that is scored without sight of a loss; chosen: of the rules, selector -> (contrast, layers).
-
-    `full_shrunk` is the control of equal energy: the whole vector in all layers, at the energy of the stethoscope's.
-    """
+    """Every set that is scored without sight of a loss; chosen: of the rules, selector -> (contrast, layers). `full_shrunk` is
+    the control of equal energy: the whole vector in all layers, at the energy of the stethoscope's."""
     every, stethoscope = tuple(range(len(layer_energy))), chosen["stethoscope"][1]
     plan = [PlannedSet("full", 0, "-", every), PlannedSet("full_shrunk", 0, "-", every, shrunk_to(layer_energy, stethoscope))]
     plan += [PlannedSet("only", layer, "-", (layer,)) for layer in every]
@@ -131,9 +127,7 @@ def seeing_sets(
     loss_of: LossOf, seen: np.ndarray, draw: int, layers: int, count: int, small_step: float, with_greedy: bool
 ) -> list[PlannedSet]:
     """Sets of the rules that see losses of the solution, where the mask `seen` [problem] is True; to be judged on the others.
-
-    `small_step` takes the layers that do most at that alpha; draw: the half's number.
-    """
+    `small_step` takes the layers that do most at that alpha; draw: the half's number."""
 
     def worth(chosen: LayerSet, alpha: float = 1.0) -> float:
         return loss_of(chosen, alpha).mean(where=seen)
@@ -220,10 +214,8 @@ def reliability(
 
 
 def agreement_of_halves(changes: np.ndarray, halves: np.ndarray) -> float:
-    """Mean Spearman between the rankings on one half of the problems and on the other; NaN where nothing is ranked.
-
-    changes: [item, problem]; halves: [halving, problem], True in one half.
-    """
+    """Mean Spearman between the rankings on one half of the problems and on the other; NaN where nothing is ranked. changes:
+    [item, problem]; halves: [halving, problem], True in one half."""
     ranks = [stats.rankdata(half @ changes.T, axis=1) for half in (halves, ~halves)]
     one, other = (r - r.mean(1, keepdims=True) for r in ranks)
     size = np.sqrt((one**2).sum(1) * (other**2).sum(1))
@@ -248,10 +240,8 @@ def resolution(changes: np.ndarray, random: int, full: np.ndarray, halves: np.nd
 
 
 def tells_apart(reliability: pd.DataFrame) -> bool:
-    """Whether this world's validation loss of solutions tells sets of layers apart, by the table of `reliability`.
-
-    Two halves of the problems must rank sets alike, and the best one found must be better on problems that did not find it.
-    """
+    """Whether this world's validation loss of solutions tells sets of layers apart, by the table of `reliability`. Two halves of
+    the problems must rank sets alike, and the best one found must be better on problems that did not find it."""
     row: Any = reliability.set_index(["what", "loss"]).loc[("sets", "solution")]
     return bool(row["reliability"] >= RELIABLE and row["r_held_out"] >= RESOLVED)
 

@@ -4,7 +4,7 @@ lm-evaluation-harness asks, extracts and scores (`adapters.harness`); the model 
 (`models.answering`), and so is a record of every answer. Here is what is made of the records.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -36,20 +36,15 @@ def records(
 
 
 def tokens_to_answer(completion: str, extracted: str, count: Callable[[str], int]) -> int | None:
-    """How many new tokens it took until the harness could read an answer; None where it never could.
-
-    That is where Minerva's closing sentence ends; an answer read without it is taken to need the whole completion.
-    """
+    """How many new tokens it took until the harness could read an answer; None where it never could. That is where Minerva's
+    closing sentence ends; an answer read without it is taken to need the whole completion."""
     before, sentence, _ = completion.partition("I hope it is correct.")
     return None if extracted == INVALID else count(before + sentence)
 
 
 def accuracy_by_limit(all_records: pd.DataFrame, needed: Sequence[int | None], limits: Sequence[int]) -> pd.DataFrame:
-    """Accuracy had the token limit been lower: columns variant, limit, accuracy.
-
-    Greedy answers under a lower limit are the same answers cut short, so nothing has to be asked again. needed: of
-    each record, `tokens_to_answer`.
-    """
+    """Accuracy had the token limit been lower: columns variant, limit, accuracy. Greedy answers under a lower limit are the same
+    answers cut short, so nothing has to be asked again. needed: of each record, `tokens_to_answer`."""
     tokens = pd.Series(np.array(needed, float), index=all_records.index)
     parts = []
     for limit in limits:
@@ -60,8 +55,13 @@ def accuracy_by_limit(all_records: pd.DataFrame, needed: Sequence[int | None], l
 
 def measure(all_records: pd.DataFrame, general_loss: Mapping[str, float]) -> pd.DataFrame:
     """The table of step 05: one row a variant and subject, and `all`; general_loss in nats a token, by variant."""
+    groups = [
+        (str(variant), str(subject), part)
+        for variant, whole in all_records.groupby("variant")
+        for subject, part in (("all", whole), *whole.groupby("subject"))
+    ]
     rows = []
-    for (variant, subject), part in _groups(all_records):
+    for variant, subject, part in groups:
         n, correct = len(part), int(part["exact_match"].sum())
         readable = part["extracted"] != INVALID
         accuracy = correct / n
@@ -82,13 +82,6 @@ def measure(all_records: pd.DataFrame, general_loss: Mapping[str, float]) -> pd.
             )
         )
     return pd.DataFrame(rows)
-
-
-def _groups(all_records: pd.DataFrame) -> Iterable[tuple[tuple[str, str], pd.DataFrame]]:
-    for variant, part in all_records.groupby("variant", sort=True):
-        yield (str(variant), "all"), part
-        for subject, rows in part.groupby("subject", sort=True):
-            yield (str(variant), str(subject)), rows
 
 
 @dataclass(frozen=True)

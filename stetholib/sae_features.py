@@ -17,7 +17,7 @@ from torch import Tensor
 from stetholib.errors import UserError
 from stetholib.models.dictionary import Dictionary, check_fires, check_site, check_width, random_dictionary, self_test
 from stetholib.models.loading import LanguageModel, check_finite
-from stetholib.models.streams import Watch, collected, residual_batches, tokenize, unwatched, up_to
+from stetholib.models.streams import Tokenized, Watch, collected, residual_batches, tokenize, unwatched, up_to
 from stetholib.models.sums import CONTRASTS, Covariance, DocumentSums, FeatureSums, firing, moments, one_hot, specificity
 
 SELF_TEST_TOKENS = 20_000
@@ -154,15 +154,13 @@ def hear(
 def _tested(
     base: LanguageModel,
     listening: Listening,
-    pairs: Sequence[tuple[list[int], int]],
+    pairs: Tokenized,
     dictionaries: Mapping[int, Dictionary],
     expected_l0: Mapping[int, float | None] | None,
     group: Sequence[int],
 ) -> tuple[dict[int, dict[str, Any]], dict[tuple[str, int], Dictionary], dict[tuple[str, int], FeatureSums]]:
-    """Self-tests of a group's SAEs, the SAEs with their random doubles, and empty sums for both.
-
-    An SAE that was not trained here is refused where it cannot be this layer's.
-    """
+    """Self-tests of a group's SAEs, the SAEs with their random doubles, and empty sums for both. An SAE that was not trained here
+    is refused where it cannot be this layer's."""
     last, corpus_of = max(listening.dictionary_seeds), torch.tensor(listening.corpus_of)
     near_group = range(max(0, group[0] - 1), min(last + 1, group[-1] + 2))
     sample = _sample(base, listening, pairs, near_group)
@@ -191,7 +189,7 @@ def _tested(
 
 
 def _sample(
-    base: LanguageModel, listening: Listening, pairs: Sequence[tuple[list[int], int]], layers: Iterable[int]
+    base: LanguageModel, listening: Listening, pairs: Tokenized, layers: Iterable[int]
 ) -> dict[int, Float[Tensor, "token d_model"]]:
     """Activations of a random part of the documents, for self-tests and the random dictionaries."""
     order = list(range(len(pairs)))
@@ -211,10 +209,8 @@ def specificities(
 
 
 def measure(tests: pd.DataFrame, heard: Mapping[str, Iterable[tuple[Tensor, Tensor]]]) -> pd.DataFrame:
-    """The table of step 02: one row a layer and contrast.
-
-    tests: self-tests, one row a layer; heard: by contrast, (specificity, fires) of every feature, layer by layer.
-    """
+    """The table of step 02: one row a layer and contrast. tests: self-tests, one row a layer; heard: by contrast, (specificity,
+    fires) of every feature, layer by layer."""
     rows = []
     for contrast, layers in heard.items():
         for layer, (values, fires) in enumerate(layers):

@@ -12,23 +12,10 @@ from typing import Any
 
 import pandas as pd
 
+from stetholib import statistics
 from stetholib.errors import UserError
-from stetholib.statistics import (
-    bootstrap_interval,
-    cluster_interval,
-    discordance_for,
-    harness_z,
-    holm,
-    mcnemar,
-    mcnemar_z,
-    minimum_detectable,
-    minimum_detectable_unpaired,
-    pooled_z,
-    score_interval,
-    two_sided,
-    unpaired_z,
-)
 
+Families = Mapping[str, str] | None  # problem_id -> family, where the rows have one
 ALL = "all"
 METRICS = ("exact_match", "math_verify")
 FEW = 30  # discordant pairs below which the bootstrap's interval is too narrow: of 3 in 250 it covers 84 %, not 95 %
@@ -54,11 +41,7 @@ def verdict(difference: float, p_holm: float, ci_low: float, margin: float, leve
 
 
 def compare(
-    base: pd.DataFrame,
-    edited: pd.DataFrame,
-    margins: Margins,
-    metric: str = "exact_match",
-    families: Mapping[str, str] | None = None,
+    base: pd.DataFrame, edited: pd.DataFrame, margins: Margins, metric: str = "exact_match", families: Families = None
 ) -> pd.DataFrame:
     """One variant against the base by one metric: rows by subject and `all`.
 
@@ -77,7 +60,7 @@ def compare(
     subjects = sorted(pairs["subject"].unique())
     parts = {ALL: pairs} | {subject: pairs[pairs["subject"] == subject] for subject in subjects}
     rows = [_compare(subject, part, margins) | dict(metric=metric) for subject, part in parts.items()]
-    corrected = dict(zip(subjects, holm([row["mcnemar_p"] for row in rows[1:]]), strict=True))
+    corrected = dict(zip(subjects, statistics.holm([row["mcnemar_p"] for row in rows[1:]]), strict=True))
     for row in rows:
         # `all` stands outside the family of subjects, so its p needs no correction
         row["mcnemar_p_holm"] = float(corrected.get(row["subject"], row["mcnemar_p"]))
@@ -89,16 +72,15 @@ def _compare(subject: str, pairs: pd.DataFrame, margins: Margins) -> dict[str, A
     y0, y1, level = pairs["y0"].to_numpy(), pairs["y1"].to_numpy(), margins.level
     n, gained, lost = len(pairs), int((y1 > y0).sum()), int((y1 < y0).sum())
     counts, drawn = (gained, lost, n, level), (margins.draws, margins.seed)
-    low, high = score_interval(*counts) if gained + lost < FEW else bootstrap_interval(*counts, *drawn)
-    low_family, high_family = cluster_interval(y1 - y0, pairs["family"], level, *drawn)
-    z = harness_z(int(y0.sum()), int(y1.sum()), n)
-    content, form = split_gain(pairs)
+    low, high = statistics.score_interval(*counts) if gained + lost < FEW else statistics.bootstrap_interval(*counts, *drawn)
+    low_family, high_family = statistics.cluster_interval(y1 - y0, pairs["family"], level, *drawn)
+    right, discordance = (int(y0.sum()), int(y1.sum()), n), (gained + lost) / n
+    z, (content, form) = statistics.harness_z(*right), split_gain(pairs)
     row: dict[str, Any] = dict(subject=subject, n=n, base_accuracy=y0.mean(), accuracy=y1.mean(), difference=(gained - lost) / n)
-    row |= dict(ci_low=low, ci_high=high, z=z, p=two_sided(z), z_pooled=pooled_z(int(y0.sum()), int(y1.sum()), n))
-    row |= dict(gained=gained, lost=lost, mcnemar_p=mcnemar(gained, lost), gain_both_extractable=content, gain_format_bound=form)
-    row |= dict(
-        mde=minimum_detectable((gained + lost) / n, n, level), mde_unpaired=minimum_detectable_unpaired(y0.mean(), n, level)
-    )
+    row |= dict(ci_low=low, ci_high=high, z=z, p=statistics.two_sided(z), z_pooled=statistics.pooled_z(*right))
+    row |= dict(gained=gained, lost=lost, mcnemar_p=statistics.mcnemar(gained, lost))
+    row |= dict(gain_both_extractable=content, gain_format_bound=form, mde=statistics.minimum_detectable(discordance, n, level))
+    row |= dict(mde_unpaired=statistics.minimum_detectable_unpaired(y0.mean(), n, level))
     margin = margins.overall if subject == ALL else margins.subject
     return row | dict(ci_low_family=low_family, ci_high_family=high_family, margin=margin)
 
@@ -114,9 +96,7 @@ def split_gain(pairs: pd.DataFrame) -> tuple[float, float]:
     return float(gain[before == after].sum() / len(pairs)), float(gain[before != after].sum() / len(pairs))
 
 
-def measure(
-    records: pd.DataFrame, margins: Margins, families: Mapping[str, str] | None = None, base: str = "base"
-) -> pd.DataFrame:
+def measure(records: pd.DataFrame, margins: Margins, families: Families = None, base: str = "base") -> pd.DataFrame:
     """The table of step 06: every variant against the base, by both metrics, by subject and over all."""
     start, variants = _answers(records, base), sorted(set(records["variant"]) - {base})
     tables = [
@@ -138,9 +118,9 @@ def _answers(records: pd.DataFrame, variant: str) -> pd.DataFrame:
 
 def published() -> pd.DataFrame:
     """The published Number Theory figure by three tests; only the harness's standard errors give (+3.41, .0007)."""
-    tests = {"harness": harness_z, "unpooled": unpaired_z, "pooled": pooled_z}
+    tests = {"harness": statistics.harness_z, "unpooled": statistics.unpaired_z, "pooled": statistics.pooled_z}
     found = {name: z(*PUBLISHED.values()) for name, z in tests.items()}
-    return pd.DataFrame([dict(test=name, **PUBLISHED, z=z, p=two_sided(z)) for name, z in found.items()])
+    return pd.DataFrame([dict(test=name, **PUBLISHED, z=z, p=statistics.two_sided(z)) for name, z in found.items()])
 
 
 def paired_against(records: pd.DataFrame, one: str, other: str, margins: Margins, metric: str = "exact_match") -> dict[str, Any]:
@@ -152,22 +132,18 @@ def paired_against(records: pd.DataFrame, one: str, other: str, margins: Margins
 
 
 def discordance_curve(counts: Mapping[str, int] = PUBLISHED) -> pd.DataFrame:
-    """McNemar's z for the published net gain, by how many verdicts may have changed.
-
-    Columns changed, z, and the same in every row: unpaired (the harness's z) and crossing (where the two are equal).
-    """
+    """McNemar's z for the published net gain, by how many verdicts may have changed. Columns changed, z, and the same in every
+    row: unpaired (the harness's z) and crossing (where the two are equal)."""
     base, edited, n = counts["base_correct"], counts["edited_correct"], counts["n"]
-    net, z = edited - base, harness_z(base, edited, n)
+    net, z = edited - base, statistics.harness_z(base, edited, n)
     changed = range(abs(net), min(base + edited, 2 * n - base - edited) + 1, 2)
-    rows = [dict(changed=pairs, z=mcnemar_z((pairs + net) // 2, (pairs - net) // 2)) for pairs in changed]
-    return pd.DataFrame(rows).assign(unpaired=z, crossing=discordance_for(z, net) if z else nan)
+    rows = [dict(changed=pairs, z=statistics.mcnemar_z((pairs + net) // 2, (pairs - net) // 2)) for pairs in changed]
+    return pd.DataFrame(rows).assign(unpaired=z, crossing=statistics.discordance_for(z, net) if z else nan)
 
 
 def control_pairs(variants: Sequence[str]) -> list[tuple[str, str]]:
     """The comparisons that tell energy from direction, and the stethoscope's choice from others: first minus second.
-
-    `full_shrunk` has the stethoscope's energy, spread over all layers: what selecting is worth beside shrinking.
-    """
+    `full_shrunk` has the stethoscope's energy, spread over all layers: what selecting is worth beside shrinking."""
     pairs = [("raw_shrunk", "scalpel"), ("full", "scalpel_rescaled")]
     pairs += [("stethoscope", "full_shrunk"), ("stethoscope_matched", "full_shrunk")]
     pairs += [("stethoscope", "least_specific"), ("stethoscope", "largest_norm")]
@@ -193,10 +169,8 @@ def interval(row: Any) -> str:
 
 
 def summary(table: pd.DataFrame, ledger: pd.DataFrame, level: float = 0.05) -> str:
-    """What step 06 saw, as Markdown; table: of `measure`, ledger: the verdicts on the paper's claims.
-
-    Counted is one verdict a claim, under the contrast of the paper (`matched` is a check beside it).
-    """
+    """What step 06 saw, as Markdown; table: of `measure`, ledger: the verdicts on the paper's claims. Counted is one verdict a
+    claim, under the contrast of the paper (`matched` is a check beside it)."""
     own = ledger[ledger["contrast"] != "matched"]
     told = [", ".join(f"{n} {word}" for word, n in own[c].value_counts().items()) for c in ("verdict", "verdict_strict")]
     failed, strictly = (", ".join(own.loc[own[c] == "contradicted", "claim"]) for c in ("verdict", "verdict_strict"))

@@ -67,10 +67,8 @@ def holm(p_values: Values) -> np.ndarray:
 
 
 def bootstrap_interval(gained: Count, lost: Count, n: int, level: float, draws: int, seed: int) -> tuple[float, float]:
-    """Percentile interval of the paired difference, resampling problems.
-
-    A problem contributes +1, -1 or 0, so resampling n of them is one multinomial draw of three counts.
-    """
+    """Percentile interval of the paired difference, resampling problems. A problem contributes +1, -1 or 0, so resampling n of
+    them is one multinomial draw of three counts."""
     rng = np.random.default_rng(seed)
     counts = rng.multinomial(n, [gained / n, lost / n, (n - gained - lost) / n], size=draws)
     low, high = np.quantile((counts[:, 0] - counts[:, 1]) / n, [level / 2, 1 - level / 2])
@@ -78,10 +76,8 @@ def bootstrap_interval(gained: Count, lost: Count, n: int, level: float, draws: 
 
 
 def score_interval(gained: Count, lost: Count, n: int, level: float) -> tuple[float, float]:
-    """Tango's (1998) score interval of the paired difference, which also covers where few pairs are discordant.
-
-    A bootstrap of such pairs is too narrow: with none gained or none lost, one of its ends is exactly 0.
-    """
+    """Tango's (1998) score interval of the paired difference, which also covers where few pairs are discordant. A bootstrap of
+    such pairs is too narrow: with none gained or none lost, one of its ends is exactly 0."""
     z = float(stats.norm.isf(level / 2))
     return _score_low(int(gained), int(lost), n, z), -_score_low(int(lost), int(gained), n, z)
 
@@ -103,20 +99,16 @@ def _score_low(gained: int, lost: int, n: int, z: float) -> float:
 def bootstrap_ratio(
     over: np.ndarray, under: np.ndarray, seed: int, draws: int = 2000, level: float = 0.05
 ) -> tuple[float, float, float]:
-    """sum(over) / sum(under) with a percentile interval at 1 - level, resampling entries: (ratio, low, high).
-
-    over, under: one entry a problem. With token counts below and summed differences of loss above, nats a token.
-    """
+    """sum(over) / sum(under) with a percentile interval at 1 - level, resampling entries: (ratio, low, high). over, under: one
+    entry a problem. With token counts below and summed differences of loss above, nats a token."""
     picks = np.random.default_rng(seed).integers(0, len(over), (draws, len(over)))
     low, high = np.quantile(over[picks].sum(1) / under[picks].sum(1), [level / 2, 1 - level / 2])
     return float(over.sum() / under.sum()), float(low), float(high)
 
 
 def cluster_interval(differences: Values, clusters: Values, level: float, draws: int, seed: int) -> tuple[float, float]:
-    """Percentile interval of the mean difference, resampling whole clusters, such as families of problems.
-
-    differences: one a problem; clusters: the label of each. NaN of a single cluster, whose spread nobody can know.
-    """
+    """Percentile interval of the mean difference, resampling whole clusters, such as families of problems. differences: one a
+    problem; clusters: the label of each. NaN of a single cluster, whose spread nobody can know."""
     by_cluster = pd.Series(np.asarray(differences, float)).groupby(np.asarray(clusters)).agg(["sum", "size"])
     if len(by_cluster) < 2:
         return nan, nan

@@ -29,10 +29,8 @@ COVECTORS = ("sae_encoder", "gradient_pca")
 
 
 def own_svd(vector: TaskVector, layer: int) -> dict[str, Basis]:
-    """The best single subspace for a block's readers, for its writers, and for both together: the ceilings.
-
-    Eigenvectors of the sum of tau' tau over the readers, of tau tau' over the writers, and of the sum of the two.
-    """
+    """The best single subspace for a block's readers, for its writers, and for both together: the ceilings. Eigenvectors of the
+    sum of tau' tau over the readers, of tau tau' over the writers, and of the sum of the two."""
     moments = {}
     for side, matrices in (("reader", READERS), ("writer", WRITERS)):
         deltas = (vector.deltas[layer, matrix].double() for matrix in matrices)
@@ -49,20 +47,15 @@ class Directions:
     by_name: Mapping[str, Basis]
 
 
-def measure(
-    vector: TaskVector,
-    sites: Mapping[int, Directions],
-    gains: Mapping[Key, Float[Tensor, " d_model"]],
-    ranks: Ranks,
-    random_draws: int,
-    seed: int,
-    *,
-    watch: Watch = unwatched,
-) -> pd.DataFrame:
-    """The table of step 03: energy retained by layer, matrix, basis and rank, with both sensitivities at the default rank.
+Sites = Mapping[int, Directions]  # at each block's output, by layer
+Gains = Mapping[Key, Float[Tensor, " d_model"]]  # between a matrix and the residual stream
 
-    sites: the directions at each block's output. Random subspaces are drawn anew for every layer and matrix.
-    """
+
+def measure(
+    vector: TaskVector, sites: Sites, gains: Gains, ranks: Ranks, random_draws: int, seed: int, *, watch: Watch = unwatched
+) -> pd.DataFrame:
+    """The table of step 03: energy retained by layer, matrix, basis and rank, with both sensitivities at the default rank. sites:
+    the directions at each block's output. Random subspaces are drawn anew for every layer and matrix."""
     rows = []
     width = next(iter(gains.values())).shape[0]
     generator = torch.Generator().manual_seed(seed)
@@ -88,9 +81,7 @@ def measure(
     return table.assign(chance=table["rank"] / width)
 
 
-def _sensitivities(
-    cell: tuple[int, str, str], delta: Tensor, sites: Mapping[int, Directions], gain: Tensor, rank: int
-) -> list[tuple[Any, ...]]:
+def _sensitivities(cell: tuple[int, str, str], delta: Tensor, sites: Sites, gain: Tensor, rank: int) -> list[tuple[Any, ...]]:
     """The default rank again through the norm's gain, and for readers with the site one block earlier."""
     layer, _, side = cell
     places = {layer, max(layer - 1, 0)} if side == "reader" else {layer}
@@ -111,7 +102,7 @@ def scalpel(vector: TaskVector, bases: Mapping[int, Basis]) -> TaskVector:
     return vector.map(lambda where, delta: project(delta, bases[where[0]], SIDE[where[1]]))
 
 
-def mechanism(vector: TaskVector, sites: Mapping[int, Directions], rank: int) -> pd.DataFrame:
+def mechanism(vector: TaskVector, sites: Sites, rank: int) -> pd.DataFrame:
     """Overlap of each side's best subspace with SAE, activation and gradient directions at the blocks a side touches.
 
     If updates are sums of outer products of gradients and activations, readers should lie along activations *at
@@ -162,7 +153,7 @@ def directions(
 VECTORS = ("raw", "projected", "projected_rescaled", "raw_shrunk")
 
 
-def vector_of(name: str, raw: TaskVector, sites: Mapping[int, Directions], rank: int) -> TaskVector:
+def vector_of(name: str, raw: TaskVector, sites: Sites, rank: int) -> TaskVector:
     """raw; projected (the scalpel); projected_rescaled (to the full energy); raw_shrunk (to the scalpel's)."""
     if name == "raw":
         return raw
@@ -175,7 +166,7 @@ def vector_of(name: str, raw: TaskVector, sites: Mapping[int, Directions], rank:
     return raw * matched_scales(kept, energies)
 
 
-def rounding_of_edits(base: Weights, raw: TaskVector, sites: Mapping[int, Directions], rank: int) -> pd.DataFrame:
+def rounding_of_edits(base: Weights, raw: TaskVector, sites: Sites, rank: int) -> pd.DataFrame:
     """What a model in bfloat16 can carry of each edit: columns vector, unmoved, energy_kept, cosine."""
     rows = []
     for name in VECTORS:
@@ -185,7 +176,7 @@ def rounding_of_edits(base: Weights, raw: TaskVector, sites: Mapping[int, Direct
 
 
 def energy_or_direction(
-    base: LanguageModel, pool: Sequence[Batch], raw: TaskVector, sites: Mapping[int, Directions], rank: int, seed: int
+    base: LanguageModel, pool: Sequence[Batch], raw: TaskVector, sites: Sites, rank: int, seed: int
 ) -> pd.DataFrame:
     """Validation loss of the scalpel and its controls: did it lose energy, or direction?
 

@@ -21,10 +21,8 @@ TIED = {"lm_head.weight"}  # where it is a copy of the embeddings, some checkpoi
 
 
 def stable_rank(matrix: Float[Tensor, "d_out d_in"]) -> float:
-    """Energy over the squared spectral norm: how many directions the energy is spread over; 0 for a zero matrix.
-
-    The norm is found by Lanczos iterations, since a whole decomposition of a real model's matrices takes hours.
-    """
+    """Energy over the squared spectral norm: how many directions the energy is spread over; 0 for a zero matrix. The norm is
+    found by Lanczos iterations, since a whole decomposition of a real model's matrices takes hours."""
     wide = matrix.double().cpu()
     energy = float(wide.square().sum())
     if not energy:
@@ -36,10 +34,8 @@ def stable_rank(matrix: Float[Tensor, "d_out d_in"]) -> float:
 
 
 def measure(base: Weights, vector: TaskVector) -> pd.DataFrame:
-    """The table of step 01: one row a layer and matrix.
-
-    base_norm, delta_norm: Frobenius norms; relative: their ratio; energy_share: of the whole vector's energy.
-    """
+    """The table of step 01: one row a layer and matrix. base_norm, delta_norm: Frobenius norms; relative: their ratio;
+    energy_share: of the whole vector's energy."""
     total = vector.energy()
     rows = []
     for (layer, matrix), delta in vector.deltas.items():
@@ -71,10 +67,8 @@ def check_same_tensors(base: Mapping[str, Tensor], finetuned: Mapping[str, Tenso
 
 
 def energy_elsewhere(base: Mapping[str, Tensor], finetuned: Mapping[str, Tensor]) -> dict[str, float]:
-    """Energy of the change outside the seven matrices (embeddings, norms, vision tower), by kind.
-
-    Raises ModelError where the two do not have the same tensors, tied copies aside.
-    """
+    """Energy of the change outside the seven matrices (embeddings, norms, vision tower), by kind. Raises ModelError where the two
+    do not have the same tensors, tied copies aside."""
     check_same_tensors(base, finetuned)
     edited, energies = set(weight_names(base).values()), {"embeddings": 0.0, "norms": 0.0, "other": 0.0}
     for name in sorted((set(base) & set(finetuned)) - edited - _copies(base)):
@@ -104,20 +98,16 @@ def _pieces(checkpoint: Mapping[str, Tensor], name: str) -> Iterator[Tensor]:
 
 
 def rounding(base: Weights, vector: TaskVector, stored: pd.DataFrame | None, dtype: str) -> pd.DataFrame:
-    """What precision can carry of a change: columns change, stored_in, unmoved, energy_kept, cosine.
-
-    stored: `survival` of the exact fine-tune after it was stored in `dtype`, where it was made here.
-    """
+    """What precision can carry of a change: columns change, stored_in, unmoved, energy_kept, cosine. stored: `survival` of the
+    exact fine-tune after it was stored in `dtype`, where it was made here."""
     rows = [] if stored is None else [dict(change="fine-tune, as trained", stored_in=dtype) | survival_shares(stored)]
     left = survival(vector, rounded(base, vector, torch.bfloat16))
     return pd.DataFrame([*rows, dict(change="task vector", stored_in="bfloat16") | survival_shares(left)])
 
 
 def difference(base: Checkpoint, finetuned: Checkpoint, same_dtype: bool) -> TaskVector:
-    """tau = theta_1 - theta_0 of two checkpoints of one model; held in memory where it fits in a gibibyte.
-
-    Raises ModelError where the two are not of one model, or are the same.
-    """
+    """tau = theta_1 - theta_0 of two checkpoints of one model; held in memory where it fits in a gibibyte. Raises ModelError
+    where the two are not of one model, or are the same."""
     for one in (base, finetuned):
         check_stored(one)
     check_same_tensors(base, finetuned)
@@ -141,11 +131,8 @@ def algebra(vector: TaskVector) -> dict[str, float]:
 
 
 def summary(table: pd.DataFrame, rounding: pd.DataFrame, restored: Mapping[str, bool]) -> str:
-    """What step 01 saw, as Markdown.
-
-    table: of `measure`; rounding: one row a precision, the last for the task vector in bfloat16; restored: what must
-    hold of an edit that is applied and undone, each sentence with whether it does.
-    """
+    """What step 01 saw, as Markdown. table: of `measure`; rounding: one row a precision, the last for the task vector in
+    bfloat16; restored: what must hold of an edit that is applied and undone, each sentence with whether it does."""
     broken = [sentence for sentence, holds in restored.items() if not holds]
     undone = "The base plus the vector differs from the base, scale 0 does not, and undoing restores every byte: **True**."
     if broken:

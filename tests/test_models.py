@@ -34,7 +34,7 @@ def test_losses_are_those_of_transformers(toy):
     batch = pool[0]
     labels = batch.input_ids.masked_fill(batch.attention_mask == 0, -100)
     reference = toy.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=labels).loss
-    assert streams.mean_loss(toy.model, pool) == pytest.approx(float(reference), rel=1e-5)
+    assert streams.document_losses(toy.model, pool).mean("total") == pytest.approx(float(reference), rel=1e-5)
 
 
 def test_only_what_follows_the_context_is_scored(toy):
@@ -112,7 +112,8 @@ def test_the_two_losses_are_the_whole_one_token_by_token(toy):
             assert losses.solution[index] == pytest.approx(float(solution), abs=1e-6) and solution > 0
             assert losses.tokens[index] == int(batch.scored[row].sum())
     assert losses.mean() + losses.mean("closing") == pytest.approx(losses.mean("total"), abs=1e-12)
-    assert losses.mean("total") == pytest.approx(streams.mean_loss(toy.model, streams.pool_of(toy, texts, 256, 1000)), abs=1e-6)
+    plain = streams.document_losses(toy.model, streams.pool_of(toy, texts, 256, 1000))
+    assert losses.mean("total") == pytest.approx(plain.mean("total"), abs=1e-6)
     first = np.array([True, False])
     assert losses.mean("closing", first) == pytest.approx(losses.closing[0] / losses.tokens[0])
 

@@ -13,6 +13,7 @@ out of a sliding window, which counts slots of the cache.
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from typing import Any
 
@@ -184,14 +185,12 @@ def _fitted(states: torch.Tensor, width: int) -> torch.Tensor:
 
 
 class Ends:
-    """Whether an answer has ended: at EOS, at its limit, or as soon as its text holds a stop string.
-
-    Only rows whose last token is one of `last_signs` are decoded, so it costs next to nothing.
-    """
+    """Whether an answer has ended: at EOS, at its limit, or as soon as its text holds a stop string. Only rows whose last token
+    is one of `last_signs` are decoded, so it costs next to nothing."""
 
     def __init__(self, model: LanguageModel, limits: Limits) -> None:
         """limits: the stop strings, and how many tokens an answer may have."""
-        self._tokenizer, self._limits = model.tokenizer, limits
+        self._decode, self._limits = partial(model.tokenizer.decode, skip_special_tokens=True), limits
         self._signs, self._eos = last_signs(model.tokenizer, limits.stops), eos_of(model)
         self._longest = max(map(len, limits.stops))
 
@@ -199,11 +198,7 @@ class Ends:
         """new: the tokens of one answer; what comes after its end is cut off later."""
         if len(new) >= self._limits.max_new_tokens or new[-1] in self._eos:
             return True
-        if new[-1] not in self._signs:
-            return False
-        return (
-            _first_stop(self._tokenizer.decode(new[-self._longest :], skip_special_tokens=True), self._limits.stops) is not None
-        )
+        return new[-1] in self._signs and _first_stop(self._decode(new[-self._longest :]), self._limits.stops) is not None
 
 
 def eos_of(model: LanguageModel) -> set[int]:
@@ -233,20 +228,12 @@ def _assert_one_bos(prompts: Iterable[list[int]], tokenizer: Any) -> None:
 
 
 def _answer(name: str, prompt_tokens: int, tokens: list[int], model: LanguageModel, stops: Sequence[str] = (STOP,)) -> Answer:
-    ends = eos_of(model)
+    """What was said up to its end; a row goes on for a while after the token that completes a stop string."""
+    ends, decode = eos_of(model), partial(model.tokenizer.decode, skip_special_tokens=True)
     ended = next((i for i, token in enumerate(tokens) if token in ends), None)
-    body = tokens if ended is None else tokens[:ended]
-    text = model.tokenizer.decode(body, skip_special_tokens=True)
+    body, text = tokens[:ended], decode(tokens[:ended])
+    reason = "length" if ended is None else "eos"
     if (cut := _first_stop(text, stops)) is not None:
-        body, reason = _until_stop(body, model.tokenizer, stops), "stop"
-    else:
-        reason = "length" if ended is None else "eos"
+        complete = (end for end in range(1, len(body)) if _first_stop(decode(body[:end]), stops) is not None)
+        body, reason = body[: next(complete, None)], "stop"
     return Answer(name, prompt_tokens, text[:cut], len(body), reason)
-
-
-def _until_stop(tokens: list[int], tokenizer: Any, stops: Sequence[str]) -> list[int]:
-    """The tokens up to the one that completes a stop string; a row goes on for a while after it."""
-    for end in range(1, len(tokens)):
-        if _first_stop(tokenizer.decode(tokens[:end], skip_special_tokens=True), stops) is not None:
-            return tokens[:end]
-    return tokens

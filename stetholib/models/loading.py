@@ -31,10 +31,8 @@ class LanguageModel:
 
 
 def load(folder: Path, dtype: str = "float32", device: str = "cpu", attention: str = "eager") -> LanguageModel:
-    """Load a model and its tokenizer from a local folder, weights from safetensors only.
-
-    attention: `eager`, faster at the miniature's size, or `sdpa`, PyTorch's fused kernels, which need less memory.
-    """
+    """Load a model and its tokenizer from a local folder, weights from safetensors only. attention: `eager`, faster at the
+    miniature's size, or `sdpa`, PyTorch's fused kernels, which need less memory."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 

@@ -1,8 +1,9 @@
 """What runs through a model: texts as batches of tokens, taps on the residual stream, and losses."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 from stetholib.models.loading import LanguageModel, check_finite
 from stetholib.models.weights import ModelError, decoder_blocks
 
+Texts = Sequence[tuple[str, str]]  # (context, scored text)
+Tokenized = Sequence[tuple[list[int], int]]  # (token ids of both, how many of them are context)
 Watch = Callable[[Sequence[Any], str], Iterable[Any]]  # (items, label) -> the items, with progress shown or not
 
 
@@ -35,10 +38,8 @@ class Batch:
 
 @dataclass(frozen=True)
 class DocumentLosses:
-    """Summed loss of each document, in nats: of the solution before its closing sentence, and of that sentence.
-
-    tokens: how many are scored in the whole of it, which both parts are divided by, so that they add up to the whole's loss.
-    """
+    """Summed loss of each document, in nats: of the solution before its closing sentence, and of that sentence. tokens: how many
+    are scored in the whole of it, which both parts are divided by, so that they add up to the whole's loss."""
 
     solution: Float[np.ndarray, " doc"]
     closing: Float[np.ndarray, " doc"]
@@ -56,30 +57,22 @@ class DocumentLosses:
 
 @contextmanager
 def residual_stream(model: nn.Module) -> Iterator[dict[int, Float[Tensor, "doc seq d_model"]]]:
-    """Tap the residual stream: inside, every forward pass fills the dict with each block's output.
-
-    The block's own output is what Gemma Scope's SAEs read; `hidden_states[-1]` would be after the final norm.
-    """
+    """Tap the residual stream: inside, every forward pass fills the dict with each block's output. The block's own output is what
+    Gemma Scope's SAEs read; `hidden_states[-1]` would be after the final norm."""
     taken: dict[int, Tensor] = {}
-    hooks = []
-    for layer, block in enumerate(decoder_blocks(model)):
 
-        def keep(module: nn.Module, args: tuple, output: Any, layer: int = layer) -> None:
-            taken[layer] = output[0] if isinstance(output, tuple) else output
+    def keep(layer: int, module: nn.Module, args: tuple, output: Any) -> None:
+        taken[layer] = output[0] if isinstance(output, tuple) else output
 
-        hooks.append(block.register_forward_hook(keep))
-    try:
+    with ExitStack() as hooks:
+        for layer, block in enumerate(decoder_blocks(model)):
+            hooks.enter_context(block.register_forward_hook(partial(keep, layer)))
         yield taken
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
-def tokenize(model: LanguageModel, texts: Sequence[tuple[str, str]], max_tokens: int) -> list[tuple[list[int], int]]:
-    """Token ids of each (context, scored text) pair and how many of them are context, BOS exactly once.
-
-    Raises where the tokenizer adds no BOS, or a second one. Texts are cut at `max_tokens`.
-    """
+def tokenize(model: LanguageModel, texts: Texts, max_tokens: int) -> list[tuple[list[int], int]]:
+    """Token ids of each (context, scored text) pair and how many of them are context, BOS exactly once. Raises where the
+    tokenizer adds no BOS, or a second one. Texts are cut at `max_tokens`."""
     tokenizer = model.tokenizer
     pairs = []
     for context, text in texts:
@@ -97,15 +90,10 @@ def _shared(model: LanguageModel, opening: str, ids: Sequence[int]) -> int:
 
 
 def batches(
-    pairs: Sequence[tuple[list[int], int]],
-    batch_tokens: int,
-    device: torch.device | str,
-    closing_from: Mapping[int, int] | None = None,
+    pairs: Tokenized, batch_tokens: int, device: torch.device | str, closing_from: Mapping[int, int] | None = None
 ) -> list[Batch]:
     """Padded batches of at most `batch_tokens` tokens, texts of like length together; order is by length, then index.
-
-    closing_from: where the closing sentence begins, in tokens, by the index of each text that has one.
-    """
+    closing_from: where the closing sentence begins, in tokens, by the index of each text that has one."""
     order = sorted(range(len(pairs)), key=lambda i: (len(pairs[i][0]), i))
     groups: list[list[int]] = []
     for index in order:
@@ -116,9 +104,7 @@ def batches(
     return [_batch(pairs, group, device, closing_from or {}) for group in groups]
 
 
-def _batch(
-    pairs: Sequence[tuple[list[int], int]], group: list[int], device: torch.device | str, closing_from: Mapping[int, int]
-) -> Batch:
+def _batch(pairs: Tokenized, group: list[int], device: torch.device | str, closing_from: Mapping[int, int]) -> Batch:
     width = max(len(pairs[i][0]) for i in group)
     ids, mask, scored, closing = (torch.zeros(len(group), width, dtype=torch.long) for _ in range(4))
     for row, index in enumerate(group):
@@ -156,24 +142,12 @@ def scored_tokens(pool: Sequence[Batch]) -> Float[np.ndarray, " doc"]:
     return np.array([counts[index] for index in sorted(counts)], float)
 
 
-def mean_loss(model: nn.Module, pool: Sequence[Batch]) -> float:
-    """Mean loss over all scored tokens, in nats a token."""
-    return document_losses(model, pool).mean("total")
-
-
 @torch.no_grad()
 def residual_batches(
-    base: LanguageModel,
-    pairs: Sequence[tuple[list[int], int]],
-    batch_tokens: int,
-    layers: Iterable[int],
-    watch: Watch = unwatched,
-    label: str = "",
+    base: LanguageModel, pairs: Tokenized, batch_tokens: int, layers: Iterable[int], watch: Watch = unwatched, label: str = ""
 ) -> Iterator[tuple[Batch, Int[Tensor, " token"], dict[int, Float[Tensor, "token d_model"]]]]:
-    """Run texts through a model: (batch, document of each content token, residual stream after each of the layers).
-
-    Streams are in float32. Raises ModelError where one holds NaN or Inf.
-    """
+    """Run texts through a model: (batch, document of each content token, residual stream after each of the layers). Streams are
+    in float32. Raises ModelError where one holds NaN or Inf."""
     wanted = list(layers)
     with residual_stream(base.model) as taken:
         for batch in watch(batches(pairs, batch_tokens, base.device), label):
@@ -198,7 +172,7 @@ def up_to(pairs: Iterable[tuple[list[int], int]], wanted: int) -> tuple[list[tup
 
 def collected(
     base: LanguageModel,
-    pairs: Sequence[tuple[list[int], int]],
+    pairs: Tokenized,
     batch_tokens: int,
     layers: Iterable[int],
     watch: Watch = unwatched,
@@ -214,7 +188,7 @@ def collected(
 
 
 def gradient_moments(
-    base: LanguageModel, texts: Sequence[tuple[str, str]], max_tokens: int, batch_tokens: int, *, watch: Watch = unwatched
+    base: LanguageModel, texts: Texts, max_tokens: int, batch_tokens: int, *, watch: Watch = unwatched
 ) -> dict[int, Float[Tensor, "d_model d_model"]]:
     """Second moments of the loss gradient at each layer's output, in float64; texts are (prompt, scored solution)."""
     pool = pool_of(base, texts, max_tokens, batch_tokens)
@@ -237,20 +211,14 @@ def gradient_moments(
 
 def text_loss(base: LanguageModel, texts: Sequence[str], max_tokens: int, batch_tokens: int) -> float:
     """Mean loss on plain texts, nats a token."""
-    return mean_loss(base.model, pool_of(base, [("", text) for text in texts], max_tokens, batch_tokens))
+    return document_losses(base.model, pool_of(base, [("", text) for text in texts], max_tokens, batch_tokens)).mean("total")
 
 
 def pool_of(
-    base: LanguageModel,
-    texts: Sequence[tuple[str, str]],
-    max_tokens: int,
-    batch_tokens: int,
-    closings: Sequence[str] | None = None,
+    base: LanguageModel, texts: Texts, max_tokens: int, batch_tokens: int, closings: Sequence[str] | None = None
 ) -> list[Batch]:
-    """Texts, each (context, scored text), in batches on the model's device.
-
-    closings: the closing sentence that each scored text ends with, or an empty string.
-    """
+    """Texts, each (context, scored text), in batches on the model's device. closings: the closing sentence that each scored text
+    ends with, or an empty string."""
     pairs, starts = tokenize(base, texts, max_tokens), {}
     for index, ((context, text), end) in enumerate(zip(texts, closings or [""] * len(texts), strict=True)):
         if end:

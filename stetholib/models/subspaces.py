@@ -16,10 +16,8 @@ Basis = Float[Tensor, "d_model rank"]
 
 
 def orthonormal(directions: Float[Tensor, "n d_model"]) -> Basis:
-    """Orthonormal columns whose first r span the first r directions, for every r. In float64.
-
-    Raises ValueError where the directions are linearly dependent, since then no such basis exists.
-    """
+    """Orthonormal columns whose first r span the first r directions, for every r. In float64. Raises ValueError where the
+    directions are linearly dependent, since then no such basis exists."""
     if directions.shape[0] > directions.shape[1]:
         raise UserError(
             f"projection: rank {directions.shape[0]} is above the width {directions.shape[1]}; lower projection.rank_shares"
@@ -57,11 +55,8 @@ def energy_by_rank(delta: Float[Tensor, "d_out d_in"], basis: Basis, side: str) 
 
 
 def through_gain(basis: Basis, gain: Float[Tensor, " d_model"], side: str, covector: bool) -> Basis:
-    """The directions as a matrix sees them behind its norm's gain D, orthonormalised anew.
-
-    A direction v of the residual stream arrives at a reader as D v and leaves a writer as D^-1 v; a covector
-    transforms the other way. Never an oblique projector.
-    """
+    """The directions as a matrix sees them behind its norm's gain D, orthonormalised anew. A direction v of the residual stream
+    arrives at a reader as D v and leaves a writer as D^-1 v; a covector transforms the other way. Never an oblique projector."""
     scale = gain.double() if (side == "reader") != covector else 1 / gain.double()
     return orthonormal((basis * scale.to(basis.device).unsqueeze(1)).T)
 
@@ -74,10 +69,8 @@ def singular_energies(delta: Float[Tensor, "d_out d_in"]) -> Float[Tensor, " ran
 
 
 def principal_cosines(one: Basis, other: Basis) -> Float[Tensor, " rank"]:
-    """Cosines of the principal angles between two subspaces, largest first.
-
-    Their mean square is the overlap: 1 for the same subspace, rank / d for a random pair.
-    """
+    """Cosines of the principal angles between two subspaces, largest first. Their mean square is the overlap: 1 for the same
+    subspace, rank / d for a random pair."""
     return torch.linalg.svdvals(one.double().T @ other.double()).clamp(0, 1)
 
 
@@ -106,10 +99,8 @@ def default_rows(table: pd.DataFrame) -> pd.DataFrame:
 
 @dataclass(frozen=True)
 class LossSplit:
-    """What a projection loses, split: `rank_budget` (no subspace of that rank could keep it) and `misalignment`.
-
-    chance, chance_sd: what random subspaces keep, pooled, and its standard deviation over draws.
-    """
+    """What a projection loses, split: `rank_budget` (no subspace of that rank could keep it) and `misalignment`. chance,
+    chance_sd: what random subspaces keep, pooled, and its standard deviation over draws."""
 
     retained: float
     ceiling: float
@@ -139,10 +130,8 @@ class LossSplit:
 
 
 def split_loss(table: pd.DataFrame, energies: Mapping[Key, float], rank: int, side: str | None = None) -> LossSplit:
-    """The scalpel's split at one rank, pooled over matrices, of one side or of both.
-
-    The ceiling is in the scalpel's own class: one subspace a layer for all its matrices, and one for those of a side.
-    """
+    """The scalpel's split at one rank, pooled over matrices, of one side or of both. The ceiling is in the scalpel's own class:
+    one subspace a layer for all its matrices, and one for those of a side."""
     rows = default_rows(table)
     rows = rows[(rows["rank"] == rank) & ((rows["side"] == side) | (side is None))]
     kept = pooled(rows, energies).set_index("basis")

@@ -1,6 +1,6 @@
 """What features add up to over documents: sums, and the moments of two corpora under any weighting of the documents."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -54,12 +54,12 @@ def sums_bytes(d_sae: int, documents: int, corpora: int) -> int:
 class FeatureSums:
     """Accumulates `DocumentSums` of one block, for every contrast, as batches of activations pass by."""
 
-    def __init__(self, d_sae: int, corpus_of: Int[Tensor, " doc"], ceiling: float, contrasts: Sequence[str] = CONTRASTS) -> None:
+    def __init__(self, d_sae: int, corpus_of: Int[Tensor, " doc"], ceiling: float) -> None:
         """corpus_of: index of each document's corpus; ceiling: the activation at which the last histogram bin begins."""
         docs, corpora = len(corpus_of), int(corpus_of.max()) + 1
         self.corpus_of, self.ceiling = corpus_of, ceiling
         shapes = [(docs,), *[(docs, d_sae)] * 3, (corpora, BINS, d_sae)]
-        self.sums = {name: DocumentSums(*map(torch.zeros, shapes)) for name in contrasts}
+        self.sums = {name: DocumentSums(*map(torch.zeros, shapes)) for name in CONTRASTS}
 
     def add(
         self, acts: Float[Tensor, "token d_sae"], document: Int[Tensor, " token"], weights: Mapping[str, Float[Tensor, " token"]]
@@ -131,10 +131,8 @@ DRAWN = {"cohen_d": cohen_d, "firing_log_ratio": firing_log_ratio}  # definition
 
 
 def auroc(histogram: Float[Tensor, "corpus bin d_sae"]) -> Float[Tensor, " d_sae"]:
-    """Probability that a mathematical token activates a feature more than a general one does, ties counted half.
-
-    From fixed bins, corpora weighted equally among the subjects; 0.5 is chance.
-    """
+    """Probability that a mathematical token activates a feature more than a general one does, ties counted half. From fixed bins,
+    corpora weighted equally among the subjects; 0.5 is chance."""
     share = histogram / histogram.sum(1, keepdim=True).clamp(min=1e-12)
     maths, general = share[:-1].mean(0), share[-1]
     below = general.cumsum(0) - general

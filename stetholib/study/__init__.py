@@ -110,9 +110,8 @@ class Study:
 
 
 def parameters_of(cells: list[str]) -> set[str]:
-    """The names that a notebook's parameters were given under: in the cell that papermill added, and in the last cell that
-    was run of those that set a parameter. Whatever else a notebook defines is none of anybody's business.
-    """
+    """The names that a notebook's parameters were given under: in the cell that papermill added, and in the last cell that was
+    run of those that set a parameter. Whatever else a notebook defines is none of anybody's business."""
     given: set[str] = set()
     own: set[str] = set()
     for cell in cells:

@@ -15,7 +15,7 @@ import pandas as pd
 from stetholib.data import corpora
 from stetholib.data.prompts import closing
 from stetholib.editing import Edit, losses_by_document
-from stetholib.models.streams import Batch, DocumentLosses, pool_of, scored_tokens
+from stetholib.models.streams import Batch, DocumentLosses, Texts, pool_of, scored_tokens
 from stetholib.store.artefacts import Ledger
 from stetholib.store.values import Input
 from stetholib.study.task_vectors import TaskVectors
@@ -49,7 +49,7 @@ class Losses:
         documents = self._world.general("validation", self._world.profile.evaluation.general_documents)
         return self._batches([("", text) for text in documents])
 
-    def _batches(self, texts: Sequence[tuple[str, str]], closings: Sequence[str] | None = None) -> Input[list[Batch]]:
+    def _batches(self, texts: Texts, closings: Sequence[str] | None = None) -> Input[list[Batch]]:
         p, world = self._world.profile, self._world
         return world.store.derived(pool_of, world.model, texts, p.data.max_tokens, p.selection.batch_tokens, closings)
 

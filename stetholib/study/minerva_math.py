@@ -107,10 +107,8 @@ class MinervaMath(Step):
         return hashed([[(name, self._asked.prompts[name]) for name in chunk] for chunk in self._chunks])
 
     def answers(self, variant: Variant, rank: int = 0, world: int = 1) -> dict[str, Answer]:
-        """Every answer of a variant, by problem id; each was asked once and is on disk.
-
-        rank, world: answer only every `world`-th chunk, beginning with the `rank`-th, into a file of this rank's own.
-        """
+        """Every answer of a variant, by problem id; each was asked once and is on disk. rank, world: answer only every `world`-th
+        chunk, beginning with the `rank`-th, into a file of this rank's own."""
         part = f".{rank}" if rank else ""
         ledger = self._store.ledger("answers", answer_all, *self._answering(variant), part=part, parts="*")
         known = {row["problem_id"]: Answer(**row) for row in ledger.rows}
@@ -171,10 +169,8 @@ class MinervaMath(Step):
         return found | dict(identical_scores=again == scores)
 
     def noise(self) -> pd.DataFrame:
-        """The noise floor: how many of the base model's verdicts flip with another batch size, and in bfloat16.
-
-        The latter only where the profile computes in float32.
-        """
+        """The noise floor: how many of the base model's verdicts flip with another batch size, and in bfloat16. The latter only
+        where the profile computes in float32."""
         p, ours, world, rows = self._profile.evaluation, self._profile.model.dtype, self._world, []
         kept = self._records(self._variants["base"])
         changes = [("batch size", ours, max(1, p.batch_size // 8)), ("bfloat16", "bfloat16", p.batch_size)]

@@ -104,13 +104,6 @@ class SaeFeatures(Step):
         size = max(1, int(self._profile.features.memory_gib * 2**30 / each))
         return [range(start, min(start + size, layers)) for start in range(0, layers, size)]
 
-    def _heard(self, group: range) -> Artefact:
-        spec, expected = self._spec, None
-        if spec.release != "train":
-            expected = {layer: saes.expected_l0(spec.release, str(spec.sae_id), layer) for layer in group}
-        inputs = (self._world.model, self.listening, self._of(group), expected, self.rule(), list(group))
-        return self._store.made(sae_features.hear, *inputs)
-
     @cached_property
     def heard(self) -> Input[dict[int, Heard]]:
         """What every layer heard, as an input of stages: by layer, what its group left."""
@@ -124,7 +117,13 @@ class SaeFeatures(Step):
     @cached_property
     def _left(self) -> dict[range, Artefact]:
         """What each group of layers heard."""
-        return {group: self._heard(group) for group in self._groups}
+        spec, found = self._spec, {}
+        for group in self._groups:
+            fetched = spec.release != "train"
+            expected = {layer: saes.expected_l0(spec.release, str(spec.sae_id), layer) for layer in group} if fetched else None
+            inputs = (self._world.model, self.listening, self._of(group), expected, self.rule(), list(group))
+            found[group] = self._store.made(sae_features.hear, *inputs)
+        return found
 
     def rule(self, kind: str | None = None) -> ScoreRule:
         """How features become a layer's score."""
