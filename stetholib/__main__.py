@@ -92,7 +92,8 @@ def run(options: argparse.Namespace) -> int:
     elif options.command == "claim":
         module.check(options.claim, *asked)
     elif options.command == "export":
-        module.export(options.variant, *asked, options.into, options.delta)
+        folder = module.export(options.variant, *asked, options.into, options.delta)
+        print(f"{options.variant}: {sum(path.stat().st_size for path in folder.iterdir()) / 2**20:.1f} MiB in {folder}")
     elif options.command == "answer":
         module.answer(*asked)
     else:

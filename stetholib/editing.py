@@ -13,7 +13,6 @@ vector in every layer, or the raw one in a few. The unedited baseline is the emp
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
 
 import pandas as pd
 import torch
@@ -21,28 +20,7 @@ from torch import Tensor, nn
 
 from stetholib.models.streams import Batch, DocumentLosses, document_losses
 from stetholib.models.weights import MATRICES, Checkpoint, Key, ModelError, Weights, edit_weights, weight_names
-
-K = TypeVar("K")
-V = TypeVar("V")
-
-
-class Lazy(Mapping[K, V]):
-    """A mapping whose values are computed each time they are asked for."""
-
-    def __init__(self, keys: Iterable[K], value: Callable[[K], V]) -> None:
-        """keys: all of them, in order; value: gives that of one key."""
-        self._keys, self._value = dict.fromkeys(keys), value
-
-    def __getitem__(self, where: K) -> V:
-        if where not in self._keys:
-            raise KeyError(where)
-        return self._value(where)
-
-    def __iter__(self) -> Iterator[K]:
-        return iter(self._keys)
-
-    def __len__(self) -> int:
-        return len(self._keys)
+from stetholib.store.values import Lazy
 
 
 def weights(checkpoint: Mapping[str, Tensor]) -> Weights:

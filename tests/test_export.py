@@ -1,7 +1,6 @@
 """What leaves the house: the exported model is the edited one, bit for bit, and everything else is the base's, byte for byte."""
 
 import gc
-import io
 import json
 import shutil
 import weakref
@@ -291,7 +290,7 @@ def asked(two, tmp_path, monkeypatch):
     monkeypatch.setattr(MinervaMath, "_variants", known)
     monkeypatch.setattr(SubspaceProjection, "vector_of", lambda self, name: self._vectors.tau)
     monkeypatch.setattr(command, "set_environment", lambda *a: None)
-    return lambda name, **more: command.export(name, "mine.yaml", "cpu", root=tmp_path, out=io.StringIO(), **more)
+    return lambda name, **more: command.export(name, "mine.yaml", "cpu", root=tmp_path, **more)
 
 
 def front(card):

@@ -21,7 +21,7 @@ from stetholib.models.sums import DocumentSums
 from stetholib.sae_features import Heard, ScoreRule
 from stetholib.store.artefacts import Store
 from stetholib.store.code import code_of
-from stetholib.store.values import Input, Kept, hashed, identity_of, packed, unpacked
+from stetholib.store.values import Input, Lazy, hashed, identity_of, packed, unpacked
 
 
 @dataclass(frozen=True)
@@ -167,7 +167,7 @@ def test_an_open_file_and_a_method_have_no_identity(tmp_path):
 
 def same(one, other):
     """Equal in type and value, all the way down."""
-    if isinstance(one, Kept):
+    if isinstance(one, Lazy):
         one = dict(one)
     if type(one) is not type(other):
         return False

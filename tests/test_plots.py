@@ -57,7 +57,9 @@ def draw(name, ax):
         "accuracies": lambda f: f(table("05_minerva_math"), "all", shown, ax),
         "gain_split": lambda f: f(table("06_significance").query("metric == 'exact_match'"), shown[1:], ax),
         "token_limits": lambda f: f(limits, NAMES, ax),
-        "forest": lambda f: f(table("06_significance").query("metric == 'math_verify'"), {name: name for name in [*shown[1:], "finetuned"]}, ax),
+        "forest": lambda f: f(
+            table("06_significance").query("metric == 'math_verify'"), {name: name for name in [*shown[1:], "finetuned"]}, ax
+        ),
         "discordance": lambda f: f(curve, ax),
         "claims_by_world": lambda f: f(table("claims", "seeds"), "verdict_strict", ax),
         "gains_by_world": lambda f: f(worlds := gains(), spread(worlds), ax),

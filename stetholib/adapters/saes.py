@@ -90,16 +90,6 @@ def id_of(sae_id: str | None, layer: int) -> str:
     return name
 
 
-def check_release(release: str, base: str) -> None:
-    """Refuse a release whose SAEs were trained on another model than the profile's, where both are known by name."""
-    if Source.of(release, kind="sae").where != "hub" or Source.of(base).where == "folder":
-        return
-    if (model := registered(release).model) != base:
-        raise UserError(
-            f"SAE release {release} was trained on {model}, the profile's model is {base}; mend sae.release or model.base"
-        )
-
-
 def expected_l0(release: str, sae_id: str, layer: int) -> float | None:
     """The L0 that SAELens' registry gives for a block's SAE; None for a folder of one's own."""
     name, source = id_of(sae_id, layer), Source.of(release, kind="sae")
@@ -233,7 +223,11 @@ def fetched_sae(
 ) -> None:
     """A layer's SAE of a release or of a folder, in `folder` in SAELens' own format.
     model: the base model's name, which the release must be of; files: hashes of the files, where they are in a folder."""
-    check_release(release, model)
+    by_name = Source.of(release, kind="sae").where == "hub" and Source.of(model).where != "folder"
+    if by_name and (of := registered(release).model) != model:
+        raise UserError(
+            f"SAE release {release} was trained on {of}, the profile's model is {model}; mend sae.release or model.base"
+        )
     fetch(release, sae_id, layer, revision).save_model(folder)
 
 

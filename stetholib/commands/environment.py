@@ -5,6 +5,7 @@ Standard library only, since it runs before anything is installed."""
 import json
 import re
 import sys
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
 from urllib.parse import unquote, urlparse
@@ -26,11 +27,9 @@ def differences(lock: str) -> list[str]:
     """What the running interpreter lacks or has in another version, one line each; local version tags do not count."""
     found = []
     for name, wanted in pins(lock).items():
-        try:
+        present = "missing"
+        with suppress(PackageNotFoundError):
             present = version(name).split("+")[0]
-        except PackageNotFoundError:
-            found.append(f"{name} is missing, {wanted} is wanted")
-            continue
         if present != wanted:
             found.append(f"{name} is {present}, {wanted} is wanted")
     return found

@@ -1,9 +1,7 @@
 """An edited model as a folder that any tool loads: `make export VARIANT=stethoscope`."""
 
 import json
-import sys
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,13 +41,7 @@ TOY = "**This is a miniature**, made to try a method on; it is of no use as a mo
 
 
 def export(
-    name: str,
-    profile_name: str,
-    device: str,
-    into: str | None = None,
-    delta: bool = False,
-    root: Path | None = None,
-    out: Any = sys.stdout,
+    name: str, profile_name: str, device: str, into: str | None = None, delta: bool = False, root: Path | None = None
 ) -> Path:
     """Write the model of a variant, or what it adds (`delta`), with card, recipe and provenance; returns the folder.
 
@@ -74,47 +66,45 @@ def export(
             with files.whole(folder, files.bytes_wanted(base, edit, delta)) as draft:
                 (files.write_delta if delta else files.write_model)(base, edit, draft)
                 _papers(study, variant, vector.identity, delta, draft)
-    print(f"{name}: {sum(path.stat().st_size for path in folder.iterdir()) / 2**20:.1f} MiB in {folder}", file=out)
     return folder
 
 
 def _papers(study: Any, variant: Variant, vector: str, delta: bool, draft: Path) -> None:
     """Recipe where there is one, card, and provenance, which holds the hashes of all the others."""
-    p, base, write = study.profile, study.world.base_folder, partial(Path.write_text, encoding="utf-8")
+    p, base = study.profile, study.world.base_folder
     came = {
         "base": (p.model.base, p.model.revision, base),
         "finetune": (p.finetune.finetuned, p.finetune.finetuned_revision, study.task_vectors.folder),
     }
     stored, about = files.dtypes(base), [DELTA if delta else WHOLE]
-    if not delta and variant.vector == "raw" and len(stored) == 1:
-        theta_0, theta_1 = (_place(*one) for one in came.values())
-        write(draft / files.RECIPE, data=files.recipe(theta_0, theta_1, variant.layers, variant.alpha, *stored))
     if not delta:
-        about.append(RECIPE if (draft / files.RECIPE).exists() else NO_RECIPE)
+        has_recipe = variant.vector == "raw" and len(stored) == 1
+        if has_recipe:
+            theta_0, theta_1 = (f"{name}@{at}" if at else str(folder.resolve()) for name, at, folder in came.values())
+            recipe = files.recipe(theta_0, theta_1, variant.layers, variant.alpha, *stored)
+            (draft / files.RECIPE).write_text(recipe, encoding="utf-8")
+        about.append(RECIPE if has_recipe else NO_RECIPE)
         about += [OTHER.format(p.model.dtype, " and ".join(sorted(stored)))] * (stored != {p.model.dtype})
     headline = study.minerva_math.headline_subject
     text = card(p, variant, licence(base), about, measured(study.workspace, p, study.world.base_key, variant, headline))
-    write(draft / files.CARD, data=text)
+    (draft / files.CARD).write_text(text, encoding="utf-8")
     said = dict(variant=asdict(variant), vector=vector, profile=p.name, profile_hash=p.digest, seed=p.seed, device=study.device)
     for what, (name, revision, folder) in came.items():
         hashes = dict(line.rsplit(" ", 1) for line in files_key(folder, *MODEL_FILES))
         said[what] = dict(name=name, revision=revision, files=hashes)
-    written = {path.name: file_hash(path) for path in sorted(draft.iterdir())}
-    said |= dict(dtype=p.model.dtype, libraries=library_versions(), written=written)
-    write(draft / files.PROVENANCE, data=json.dumps(said, indent=1, sort_keys=True) + "\n")
-
-
-def _place(name: str | None, revision: str | None, folder: Path) -> str:
-    """Where a recipe finds a model: the Hub's id with its revision, or the folder."""
-    return f"{name}@{revision}" if revision else str(folder.resolve())
+    said |= dict(
+        dtype=p.model.dtype, libraries=library_versions(), written={path.name: file_hash(path) for path in draft.iterdir()}
+    )
+    (draft / files.PROVENANCE).write_text(json.dumps(said, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def licence(base: Path) -> str:
     """The licence that a model's card or configuration gives, `other` where neither does."""
-    card, config = base / files.CARD, base / "config.json"
-    front = card.read_text(encoding="utf-8").split("---")[1:2] if card.is_file() else []
-    known: Any = [yaml.safe_load(text) for text in front] + [json.loads(config.read_text(encoding="utf-8"))]
-    return next((one["license"] for one in known if isinstance(one, dict) and isinstance(one.get("license"), str)), "other")
+    from huggingface_hub import metadata_load
+
+    card, config = base / files.CARD, json.loads((base / "config.json").read_text(encoding="utf-8"))
+    known = (metadata_load(card) if card.is_file() else None) or {}
+    return next((one["license"] for one in (known, config) if isinstance(one.get("license"), str)), "other")
 
 
 def measured(workspace: Workspace, profile: Profile, base_key: str, variant: Variant, headline: str) -> list[str]:

@@ -26,6 +26,7 @@ from stetholib.commands.environment import LIBRARIES
 from stetholib.commands.notebooks import STEPS, check_all, execute, notebook_text
 from stetholib.data.source import Source
 from stetholib.errors import UserError
+from stetholib.profiles import Profile
 from stetholib.store.code import canonical
 from stetholib.store.files import atomic, digest_of, file_hash, held
 from stetholib.store.tables import Workspace
@@ -56,12 +57,7 @@ def alone(workspace: Workspace, name: str) -> AbstractContextManager[Any]:
 
 
 def _run_all(
-    profile: profiles.Profile,
-    parameters: dict[str, str],
-    workspace: Workspace,
-    notebooks: dict[str, Path],
-    out: Any,
-    processes: int,
+    profile: Profile, parameters: dict[str, str], workspace: Workspace, notebooks: dict[str, Path], out: Any, processes: int
 ) -> None:
     times: dict[str, float] = {}
     peaks: dict[str, dict[str, float]] = {}
@@ -146,7 +142,7 @@ def set_environment(threads: int, runs: Path) -> None:
     }
 
 
-def _code_key(profile: profiles.Profile, device: str) -> str:
+def _code_key(profile: Profile, device: str) -> str:
     """Everything that a notebook's result depends on besides its own text."""
     package = Path(__file__).parents[1]
     code = {str(p.relative_to(package)): canonical(p.read_text(encoding="utf-8")) for p in sorted(package.rglob("*.py"))}
@@ -154,7 +150,7 @@ def _code_key(profile: profiles.Profile, device: str) -> str:
     return digest_of(profile.digest, device, code, libraries, _local_files(profile))
 
 
-def _local_files(profile: profiles.Profile) -> list[tuple[str, int, int]]:
+def _local_files(profile: Profile) -> list[tuple[str, int, int]]:
     """Name, size and time of change of every file of one's own that a profile points at."""
     data = profile.data
     models = [Source.of(name) for name in (profile.model.base, profile.finetune.finetuned) if name]
@@ -172,12 +168,11 @@ def _outputs(step: str, workspace: Workspace) -> list[Path]:
 
 
 def _is_done(mark: Path, key: str, workspace: Workspace) -> bool:
-    try:
+    with suppress(OSError, ValueError, KeyError, TypeError):
         done = json.loads(mark.read_text(encoding="utf-8"))
         intact = all(file_hash(workspace.root / name) == known for name, known in done["files"].items())
         return done["key"] == key and bool(done["files"]) and intact
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
+    return False
 
 
 def _record(workspace: Workspace, times: dict[str, float], peaks: dict[str, dict[str, float]], device: str) -> None:

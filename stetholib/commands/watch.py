@@ -3,7 +3,7 @@
 import os
 import subprocess
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -12,33 +12,42 @@ import psutil
 
 
 @contextmanager
-def peaks(device: str) -> Iterator[dict[str, float]]:
-    """Watch the memory of a step's processes, and of the GPU: the dict holds the peaks in GiB when it is over."""
-    found, done = {"ram": 0.0, "gpu": 0.0}, threading.Event()
-
-    def resident() -> int:
-        total = 0
-        for child in psutil.Process().children(recursive=True):
-            with suppress(psutil.Error):
-                total += child.memory_info().rss
-        return total
+def _meanwhile(look: Callable[[], Any], every: float) -> Iterator[None]:
+    """Look again and again in a thread, `every` so many seconds, until the block ends."""
+    done = threading.Event()
 
     def watch() -> None:
-        while not done.wait(0.3):
-            found["ram"] = max(found["ram"], resident() / 2**30)
-            if device == "cuda":
-                asked = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
-                with suppress(OSError, ValueError, subprocess.SubprocessError):
-                    used = subprocess.run(asked, capture_output=True, text=True, timeout=5, check=True).stdout.split()
-                    found["gpu"] = max([found["gpu"], *(int(mib) / 1024 for mib in used)])
+        while not done.wait(every):
+            look()
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
     try:
-        yield found
+        yield
     finally:
         done.set()
         thread.join()
+
+
+@contextmanager
+def peaks(device: str) -> Iterator[dict[str, float]]:
+    """Watch the memory of a step's processes, and of the GPU: the dict holds the peaks in GiB when it is over."""
+    found = {"ram": 0.0, "gpu": 0.0}
+
+    def look() -> None:
+        resident = 0
+        for child in psutil.Process().children(recursive=True):
+            with suppress(psutil.Error):
+                resident += child.memory_info().rss
+        found["ram"] = max(found["ram"], resident / 2**30)
+        if device == "cuda":
+            asked = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+            with suppress(OSError, ValueError, subprocess.SubprocessError):
+                used = subprocess.run(asked, capture_output=True, text=True, timeout=5, check=True).stdout.split()
+                found["gpu"] = max([found["gpu"], *(int(mib) / 1024 for mib in used)])
+
+    with _meanwhile(look, 0.3):
+        yield found
 
 
 @contextmanager
@@ -46,18 +55,5 @@ def progress(log: Path, out: Any) -> Iterator[None]:
     """Pass on what the notebook's kernel says of its progress."""
     log.write_text("")
     os.environ["STETHOLIB_PROGRESS"] = str(log)
-    done = threading.Event()
-
-    def follow() -> None:
-        with log.open(encoding="utf-8") as handle:
-            while not done.wait(1):
-                out.write(handle.read())
-                out.flush()
-
-    thread = threading.Thread(target=follow, daemon=True)
-    thread.start()
-    try:
+    with log.open(encoding="utf-8") as handle, _meanwhile(lambda: print(handle.read(), end="", file=out, flush=True), 1):
         yield
-    finally:
-        done.set()
-        thread.join()

@@ -4,6 +4,7 @@ A fine-tune may see train; whatever is chosen or tuned sees validation; test is 
 a part of the training split picked by hash, and kept out of the fine-tune."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
 
@@ -105,10 +106,9 @@ def _parquet(source: Source, config: str | None, split: str, columns: Sequence[s
 
 
 def _has_answer(row: Row) -> bool:
-    try:
+    with suppress(UserError):
         return bool(boxed_answer(row["solution"]))
-    except ValueError:
-        return False
+    return False
 
 
 def _bucket(text: str) -> int:

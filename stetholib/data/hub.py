@@ -95,11 +95,10 @@ def file(repo: str, name: str, revision: str | None = None) -> Path:
 
 
 def check_access(repo: str, revision: str | None = None) -> None:
-    """Refuse a gated repository whose files this token may not have, though its sizes are shown to all."""
+    """Raise where this token may not have the files of a gated repository, though its sizes are shown to all."""
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
 
-    with explained(repo, revision):
-        get_hf_file_metadata(hf_hub_url(repo, "config.json", revision=revision))
+    get_hf_file_metadata(hf_hub_url(repo, "config.json", revision=revision))
 
 
 def checked_hash(path: Path) -> str:

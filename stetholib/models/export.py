@@ -8,7 +8,7 @@ A safetensors file is 8 bytes of length, little-endian, a JSON header of so many
 import json
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,8 @@ from stetholib.models.weights import Checkpoint, ModelError, weight_names
 from stetholib.store.files import INDEX
 
 PROVENANCE, CARD, RECIPE, DELTA = "provenance.json", "README.md", "recipe.yaml", "delta.safetensors"
-COMPANIONS = (*MODEL_FILES, "vocab*", "merges.txt", "LICENSE*", "NOTICE*")
-DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+FILES = (*MODEL_FILES, "vocab*", "merges.txt", "LICENSE*", "NOTICE*")
+DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
 def header(path: Path) -> tuple[dict[str, Any], int]:
@@ -39,20 +39,19 @@ def header(path: Path) -> tuple[dict[str, Any], int]:
 
 def dtypes(base: Path) -> set[str]:
     """The dtypes of a checkpoint's tensors, as PyTorch names them."""
-    stored = {about["dtype"] for path in base.glob("*.safetensors") for about in header(path)[0].values()}
-    return {str(DTYPES.get(name, name)).removeprefix("torch.") for name in stored}
+    checkpoint = Checkpoint(base)
+    return {DTYPES.get(dtype, dtype) for dtype in map(checkpoint.dtype, checkpoint)}
 
 
-def companions(base: Path) -> list[Path]:
-    """The files beside the weights that make them a model: configuration, tokenizer, chat template, index, licence."""
-    found = {path for pattern in COMPANIONS for path in base.glob(pattern) if path.is_file() and path.suffix != ".safetensors"}
+def files_of(base: Path) -> list[Path]:
+    """The files that make a model: weights, configuration, tokenizer, chat template, index, licence."""
+    found = {path for pattern in FILES for path in base.glob(pattern) if path.is_file()}
     return sorted(path for path in found if path.name not in (PROVENANCE, CARD, RECIPE, INDEX))
 
 
 def added(base: Path, edit: Edit) -> Mapping[str, Any]:
-    """alpha * delta in float32 by the name that the matrix has in the base, each computed when it is asked for.
-    Raises ModelError where the edit does not fit the base, in the latter two cases when it is asked for: a matrix is missing,
-    or has another shape, or is not stored as floats."""
+    """alpha * delta in float32 by the base's name of the matrix, each computed when it is asked for. Raises ModelError where the
+    base lacks a matrix, and, once that is asked for, where it has another shape there or is not stored as floats."""
     checkpoint, deltas = Checkpoint(base), {} if edit.is_empty else edit.vector.restrict(edit.layers, edit.matrices).deltas
     names = weight_names(checkpoint)
     if absent := [where for where in deltas if where not in names]:
@@ -71,20 +70,16 @@ def added(base: Path, edit: Edit) -> Mapping[str, Any]:
 
 def write_model(base: Path, edit: Edit, into: Path) -> None:
     """Write the edited model into a folder: every file of the base, with the bytes of edited matrices replaced."""
-    deltas = added(base, edit)
-    for path in companions(base):
+    deltas, checkpoint = added(base, edit), Checkpoint(base)
+    for path in files_of(base):
         shutil.copyfile(path, into / path.name)
-    for path in sorted(base.glob("*.safetensors")):
-        shutil.copyfile(path, into / path.name)
+    for path in sorted(into.glob("*.safetensors")):
         tensors, start = header(path)
-        with (into / path.name).open("r+b") as handle:
+        with path.open("r+b") as handle:
             for name in sorted({*deltas} & {*tensors}):
-                begin, end = tensors[name]["data_offsets"]
-                delta, dtype = deltas[name], DTYPES[tensors[name]["dtype"]]
-                handle.seek(start + begin)
-                before = torch.frombuffer(bytearray(handle.read(end - begin)), dtype=dtype).reshape(delta.shape)
-                handle.seek(start + begin)
-                handle.write(_bytes((before.float() + delta).to(dtype)))
+                before = checkpoint[name]
+                handle.seek(start + tensors[name]["data_offsets"][0])
+                handle.write(_bytes((before.float() + deltas[name]).to(before.dtype)))
 
 
 def write_delta(base: Path, edit: Edit, into: Path) -> None:
@@ -94,8 +89,8 @@ def write_delta(base: Path, edit: Edit, into: Path) -> None:
     tensors: dict[str, Any] = {}
     end = 0
     for name in deltas:
-        shape, begin = checkpoint.shape(name), end
-        end += 4 * prod(shape)
+        shape = checkpoint.shape(name)
+        begin, end = end, end + 4 * prod(shape)
         tensors[name] = dict(dtype="F32", shape=shape, data_offsets=(begin, end))
     head = json.dumps({"__metadata__": {"format": "pt"}} | tensors).encode()
     head += b" " * (-len(head) % 8)
@@ -108,9 +103,8 @@ def write_delta(base: Path, edit: Edit, into: Path) -> None:
 def bytes_wanted(base: Path, edit: Edit, delta: bool) -> int:
     """How many bytes either of the above will write."""
     if delta:
-        checkpoint = Checkpoint(base)
-        return sum(4 * prod(checkpoint.shape(name)) for name in added(base, edit))
-    return sum(path.stat().st_size for path in (*base.glob("*.safetensors"), *companions(base)))
+        return sum(4 * prod(shape) for shape in map(Checkpoint(base).shape, added(base, edit)))
+    return sum(path.stat().st_size for path in files_of(base))
 
 
 def _bytes(tensor: Tensor) -> Any:
@@ -133,13 +127,12 @@ def recipe(base: str, finetuned: str, layers: Iterable[int], alpha: float, dtype
 
 def check_place(into: Path) -> None:
     """Refuse a place that holds anything but an earlier export: a file, or a folder with a file that no export wrote."""
-    if into.exists() and not into.is_dir():
+    if into.is_file():
         raise UserError(f"export: {into} is a file; give a folder that is new, or an earlier export")
     held = {path.name for path in into.iterdir()} if into.exists() else set()
-    try:
+    known: set[str] = set()
+    with suppress(OSError, ValueError, KeyError, TypeError):
         known = {*json.loads((into / PROVENANCE).read_text(encoding="utf-8"))["written"], PROVENANCE}
-    except (OSError, ValueError, KeyError, TypeError):
-        known = set()
     if odd := sorted(held - known):
         raise UserError(f"export: {into} holds {odd[0]}, which no export wrote; move it away, or give another folder")
 

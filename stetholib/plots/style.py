@@ -137,9 +137,9 @@ def twin_bars(table: pd.DataFrame, colours: Sequence[str], ax: Axes, **axes: Any
     return ax
 
 
-def bars_with_zero(values: Mapping[str, float], label: str, ax: Axes, colours: Mapping[str, str] | None = None) -> Axes:
+def bars_with_zero(values: Mapping[str, float], label: str, ax: Axes) -> Axes:
     """Named horizontal bars around zero, each with its value."""
-    bars = ax.barh(range(len(values)), list(values.values()), color=[(colours or {}).get(name, BLUE) for name in values])
+    bars = ax.barh(range(len(values)), list(values.values()), color=BLUE)
     ax.bar_label(bars, fmt="{:+.2g}", padding=3, fontsize=8.5)
     ax.axvline(0, color=BLACK, lw=0.8)
     ax.margins(x=0.18)

@@ -3,7 +3,7 @@
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from functools import partialmethod
 from typing import Any, TypeVar
@@ -44,14 +44,12 @@ class Line:
         """Shown at once as it is."""
 
 
-def progress(items: Iterable[T], label: str, total: int | None = None) -> Iterator[T]:
+def progress(items: Collection[T], label: str) -> Iterator[T]:
     """Iterate with progress and a time estimate: a bar, or sparse lines in the log that `make reproduce` follows."""
-    if total is None:
-        total = len(items)  # type: ignore[arg-type]
-    name = os.environ.get("STETHOLIB_PROGRESS")
+    name, total = os.environ.get("STETHOLIB_PROGRESS"), len(items)
     if not name:
         shown = Line() if hasattr(get_ipython(), "kernel") else sys.stderr  # a kernel has a front end that shows the line
-        yield from tqdm(items, desc=label, total=total, leave=False, ncols=90, file=shown)
+        yield from tqdm(items, desc=label, leave=False, ncols=90, file=shown)
         return
     with open(name, "a", encoding="utf-8") as log:
         started = said = time.monotonic()

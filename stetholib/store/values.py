@@ -6,7 +6,7 @@ Plain data is its own identity. What has none (a model, a lambda) is a TypeError
 import hashlib
 import importlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from stetholib.store.code import PACKAGE, code_of
 
+K = TypeVar("K")
 T = TypeVar("T")
 PLAIN = (str, int, float, bool, type(None))
 
@@ -77,21 +78,23 @@ def _name(kind: type) -> str:
     return f"{kind.__module__}:{kind.__qualname__}"
 
 
-class Kept(Mapping[Any, Any]):
-    """A mapping on disk: each value is read when it is asked for, anew each time."""
+class Lazy(Mapping[K, T]):
+    """A mapping whose values are computed, or read from disk, each time they are asked for."""
 
-    def __init__(self, nodes: Mapping[Any, Any], folder: Path) -> None:
-        """nodes: what `unpacked` reads, by key."""
-        self._nodes, self._folder = nodes, folder
+    def __init__(self, keys: Iterable[K], value: Callable[[K], T]) -> None:
+        """keys: all of them, in order; value: gives that of one key."""
+        self._keys, self._value = dict.fromkeys(keys), value
 
-    def __getitem__(self, key: Any) -> Any:
-        return unpacked(self._nodes[key], self._folder)
+    def __getitem__(self, where: K) -> T:
+        if where not in self._keys:
+            raise KeyError(where)
+        return self._value(where)
 
-    def __iter__(self) -> Iterator[Any]:
-        return iter(self._nodes)
+    def __iter__(self) -> Iterator[K]:
+        return iter(self._keys)
 
     def __len__(self) -> int:
-        return len(self._nodes)
+        return len(self._keys)
 
 
 def packed(value: Any, tensors: dict[str, Tensor], tables: dict[str, pd.DataFrame], place: str = "value") -> Any:
@@ -129,7 +132,8 @@ def unpacked(node: Any, folder: Path) -> Any:
         return pd.read_parquet(folder / f"{node['table']}.parquet")
     if "mapping" in node:
         pairs = {unpacked(key, folder): one for key, one in node["mapping"]}
-        return Kept(pairs, folder) if _heavy(node) else {key: unpacked(one, folder) for key, one in pairs.items()}
+        found = Lazy(pairs, lambda key: unpacked(pairs[key], folder))
+        return found if _heavy(node) else dict(found)
     if "object" in node:
         module, _, name = node["object"].partition(":")
         kind = getattr(importlib.import_module(module), name)
