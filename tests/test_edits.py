@@ -90,7 +90,7 @@ IN_SMOKE = {
     "a read-out of step 01": (code("task_vectors.py", "def algebra(", "def algebra_of_it():\n    return 1\n\n\ndef algebra("), set()),
     "a side table of step 02": (code("sae_features.py", '.query("size >= 20")', '.query("size >= 10")'), {"top_tokens"}),
     "a side table of step 04": (code("layer_selection.py", "rows.append(dict(contrast=contrast, definition=kind,", "rows.append(dict(contrast=contrast, m=count, definition=kind,"), set()),
-    "a side table of step 06": (code("significance.py", "return pd.DataFrame(rows).T.astype(float)", "return pd.DataFrame(rows).T.astype(float).round(9)"), {"pairs_table"}),
+    "a side table of step 06": (code("significance.py", "index=index).astype(float)", "index=index).astype(float).round(9)"), {"pairs_table"}),
     "docstrings and comments everywhere": (prose, set()),
     "the scorer": (code("adapters/harness.py", 'exact_match=int(sample["exact_match"])', 'exact_match=int(bool(sample["exact_match"]))'), {"asked", "records", "verdicts"}),
     "the prompt": (PROMPT, {"toy", "finetuned", "trained_sae", "dictionary_of", "hear", "gradient_moments", "rounding", "scored_tokens", "losses", "general_losses", "top_tokens", "token_limits", "repetition", "pairs_table"} | OF_SCORES | OF_DIRECTIONS | OF_EDITED),
