@@ -86,24 +86,27 @@ def test_several_worlds_go_on_after_a_kill_and_end_as_undisturbed_ones(first, tm
     assert zero[list(default)].equals(default)
 
 
-def in_batches(folder):
-    """The smoke profile with small batches, in a clone of its own: (folder, the profile's file)."""
+def in_chunks(folder):
+    """The smoke profile in a clone whose chunks hold four problems, in two slots: (folder, the profile's file)."""
     text = (ROOT / "stetholib" / "profiles" / "smoke.yaml").read_text()
     start = text.index("evaluation:")
     path = clone(folder) / "smoke.yaml"
-    path.write_text(text[:start] + text[start:].replace("batch_size: 256", "batch_size: 4"))
+    path.write_text(text[:start] + text[start:].replace("batch_size: 256", "batch_size: 2"))
+    code = folder / "stetholib" / "models" / "answering.py"
+    assert "\nCHUNK = 512 " in code.read_text()
+    code.write_text(code.read_text().replace("\nCHUNK = 512 ", "\nCHUNK = 4 "))
     return folder, str(path)
 
 
 @pytest.fixture(scope="module")
 def one_process(tmp_path_factory):
-    folder, profile = in_batches(tmp_path_factory.mktemp("one"))
+    folder, profile = in_chunks(tmp_path_factory.mktemp("one"))
     run(folder, profile)
     return folder
 
 
 def test_two_processes_answer_as_one_does(one_process, tmp_path):
-    folder, profile = in_batches(tmp_path)
+    folder, profile = in_chunks(tmp_path)
     run(folder, profile, "--processes", "2")
     shared = answers(folder)
     assert sum(name.endswith(".1.jsonl") for name in shared) == len(shared) / 2
@@ -112,7 +115,7 @@ def test_two_processes_answer_as_one_does(one_process, tmp_path):
 
 
 def test_killed_while_answering_it_goes_on_and_asks_nothing_twice(one_process, tmp_path):
-    folder, profile = in_batches(tmp_path)
+    folder, profile = in_chunks(tmp_path)
     killed = runs.start(folder, profile)
 
     def halfway():  # in the middle of the third variant, or of one after it
