@@ -52,17 +52,32 @@ def run(folder: Path, profile: str = "smoke", *options: str, **environment: str)
 
 
 def kill(process: subprocess.Popen, how: signal.Signals = signal.SIGKILL) -> None:
-    """End a run and all its processes at once."""
+    """End a run and all its processes at once; a notebook's kernel, in a session of its own, is one of them."""
+    everybody = tree(process)
     os.killpg(process.pid, how)
+    for one in everybody if how == signal.SIGKILL else []:
+        with suppress(psutil.Error):
+            one.kill()
     process.communicate()
+
+
+def tree(process: subprocess.Popen) -> list[psutil.Process]:
+    """A run's processes, itself first."""
+    with suppress(psutil.Error):
+        return [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    return []
 
 
 def held(process: subprocess.Popen, condition: Callable[[], bool]) -> bool:
     """Hold a run still and look again; where the condition no longer holds, it goes on."""
-    os.killpg(process.pid, signal.SIGSTOP)
+    for one in tree(process):
+        with suppress(psutil.Error):
+            one.suspend()
     if condition():
         return True
-    os.killpg(process.pid, signal.SIGCONT)
+    for one in tree(process):
+        with suppress(psutil.Error):
+            one.resume()
     return False
 
 
@@ -109,8 +124,7 @@ def memory_by_world(process: subprocess.Popen) -> tuple[dict[str, float], str]:
     def watch() -> None:
         while not over.wait(0.3):
             with suppress(psutil.Error):
-                tree = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-                used = sum(one.memory_info().rss for one in tree) / 2**30
+                used = sum(one.memory_info().rss for one in tree(process)) / 2**30
                 peaks[now[0]] = max(peaks.get(now[0], 0.0), used)
 
     thread = threading.Thread(target=watch, daemon=True)
