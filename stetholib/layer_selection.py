@@ -14,7 +14,7 @@ from jaxtyping import Int
 from scipy import stats
 from torch import Tensor
 
-from stetholib.layer_sets import RELIABLE, RESOLVED, named_sets, select, tells_apart
+from stetholib.layer_sets import RELIABLE, RESOLVED, named_sets, reliability_of_sets, select, tells_apart
 from stetholib.models.sums import CONTRASTS, DRAWN, DocumentSums, one_hot, resampled, shuffled_labels
 from stetholib.sae_features import ScoreRule
 from stetholib.statistics import Values
@@ -178,7 +178,7 @@ def effects_title(relations: pd.DataFrame, part: str) -> str:
 
 
 def _told_apart(reliability: pd.DataFrame) -> str:
-    row: Any = reliability.set_index(["what", "loss"]).loc[("sets", "solution")]
+    row = reliability_of_sets(reliability)
     if np.isnan(row["reliability"]) or np.isnan(row["r_held_out"]):
         return "Whether this world tells sets of layers apart **cannot be said**: its losses rank nothing, so percentiles say nothing."
     verdict, end = "This world **tells sets of layers apart**", "."

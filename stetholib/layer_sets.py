@@ -239,10 +239,15 @@ def resolution(changes: np.ndarray, random: int, full: np.ndarray, halves: np.nd
     return float(held_out), float(in_sample)
 
 
+def reliability_of_sets(reliability: pd.DataFrame) -> Any:
+    """The row of sets of layers, by the loss of solutions, in the table of `reliability`."""
+    return reliability.set_index(["what", "loss"]).loc[("sets", "solution")]
+
+
 def tells_apart(reliability: pd.DataFrame) -> bool:
     """Whether this world's validation loss of solutions tells sets of layers apart, by the table of `reliability`. Two halves of
     the problems must rank sets alike, and the best one found must be better on problems that did not find it."""
-    row: Any = reliability.set_index(["what", "loss"]).loc[("sets", "solution")]
+    row = reliability_of_sets(reliability)
     return bool(row["reliability"] >= RELIABLE and row["r_held_out"] >= RESOLVED)
 
 

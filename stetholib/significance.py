@@ -178,12 +178,13 @@ def summary(table: pd.DataFrame, ledger: pd.DataFrame, level: float = 0.05) -> s
     chosen = f" True **by construction**, whatever is measured: {built}." if built else ""
     whole = table[table["subject"] == ALL].set_index(["variant", "metric"]).loc["stethoscope"]
     improved = table.loc[table["verdict"] == "improved", "metric"]
-    nobody = [metric for metric in METRICS if metric not in set(improved)]
+    metrics = list(table["metric"].unique())  # a task of one's own may have exact_match alone
+    nobody = [metric for metric in metrics if metric not in set(improved)]
     none = f"\n- **No variant improved** on any subject, nor over all, paired and corrected, by {' or '.join(nobody)}."
     return f"""
 - Like for like, of {len(own)} claims: {told[0]}. Strictly: {told[1]}.
 - Contradicted on this rung: {failed or "nothing"}; strictly: {strictly or "nothing"}.{chosen}{_untestable(own)}
-{chr(10).join(_change(metric, whole.loc[metric], level) for metric in METRICS)}{none if nobody else ""}
+{chr(10).join(_change(metric, whole.loc[metric], level) for metric in metrics)}{none if nobody else ""}
 """.strip()
 
 

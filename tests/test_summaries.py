@@ -645,6 +645,13 @@ def test_06_says_when_no_variant_improved_and_when_nothing_could_be_tested():
     )
 
 
+def test_06_a_task_with_exact_match_alone_is_told_by_that_alone():
+    exact = measured()
+    exact = exact[exact["metric"] == "exact_match"]
+    text = significance.summary(exact, ledger())
+    assert "By exact_match" in text and "math_verify" not in text
+
+
 def test_06_the_curve_of_discordance_holds_the_published_gain():
     curve = significance.discordance_curve()
     assert list(curve) == ["changed", "z", "unpaired", "crossing"]

@@ -54,16 +54,13 @@ class Significance(Step):
     def _split(self, **where: str) -> LossSplit:
         return split_loss(self._scalpel.table(), self._vectors.energies(), self._scalpel.ranks.default, **where)
 
-    def _tells_apart(self) -> bool:
-        return layer_sets.tells_apart(self._stethoscope.reliability())
-
     def claims(self, *names: str) -> pd.DataFrame:
         """The ledger of the paper's nine claims, or of some by name (`C4`): only what these need is measured."""
         evidence = claims.Evidence(
             split=cache(self._split),
             control=self._scalpel.energy_or_direction,
-            sets=self._stethoscope.sets,
-            tells_apart=self._tells_apart,
+            sets=cache(self._stethoscope.sets),
+            tells_apart=cache(lambda: layer_sets.tells_apart(self._stethoscope.reliability())),
             chosen=lambda: {name: layers for name, (_, layers) in self._stethoscope.chosen().items()},
             against=cache(self._against),
             checks=self._answers.checks,
@@ -95,7 +92,9 @@ class Significance(Step):
     def _worth_of_sets(self) -> dict[str, float]:
         sets, told = layer_sets.named_sets(self._stethoscope.sets()), self._stethoscope.reliability()
         row = {f"percentile_{contrast}": float(sets["percentile"][name]) for contrast, name in claims.CONTRAST_VARIANT.items()}
-        about: Any = told.set_index(["what", "loss"]).loc[("sets", "solution")]
-        row |= dict(reliability=about["reliability"], r_held_out=about["r_held_out"], tells_apart=float(self._tells_apart()))
+        about = layer_sets.reliability_of_sets(told)
+        row |= dict(
+            reliability=about["reliability"], r_held_out=about["r_held_out"], tells_apart=float(layer_sets.tells_apart(told))
+        )
         rho = self._stethoscope.relations().query("effect == 'effect_alone'").set_index("predictor")["rho"]
         return row | {f"rho_{name}": value for name, value in rho.items()}
