@@ -44,8 +44,8 @@ doctor: env  ## what this machine lacks for a profile: make doctor PROFILE=paper
 rehearse: env  ## a profile's notebooks on fabricated weights, for time and memory: make rehearse PROFILE=paper [SCALE=1]
 	@$(RUN) -m stetholib rehearse --profile $(PROFILE) --device $(DEVICE) --scale $(SCALE)
 
-seeds: env  ## the experiment in several worlds, how often each claim holds: make seeds [SEEDS=5]
-	@$(RUN) -m stetholib seeds --profile $(PROFILE) --device $(DEVICE) --count $(SEEDS) --into $(WORLDS)
+seeds: env  ## the experiment in several worlds, how often each claim holds: make seeds [SEEDS=5] [PROCESSES=1]
+	@$(RUN) -m stetholib seeds --profile $(PROFILE) --device $(DEVICE) --count $(SEEDS) --into $(WORLDS) --processes $(PROCESSES)
 
 claim: env  ## one claim of the paper checked alone: make claim CLAIM=C3 [PROFILE=mini]
 	@$(RUN) -m stetholib claim --claim "$(CLAIM)" --profile $(PROFILE) --device $(DEVICE)

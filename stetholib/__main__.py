@@ -67,8 +67,11 @@ def parser() -> Parser:
         default = "paper" if name == "rehearse" else "mini"
         one.add_argument("--profile", default=default, help=f"a shipped profile's name, or a YAML file of your own ({default})")
         one.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="where models run (cpu)")
-    processes = "how many processes answer the test, one a GPU (1)"
-    made["reproduce"].add_argument("--processes", type=int, default=1, help=processes)
+    for name, processes in (
+        ("reproduce", "how many processes answer the test, one a GPU (1)"),
+        ("seeds", "how many worlds at once (1)"),
+    ):
+        made[name].add_argument("--processes", type=int, default=1, help=processes)
     made["rehearse"].add_argument("--scale", type=float, default=1.0, help="of the true shapes: above 0, at most 1 (1)")
     made["seeds"].add_argument("--count", type=int, default=5, help="how many worlds (5)")
     made["seeds"].add_argument("--into", help="folder below figures/ for what they say (seeds-<profile>)")
@@ -88,7 +91,7 @@ def run(options: argparse.Namespace) -> int:
     if options.command == "rehearse":
         module.rehearse(*asked, options.scale)
     elif options.command == "seeds":
-        module.run(*asked, options.count, options.into)
+        module.run(*asked, options.count, options.into, processes=options.processes)
     elif options.command == "claim":
         module.check(options.claim, *asked)
     elif options.command == "export":

@@ -44,7 +44,7 @@ def everything(profile: str) -> None:
     study.keep("04_reliability", four.reliability())
     study.keep("05_minerva_math", five.table())
     study.keep("records", five.records())
-    five.token_limits(["base", "full", "stethoscope", "stethoscope_matched"]), five.noise(), five.checks()
+    five.token_limits(["base", "full", "full_shrunk", "stethoscope", "stethoscope_matched"]), five.noise(), five.checks()
     study.keep("06_significance", six.table())
     study.keep("06_published", six.published())
     six.pairs(significance.control_pairs(five.variants()))

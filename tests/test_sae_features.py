@@ -10,7 +10,7 @@ from stetholib.adapters import saes
 from stetholib.errors import UserError
 from stetholib.models import dictionary
 from stetholib.models.dictionary import Dictionary
-from stetholib.models.sums import Covariance, FeatureSums, auroc, cohen_d, firing_log_ratio, moments, one_hot
+from stetholib.models.sums import CONTRASTS, Covariance, FeatureSums, auroc, cohen_d, firing_log_ratio, moments, one_hot
 from stetholib.profiles import Sae
 from stetholib.sae_features import matched_weights
 
@@ -154,11 +154,11 @@ def test_matched_weights_give_both_corpora_the_same_words_in_the_same_amounts():
 
 
 def sums_of(acts, document, corpus_of, weights=None, ceiling=4.0):
-    gathered = FeatureSums(acts.shape[1], corpus_of, ceiling, ("corpus",))
+    gathered = FeatureSums(acts.shape[1], corpus_of, ceiling)
     weights = torch.ones(len(acts)) if weights is None else weights
     half = len(acts) // 2
     for part in (slice(0, half), slice(half, None)):
-        gathered.add(acts[part], document[part], {"corpus": weights[part]})
+        gathered.add(acts[part], document[part], dict.fromkeys(CONTRASTS, weights[part]))
     return gathered.sums["corpus"]
 
 

@@ -56,8 +56,9 @@ def test_after_a_change_of_prose_that_notebook_alone_runs_from_the_store(first):
 
 
 def test_several_worlds_go_on_after_a_kill_and_end_as_undisturbed_ones(first, tmp_path):
-    def start(folder):
-        return runs.launch(folder, ["seeds", "--profile", "smoke", "--count", "2", "--into", "seeds"])
+    def start(folder, processes=1):
+        asked = ["--count", "2", "--into", "seeds", "--processes", str(processes)]
+        return runs.launch(folder, ["seeds", "--profile", "smoke", *asked])
 
     folder = clone(tmp_path)
     killed = start(folder)
@@ -68,11 +69,12 @@ def test_several_worlds_go_on_after_a_kill_and_end_as_undisturbed_ones(first, tm
             break
     kept = runs.stages(folder)
     assert kept and not (folder / "figures" / "seeds").exists()
-    for where in (folder, first):
-        done = start(where)
-        peaks, said = runs.memory_by_world(done)
-        assert done.wait() == 0, said
-        assert set(peaks) == {"world 0", "world 1"} and max(peaks.values()) < 3
+    both = start(folder, processes=2)
+    assert both.wait() == 0, both.communicate()[1]
+    one_by_one = start(first)
+    peaks, said = runs.memory_by_world(one_by_one)
+    assert one_by_one.wait() == 0, said
+    assert set(peaks) == {"world 0", "world 1"} and max(peaks.values()) < 3
     assert kept.items() <= runs.stages(folder).items()
     one, other = ({path.name: path.read_bytes() for path in (where / "figures" / "seeds").iterdir()} for where in (folder, first))
     tables = {f"{stem}.csv" for stem in ("claims", "worlds", "stability", "spread")}

@@ -9,7 +9,7 @@ import multiprocessing
 import os
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from scipy import stats
 import stetholib
 from stetholib import profiles
 from stetholib.claims import HOLDS
-from stetholib.commands.reproduce import alone, set_environment
+from stetholib.commands.reproduce import alone, check_processes, set_environment
 from stetholib.errors import UserError
 from stetholib.store.tables import Workspace
 
@@ -28,31 +28,46 @@ SAE_SEEDS = 1  # further SAE trainings within each world
 REFERENCES = {"percentile_": 0.5, "reliability": 0.5, "r_held_out": 0.1, "misalignment_index": 0.5}  # of others it is 0
 
 
-def run(name: str, device: str, count: int, into: str | None = None, root: Path | None = None, out: Any = sys.stderr) -> None:
-    """Run `count` worlds of a profile and leave tables and a figure in `figures/<into>/`, by default `seeds-<profile>`."""
+def run(
+    name: str,
+    device: str,
+    count: int,
+    into: str | None = None,
+    root: Path | None = None,
+    out: Any = sys.stderr,
+    processes: int = 1,
+) -> None:
+    """Run `count` worlds of a profile and leave tables and a figure in `figures/<into>/`, by default `seeds-<profile>`.
+    processes: how many worlds at once, on a CPU; what they give is the same."""
     profile = profiles.load(name)
     if count < 1:
         raise UserError(f"seeds: {count} worlds were asked for; SEEDS must be 1 or more")
+    check_processes(processes, device)
+    if processes > 1 and device != "cpu":
+        raise UserError(f"seeds: PROCESSES is {processes}, but worlds share a GPU in turns only; leave it out")
     workspace = Workspace(profile.name, root)
     set_environment(profile.threads, workspace.root / "runs")
     os.environ["STETHOLIB_PROGRESS"] = "/dev/stderr"
-    found = []
-    with alone(workspace, profile.name):
-        for seed in range(profile.seed, profile.seed + count):
-            started = time.monotonic()
-            print(f"world {seed}: running ...", file=out, flush=True)
-            try:
-                with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-                    found.append(pool.submit(one, name, device, seed, root).result())
-            except BrokenProcessPool:
-                raise UserError(
-                    f"world {seed}: its process was killed, most often for want of memory; finished work is kept"
-                ) from None
-            print(f"world {seed}: {time.monotonic() - started:.0f} s", file=out, flush=True)
+    with alone(workspace, profile.name), ThreadPoolExecutor(processes) as threads:
+        seeds = range(profile.seed, profile.seed + count)
+        found = list(threads.map(lambda seed: _apart(name, device, seed, root, out), seeds))
     tables = {key: pd.concat([world[key] for world, _ in found], ignore_index=True) for key in found[0][0]}
     tables["spread"] = spread(tables["worlds"])
     manifest = found[0][1] | dict(seeds=tables["worlds"]["world"].tolist())
     _write(profile, tables, manifest, Workspace(into or f"seeds-{profile.name}", root))
+
+
+def _apart(name: str, device: str, seed: int, root: Path | None, out: Any) -> tuple[dict[str, pd.DataFrame], dict[str, Any]]:
+    """One world in a process of its own."""
+    started = time.monotonic()
+    print(f"world {seed}: running ...", file=out, flush=True)
+    try:
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+            found = pool.submit(one, name, device, seed, root).result()
+    except BrokenProcessPool:
+        raise UserError(f"world {seed}: its process was killed, most often for want of memory; finished work is kept") from None
+    print(f"world {seed}: {time.monotonic() - started:.0f} s", file=out, flush=True)
+    return found
 
 
 def spread(worlds: pd.DataFrame, level: float = 0.05) -> pd.DataFrame:

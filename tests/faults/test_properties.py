@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from stetholib import editing, layer_sets, profiles
+from stetholib import editing, layer_sets, profiles, statistics
 from stetholib import significance as sg
 from stetholib.data import prompts
 from stetholib.editing import TaskVector
@@ -85,39 +85,39 @@ def test_projections_are_orthogonal_and_energy_grows_with_rank_to_the_whole(seed
 @given(COUNTS)
 def test_z_changes_its_sign_with_the_order_and_the_pooled_one_is_the_closed_form(counts):
     one, other, n = counts
-    for z in (sg.harness_z, sg.unpaired_z, sg.pooled_z):
+    for z in (statistics.harness_z, statistics.unpaired_z, statistics.pooled_z):
         assert z(one, other, n) == -z(other, one, n) or (one == other and z(one, other, n) == 0)
-        assert 0 <= sg.two_sided(z(one, other, n)) <= 1
+        assert 0 <= statistics.two_sided(z(one, other, n)) <= 1
     # the closed form of a table of two by two: by its margins, without any proportion
     margins = (one + other) * (2 * n - one - other)
     expected = (other - one) * np.sqrt(2 * n / margins) if margins else 0
-    assert sg.pooled_z(one, other, n) == pytest.approx(expected)
+    assert statistics.pooled_z(one, other, n) == pytest.approx(expected)
 
 
 @given(PAIRS)
 def test_mcnemar_is_scipys_binomial_test_and_does_not_know_which_side_gained(pairs):
     gained, lost, _ = pairs
-    assert sg.mcnemar(gained, lost) == sg.mcnemar(lost, gained)
+    assert statistics.mcnemar(gained, lost) == statistics.mcnemar(lost, gained)
     expected = stats.binomtest(gained, gained + lost).pvalue if gained + lost else 1.0
-    assert sg.mcnemar(gained, lost) == pytest.approx(expected)
+    assert statistics.mcnemar(gained, lost) == pytest.approx(expected)
 
 
 @given(PAIRS, SEED)
 def test_the_interval_holds_its_estimate_and_the_verdict_follows_from_the_row(pairs, seed):
     gained, lost, n = pairs
-    low, high = sg.bootstrap_interval(gained, lost, n, 0.05, 300, seed)
+    low, high = statistics.bootstrap_interval(gained, lost, n, 0.05, 300, seed)
     assert -1 <= low <= high <= 1
     if 10 < gained + lost < n:
         assert low - 1e-9 <= (gained - lost) / n <= high + 1e-9
-    word = sg.verdict((gained - lost) / n, sg.mcnemar(gained, lost), low, 0.05, 0.05)
+    word = sg.verdict((gained - lost) / n, statistics.mcnemar(gained, lost), low, 0.05, 0.05)
     assert word in ("improved", "degraded", "no worse", "inconclusive")
     assert (word == "improved") <= (gained > lost) and (word == "degraded") <= (lost > gained)
-    assert 0 <= sg.minimum_detectable((gained + lost) / n, n, 0.05) <= 1
+    assert 0 <= statistics.minimum_detectable((gained + lost) / n, n, 0.05) <= 1
 
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=12))
 def test_holm_corrects_upwards_by_how_many_p_are_no_smaller(p):
-    found = sg.holm(p)
+    found = statistics.holm(p)
     assert (found >= np.array(p) - 1e-15).all() and (found <= 1).all()
     # each p times how many are no smaller, then never below that of a smaller one
     assert np.allclose(found, [min(1, max(q * sum(r >= q for r in p) for q in p if q <= one)) for one in p], rtol=1e-12, atol=0)
