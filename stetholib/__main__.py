@@ -41,6 +41,11 @@ COMMANDS = {
         "Measure what the rule of one claim reads, and nothing else, and print the rule, what was measured, whether it can be "
         "tested here, and both verdicts. No figure is written; what was measured is kept.",
     ),
+    "listen": (
+        "score the layers of a model of your own",
+        "Say how specific each layer of a model is to one kind of text beside another, with what chance would say, from SAEs of "
+        "its blocks. No profile is needed and nothing is kept, but for the file of --into.",
+    ),
     "export": (
         "write an edited model as a folder that any tool loads",
         "Write the model of a variant with a card, its provenance and, where there is one, a recipe for mergekit; the base's files "
@@ -65,7 +70,10 @@ def parser() -> Parser:
     made["answer"] = commands.add_parser("answer")  # what `reproduce --processes` starts; without help it is not listed
     for name, one in made.items():
         default = "paper" if name == "rehearse" else "mini"
-        one.add_argument("--profile", default=default, help=f"a shipped profile's name, or a YAML file of your own ({default})")
+        if name != "listen":
+            one.add_argument(
+                "--profile", default=default, help=f"a shipped profile's name, or a YAML file of your own ({default})"
+            )
         one.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="where models run (cpu)")
     for name, processes in (
         ("reproduce", "how many processes answer the test, one a GPU (1)"),
@@ -76,6 +84,13 @@ def parser() -> Parser:
     made["seeds"].add_argument("--count", type=int, default=5, help="how many worlds (5)")
     made["seeds"].add_argument("--into", help="folder below figures/ for what they say (seeds-<profile>)")
     made["claim"].add_argument("--claim", required=True, help="which: C1 to C9")
+    made["listen"].add_argument("--model", required=True, help="a folder, or a Hub id")
+    made["listen"].add_argument("--revision", help="of the model on the Hub")
+    made["listen"].add_argument("--saes", required=True, help="a SAELens release, or a folder with one SAE a block")
+    made["listen"].add_argument("--sae-id", required=True, help="the SAE of a block, e.g. layer_{layer}_width_16k_l0_small")
+    for side, what in (("maths", "of the kind to listen for"), ("general", "to hold them against")):
+        made["listen"].add_argument(f"--{side}", required=True, help=f"texts {what}: .txt (one a line), .jsonl or .parquet")
+    made["listen"].add_argument("--into", help="a CSV file for the table")
     made["export"].add_argument("--variant", required=True, help="which edited model, e.g. stethoscope")
     made["export"].add_argument("--into", help="a new folder, or an earlier export (runs/<profile>/export/<variant>)")
     made["export"].add_argument("--delta", action="store_true", help="only the tensors that are added, in float32")
@@ -85,6 +100,10 @@ def parser() -> Parser:
 def run(options: argparse.Namespace) -> int:
     """Run a command, whose module is loaded only now: help and complaints need no PyTorch."""
     module: Any = import_module(f"stetholib.commands.{'reproduce' if options.command == 'answer' else options.command}")
+    if options.command == "listen":
+        texts = options.maths, options.general
+        print(module.run(options.model, options.revision, options.saes, options.sae_id, texts, options.device, options.into))
+        return 0
     asked = options.profile, options.device
     if options.command == "doctor":
         return 0 if module.report(*asked, print) else 1

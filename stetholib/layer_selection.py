@@ -52,20 +52,38 @@ def score_layers(
     The matched contrast's token weights are those of the true labels in every permutation: a document carries its
     weighted sums with it. The null is then balanced in words only on average, which is stated, not hidden.
     """
+    return calibrated(drawn_scores(sums, corpus_of, rule, pool_subjects, permutations, resamples, seed), rule, count)
+
+
+def drawn_scores(
+    sums: Iterable[DocumentSums],
+    corpus_of: Int[Tensor, " doc"],
+    rule: ScoreRule,
+    pool_subjects: bool,
+    permutations: int,
+    resamples: int,
+    seed: int,
+) -> list[list[np.ndarray]]:
+    """The scores of each layer as its documents are labelled [1], under permuted labels [permutation] and on documents drawn
+    again [resample]; the same draws for every layer."""
     corpora = int(corpus_of.max()) + 1
     observed = one_hot(corpus_of, corpora)
     shuffled = one_hot(shuffled_labels(corpus_of, permutations, seed), corpora)
     redrawn = resampled(corpus_of, corpora, resamples, seed + 1)
-    found = [[rule.score(s, labels, pool_subjects).numpy() for labels in (observed, shuffled, redrawn)] for s in sums]
+    return [[rule.score(s, labels, pool_subjects).numpy() for labels in (observed, shuffled, redrawn)] for s in sums]
+
+
+def calibrated(found: Sequence[Sequence[np.ndarray]], rule: ScoreRule, count: int) -> Scores:
+    """Layer scores with what they are worth, from what `drawn_scores` gives of all layers."""
     score, null, again = (np.stack(parts) for parts in zip(*found, strict=True))
     score = score[:, 0].astype(float)
     tops = [set(select(column, count)) for column in again.T]
     drawn = 1.0 if rule.kind in DRAWN else np.nan
     return Scores(
         score=score,
-        p_value=drawn * (1 + (null >= score[:, None]).sum(1)) / (1 + permutations),
-        p_max=drawn * (1 + (null.max(0)[None] >= score[:, None]).sum(1)) / (1 + permutations),
-        selection_share=drawn * np.array([sum(layer in top for top in tops) / resamples for layer in range(len(score))]),
+        p_value=drawn * (1 + (null >= score[:, None]).sum(1)) / (1 + null.shape[1]),
+        p_max=drawn * (1 + (null.max(0)[None] >= score[:, None]).sum(1)) / (1 + null.shape[1]),
+        selection_share=drawn * np.array([sum(layer in top for top in tops) / len(tops) for layer in range(len(score))]),
         permuted=null,
         resampled=again,
     )

@@ -7,7 +7,7 @@ model reads each text once and nothing is stored per token.
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import pandas as pd
 import torch
@@ -109,6 +109,15 @@ class Heard:
     tests: pd.DataFrame
     sums: Mapping[str, DocumentSums]
     covariance: Mapping[int, Float[Tensor, "d_model d_model"]]
+
+
+Layers = TypeVar("Layers", range, tuple[int, ...])
+
+
+def groups(layers: Layers, each: int, memory_gib: float) -> list[Layers]:
+    """Layers in groups whose sums fit into memory together; each: bytes of one layer's sums, its random double apart."""
+    size = max(1, int(memory_gib * 2**30 / (2 * each)))
+    return [layers[start : start + size] for start in range(0, len(layers), size)]
 
 
 def hear(

@@ -100,9 +100,8 @@ class SaeFeatures(Step):
     def _groups(self) -> list[range]:
         """Layers whose sums fit into memory together: of the SAE and its random double, under both contrasts."""
         width, layers = self.dictionary(0).d_sae, self._world.layers
-        each = 2 * sums_bytes(width, len(self.listening.texts), len(self._corpora))
-        size = max(1, int(self._profile.features.memory_gib * 2**30 / each))
-        return [range(start, min(start + size, layers)) for start in range(0, layers, size)]
+        each = sums_bytes(width, len(self.listening.texts), len(self._corpora))
+        return sae_features.groups(range(layers), each, self._profile.features.memory_gib)
 
     @cached_property
     def heard(self) -> Input[dict[int, Heard]]:
