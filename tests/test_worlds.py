@@ -86,4 +86,5 @@ def test_every_subject_has_room_to_rise_and_to_fall(full):
 def test_at_least_four_worlds_in_five_say_the_same():
     worlds = pd.read_csv(ROOT / "figures" / "seeds" / "worlds.csv")
     theory = (worlds["gain_full_number_theory"] >= 0.10) & (worlds["p_full_number_theory"] < 0.001)
-    assert len(worlds) and (theory & (worlds["gain_full_math_verify"] >= 0.08)).mean() >= 0.8
+    assert worlds["world"].tolist() == [0, 1, 2, 3, 4]
+    assert (theory & (worlds["gain_full_math_verify"] >= 0.08)).sum() >= 4

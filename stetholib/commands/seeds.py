@@ -120,6 +120,6 @@ def _write(profile: profiles.Profile, tables: dict[str, pd.DataFrame], manifest:
     means = tables["spread"].set_index("quantity")["mean"]
     full, steth = (100 * means[f"gain_{name}_math_verify"] for name in ("full", "stethoscope"))
     axes[3].set_title(f"Mean gain: whole {full:+.1f}, stethoscope {steth:+.1f} points")
-    plots.labelled(fig, f"{profile.title}, {count} worlds")
+    plots.labelled(fig, f"Ours, {profile.title}, {count} world" + "s" * (count > 1))
     for kind in ("png", "svg"):
         folder.file(f"seeds.{kind}", lambda path: plots.save(fig, path))

@@ -89,9 +89,10 @@ def panels(columns: int = 1, rows: int = 1, width: float = 6.4, height: float = 
     return plt.subplots(rows, columns, figsize=(width * columns, height * rows), **options)
 
 
-def labelled(figure: Figure, title: str) -> Figure:
-    """Say in the figure itself whose numbers it shows."""
-    figure.text(0.995, -0.005, f"Ours, {title}", ha="right", va="top", fontsize=8, color=GREY)
+def labelled(figure: Figure, whose: str) -> Figure:
+    """Say in the figure itself whose numbers it shows; one that says so already stays as it is."""
+    if not figure.texts:
+        figure.text(0.995, -0.005, whose, ha="right", va="top", fontsize=8, color=GREY)
     return figure
 
 
@@ -111,6 +112,7 @@ def whole_numbers(ax: Axes) -> Axes:
 
 def percent(axis: Axis, symbol: str = "%") -> None:
     """Shares of one are read as percentages."""
+    axis.set_major_locator(mpl.ticker.MaxNLocator(steps=[1, 2, 5, 10]))
     axis.set_major_formatter(mpl.ticker.PercentFormatter(1, decimals=0, symbol=symbol))
 
 

@@ -79,7 +79,7 @@ class Study:
         """
         for thing in things:
             if isinstance(thing, Figure):
-                plots.labelled(thing, self.profile.title)
+                plots.labelled(thing, f"Ours, {self.profile.title}")
                 for kind in ("png", "svg"):
                     self.workspace.file(f"{stem}.{kind}", partial(plots.save, thing))
             elif isinstance(thing, pd.DataFrame) and stem == "records":
