@@ -93,7 +93,7 @@ def test_a_plot_gives_its_axis_back_named_and_twice_the_same_bytes(name, tmp_pat
             plots.save(plots.labelled(figure, "Ours, a test"), tmp_path / f"plot.{kind}")
             made.append((tmp_path / f"plot.{kind}").read_bytes())
         plt.close(figure)
-    assert made[:2] == made[2:] and made[0].startswith(b"\x89PNG") and made[1].count(b"<!-- Ours, a test -->") == 1
+    assert made[:2] == made[2:] and made[0].startswith(b"\x89PNG") and b"Ours, a test" in made[1]
 
 
 def test_one_thing_has_one_colour():
