@@ -56,16 +56,9 @@ def listen(
     base = LanguageModel(model, tokenizer)
     dictionaries = {layer: _placed(one, base.device) for layer, one in saes.items()}
     corpus_of = torch.tensor([0] * len(maths) + [1] * len(general))
-    listening = Listening(
-        texts=[*maths, *general],
-        corpus_of=corpus_of.tolist(),
-        max_tokens=max_tokens,
-        batch_tokens=batch_tokens,
-        matched_minimum=matched_minimum,
-        sample_seed=seed,
-        neighbour_seed=seed + 1,
-        dictionary_seeds={layer: seed + 2 + layer for layer in range(blocks)},
-    )
+    doubles = {layer: seed + 2 + layer for layer in range(blocks)}
+    sizes = (max_tokens, batch_tokens, matched_minimum)
+    listening = Listening([*maths, *general], corpus_of.tolist(), *sizes, seed, seed + 1, doubles)
     widest = max(one.d_sae for one in dictionaries.values())
     tests: list[pd.DataFrame] = []
     found: dict[str, list[list[np.ndarray]]] = {contrast: [] for contrast in CONTRASTS}
