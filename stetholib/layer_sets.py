@@ -166,7 +166,8 @@ def measure_sets(
                 continue
             table.loc[rows, f"{column or 'loss_'}change"] = change[rows][:, where].sum(1) / before.tokens[where].sum()
             names = [f"{column}percentile", *([] if column else ["percentile_low", "percentile_high"])]
-            found = percentiles(change[rows][:, where], change[chance][:, where], seed)[:, : len(names)]
+            draws = 1 if column else 1000  # an interval is wanted of the solution only
+            found = percentiles(change[rows][:, where], change[chance][:, where], seed, draws)[:, : len(names)]
             table.loc[rows, names] = np.where(np.array(ranked)[rows, None], found, np.nan)
     named = ~table["selector"].isin(SETS_OF_MANY)
     table["general_change"] = [general_of(p.layers, p.alpha) - general if n else np.nan for p, n in zip(plan, named, strict=True)]
