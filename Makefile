@@ -3,6 +3,7 @@ DEVICE ?= cpu
 SEEDS ?= 5
 SCALE ?= 1
 PROCESSES ?= 1
+RUNS ?= 5
 WORLDS ?= $(if $(filter mini,$(PROFILE)),seeds,seeds-$(notdir $(basename $(PROFILE))))
 ENV ?= auto
 PYTHON ?= python3
@@ -19,7 +20,7 @@ RUN := $(shell $(PYTHON) -m stetholib.commands.environment 2>/dev/null && echo $
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help env reproduce doctor rehearse seeds claim export test test-all faults mini-base lab lint readme clean
+.PHONY: help env reproduce doctor rehearse seeds claim export test test-all faults bench mini-base lab lint readme clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 24
@@ -62,6 +63,9 @@ test-all: env  ## every test, whole runs, kills and bad input among them: about 
 faults: env  ## the campaign: 20 kills of smoke and 5 of mini, three worlds, and the rung in the middle (two hours)
 	$(RUN) -m pytest -q -m campaign -s tests
 
+bench: env  ## ours beside its peers, about N minutes alone on two cores: make bench [WORKS="answer edit"] [RUNS=5] [SCALE=1]
+	@$(RUN) -m bench --works $(WORKS) --runs $(RUNS) --scale $(SCALE) $(if $(REPRODUCE),--reproduce)
+
 mini-base: env  ## train the miniature's base model anew (it ships with the package; about half an hour)
 	$(RUN) -m stetholib.data.mini.base --device $(DEVICE)
 
@@ -69,13 +73,13 @@ lab: env  ## JupyterLab on the notebooks
 	$(RUN) -m jupyter lab notebooks
 
 lint: env  ## style, types and declared dependencies: ruff, mypy, deptry
-	$(RUN) -m ruff check stetholib tests notebooks
-	$(RUN) -m ruff format --check stetholib tests notebooks
-	$(RUN) -m mypy stetholib
+	$(RUN) -m ruff check stetholib bench tests notebooks
+	$(RUN) -m ruff format --check stetholib bench tests notebooks
+	$(RUN) -m mypy stetholib bench
 	$(RUN) -m deptry .
 
 clean:  ## remove what runs produced (figures/mini, which is committed, stays)
 	rm -rf runs
 
-readme: env  ## write the README's ledger from figures/mini
+readme: env  ## write the README's ledger and its table of peers from figures/
 	@$(RUN) -m stetholib.commands.readme

@@ -17,7 +17,7 @@ from stetholib.errors import UserError
 from stetholib.store.tables import CONTRACTS
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-MODULES = sorted((ROOT / "stetholib").rglob("*.py"))
+MODULES = sorted([*(ROOT / "stetholib").rglob("*.py"), *(ROOT / "bench").glob("*.py")])
 
 
 def cells(path, kind="code"):
