@@ -7,3 +7,7 @@ class UserError(ValueError):
     def _render_traceback_(self) -> list[str]:
         """What IPython prints instead of a traceback."""
         return [f"{type(self).__name__}: {self}"]
+
+
+class ModelError(UserError):
+    """A model or checkpoint that cannot be used; its message is one line."""

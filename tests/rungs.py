@@ -10,6 +10,7 @@ from conftest import ROOT
 from hub import LICENSED, Repository
 
 from stetholib import profiles
+from stetholib.adapters import saes
 from stetholib.commands import fabricate
 from stetholib.data.mini.problems import SUBJECTS
 
@@ -48,6 +49,7 @@ def repositories(path: Path, folder: Path) -> dict[str, Repository]:
     profile = profiles.load(str(path))
     data, model = profile.data, profile.model
     pinned = {model.base: model.revision, data.maths: data.maths_revision, data.general: data.general_revision}
+    pinned[saes.registered(profile.sae.release).repo_id] = profile.sae.revision
     found = {}
     for name, place in fabricate.everything(profile, folder, SCALE).items():
         files = {str(file.relative_to(place)): file.read_bytes() for file in place.rglob("*") if file.is_file()}

@@ -129,6 +129,34 @@ def test_gemma_scope_2_is_read_as_saelens_own_loader_reads_it(tmp_path):
         assert fetch(tmp_path, hub.url, script=OURS_AND_THEIRS).splitlines()[-1] == "True True True True True"
 
 
+FETCH_AT = """
+import sys
+from pathlib import Path
+from stetholib.adapters import saes
+from stetholib.errors import UserError
+release, sae_id, home = "gemma-scope-2-270m-it-res-all", "layer_{layer}_width_16k_l0_small", Path(sys.argv[1])
+commit = saes.fetched_sae(release, sae_id, 0, None, "google/gemma-3-270m-it", [], folder=home / "sae")
+print(commit)
+try:
+    saes.check_commit(home / "sae-commits.json", release, None, commit)
+except UserError as error:
+    print(error)
+"""
+
+
+def test_the_commit_that_saes_are_fetched_at_is_held_to(tmp_path):
+    files, _ = large_sae()
+    with Hub({"google/gemma-scope-2-270m-it": Repository(files)}) as hub:
+        served = hub.repositories["google/gemma-scope-2-270m-it"]
+        first = served.commit
+        assert fetch(tmp_path / "cache", hub.url, str(tmp_path), script=FETCH_AT).splitlines()[-1] == first
+        files["README.md"] = b"another commit"
+        assert fetch(tmp_path / "cache", hub.url, str(tmp_path), script=FETCH_AT).splitlines()[-1] == first
+        said = fetch(tmp_path / "cache2", hub.url, str(tmp_path), script=FETCH_AT).splitlines()[-2:]
+    assert said[0] == served.commit != first
+    assert f"fetched at commit {first}, and now the Hub gives {served.commit}; set sae.revision" in said[1]
+
+
 def test_a_broken_connection_in_a_data_set_is_resumed(tmp_path):
     rows = [
         dict(problem=f"{i} + {i}?", level="1", type="a", solution=rf"It is $\boxed{{{i}}}$" + os.urandom(40).hex())

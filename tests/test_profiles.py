@@ -19,7 +19,7 @@ DIGESTS = {
     "gemma-3-1b": "5505624247294612",
     "gemma-3-270m": "4cd704d2f1faeda6",
     "mini": "1414f96053ae676b",
-    "paper": "23c21284537f6a40",
+    "paper": "415ceae8df5f6277",
     "smoke": "22e4d15ccf3c0b21",
 }
 

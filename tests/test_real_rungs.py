@@ -41,6 +41,11 @@ def test_a_rung_runs_from_a_cold_cache_and_again_with_the_hub_gone(name, tmp_pat
     said = json.loads((tmp_path / "cold" / "figures" / name / "manifest.json").read_text())
     assert said["model"]["revision"] and said["data"]["maths_revision"] and said["finetune"]["lora_rank"] == 4
     assert said["threads"] == 2 and said["sae"]["release"].endswith("-it-res-all")
+    assert re.fullmatch("[0-9a-f]{40}", said["sae"]["commit"]) and said["sae"]["revision"] in (None, said["sae"]["commit"])
+    assert (
+        json.loads(next((tmp_path / "cold").glob("runs/*/store/sae-commits.json")).read_text()).popitem()[1]
+        == said["sae"]["commit"]
+    )
 
 
 def test_a_rung_with_its_chat_template_answers_and_scores(tmp_path):

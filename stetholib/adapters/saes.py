@@ -5,6 +5,7 @@ Either way it is SAELens' own object, saved and loaded by SAELens, and turned in
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from stetholib.models.dictionary import Dictionary
 from stetholib.models.loading import LanguageModel
 from stetholib.models.streams import Watch, collected, tokenize, unwatched, up_to
 from stetholib.profiles import Sae, nearest
+from stetholib.store.files import atomic
 
 
 def train(activations: Float[Tensor, "token d_model"], spec: Sae, seed: int, folder: Path, device: str = "cpu") -> None:
@@ -182,7 +184,8 @@ def dictionary(sae: Any) -> Dictionary:
     Raises UserError for what the formulas of `Dictionary` do not hold for: other architectures, inputs that are rescaled."""
     kind = sae.cfg.architecture()
     if kind not in ("jumprelu", "standard"):
-        raise UserError(f"SAE: architecture {kind!r} is not supported; save it for inference as JumpReLU")
+        how = "train it as a BatchTopKTrainingSAE of SAELens, whose save_inference_model() writes JumpReLU"
+        raise UserError(f"SAE: architecture {kind!r} is not supported; JumpReLU and ReLU are; {how}")
     if sae.cfg.normalize_activations != "none":
         raise UserError(f"SAE: inputs are normalised at inference ({sae.cfg.normalize_activations}); fold that into the weights")
     tensors = {name: value.detach().float() for name, value in sae.state_dict().items()}
@@ -220,8 +223,8 @@ def trained_sae(heard: Mapping[int, Tensor], layer: int, spec: Sae, seed: int, d
 
 def fetched_sae(
     release: str, sae_id: str, layer: int, revision: str | None, model: str, files: Sequence[str], *, folder: Path
-) -> None:
-    """A layer's SAE of a release or of a folder, in `folder` in SAELens' own format.
+) -> str | None:
+    """A layer's SAE of a release or of a folder, in `folder` in SAELens' own format; returns the commit that it was fetched at.
     model: the base model's name, which the release must be of; files: hashes of the files, where they are in a folder."""
     by_name = Source.of(release, kind="sae").where == "hub" and Source.of(model).where != "folder"
     if by_name and (of := registered(release).model) != model:
@@ -229,6 +232,24 @@ def fetched_sae(
             f"SAE release {release} was trained on {of}, the profile's model is {model}; mend sae.release or model.base"
         )
     fetch(release, sae_id, layer, revision).save_model(folder)
+    on_hub = Source.of(release, kind="sae").where == "hub"
+    return hub.resolved(registered(release).repo_id, revision) if on_hub else None
+
+
+def check_commit(record: Path, release: str, revision: str | None, commit: str | None) -> None:
+    """Hold fetched SAEs to the commit that a profile's first ones were of, kept in the file `record`: the first writes it.
+    Raises UserError where the Hub has given another since."""
+    known: dict[str, str] = {}
+    with suppress(OSError, ValueError):  # not there yet, or damaged
+        known = json.loads(record.read_text(encoding="utf-8"))
+    name = f"{release}@{revision or 'main'}"
+    if commit and name not in known:
+        atomic(record, lambda draft: draft.write_text(json.dumps(known | {name: commit}, indent=1), encoding="utf-8"))
+    elif commit and known[name] != commit:
+        raise UserError(
+            f"SAEs of {name} were fetched at commit {known[name]}, and now the Hub gives {commit}; "
+            "set sae.revision to the first to go on, or to the second to begin anew with it"
+        )
 
 
 def dictionary_of(folder: Path) -> Dictionary:

@@ -13,11 +13,12 @@ from typing import Any
 import torch
 
 from stetholib import profiles
-from stetholib.adapters import saes
+from stetholib.adapters import harness, saes
 from stetholib.commands import environment
 from stetholib.data import corpora, hub
 from stetholib.data.source import Source
 from stetholib.errors import UserError
+from stetholib.models.architectures import check_folder
 from stetholib.models.sums import sums_bytes
 from stetholib.profiles import Profile
 from stetholib.store.files import repository
@@ -57,11 +58,14 @@ class Size:
 def examine(profile: Profile, device: str, processes: int = 1) -> Iterator[Check]:
     """Every check of a profile, the quick ones first; `processes` answer the test together."""
     yield Check("packages", True, _packages())
+    if (task := profile.evaluation.task) != harness.MINERVA:
+        yield Check("task", True, f"{task} is code that will run (!function and templates); read it first, with what it includes")
     sources = _sources(profile)
     absent: dict[str, int] = {}
     for name, find in sources.items():
         try:
             source, patterns = find()
+            _check_model(source)
             absent[name], whole = source.bytes_to_fetch(patterns)
             said = f"{absent[name] / GIB:.2g} of {whole / GIB:.2g} GiB are to be fetched"
             yield Check(name, True, said if absent[name] else THERE[source.where])
@@ -142,6 +146,19 @@ def _model(profile: Profile) -> Source:
     return Source.of("mini") if source.name == "toy" else source
 
 
+def _check_model(source: Source) -> None:
+    """Refuse a model that no step can use, by its small files alone, before its weights are fetched."""
+    if source.kind != "model" or source.name == "toy":
+        return
+    try:
+        folder = source.file("config.json").parent
+    except hub.HubError:
+        with suppress(hub.HubError):  # an adapter has no configuration of its own
+            check_folder(source.file("adapter_config.json").parent)
+        raise
+    check_folder(folder)
+
+
 def _config(profile: Profile) -> dict[str, Any]:
     """The configuration of the model's language half."""
     path = _model(profile).file("config.json")
@@ -149,7 +166,8 @@ def _config(profile: Profile) -> dict[str, Any]:
     from transformers import AutoConfig
 
     try:
-        whole = AutoConfig.from_pretrained(path.parent, local_files_only=True)  # it knows the defaults that files leave out
+        # it knows the defaults that files leave out
+        whole = AutoConfig.from_pretrained(path.parent, local_files_only=True, trust_remote_code=False)
         text = whole.get_text_config()
         found = {key: int(getattr(text, key)) for key in ("num_hidden_layers", "hidden_size", "vocab_size")}
         return found | {"dtype": str(whole.dtype or text.dtype).removeprefix("torch.")}

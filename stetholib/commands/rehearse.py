@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from stetholib import profiles
+from stetholib.adapters import saes
 from stetholib.commands import fabricate
 from stetholib.commands.notebooks import check_all
 from stetholib.data.mini.problems import SUBJECTS
@@ -106,6 +107,7 @@ def _fabricate(profile: Profile, home: Path, scale: float, out: Any) -> None:
     shutil.rmtree(home / "runs", ignore_errors=True)
     data, model = profile.data, profile.model
     pinned = {model.base: model.revision, data.maths: data.maths_revision, data.general: data.general_revision}
+    pinned[saes.registered(profile.sae.release).repo_id] = profile.sae.revision
     for repo, folder in fabricate.everything(profile, home / "hub" / "made", scale).items():
         kind = "datasets" if repo in (data.maths, data.general) else "models"
         place, revision = cache / f"{kind}--{repo.replace('/', '--')}", pinned.get(repo) or "0" * 40

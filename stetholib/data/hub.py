@@ -58,7 +58,7 @@ def missing_files(folder: Path, files: Sequence[str] = ()) -> list[str]:
     present = {path.name for path in found if path.suffix in WEIGHTS}
     wanted = set()
     for index in folder.glob("*.safetensors.index.json"):
-        wanted |= set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        wanted |= named_by(index)
     for name in present:
         if shard := SHARD.search(name):
             first, count = int(name.endswith(".safetensors")), int(shard[1])  # weights count from one, tables from nought
@@ -66,6 +66,28 @@ def missing_files(folder: Path, files: Sequence[str] = ()) -> list[str]:
     large = [pattern for pattern in files if pattern.endswith((".parquet", "/*"))]
     unmatched = [pattern for pattern in large if not any(path.suffix in WEIGHTS for path in folder.glob(pattern))]
     return sorted(wanted - present) or unmatched or ([] if present else ["*.safetensors or *.parquet"])
+
+
+def named_by(index: Path) -> set[str]:
+    """The weight files that an index names. Raises HubError where it is none."""
+    try:
+        said = json.loads(index.read_text(encoding="utf-8"))
+        names = set(said["weight_map"].values())
+        if names and all(isinstance(name, str) for name in names) and isinstance(said["metadata"], dict):
+            return names
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        pass
+    raise HubError(
+        f"{index}: it is no index of weights (JSON with metadata and a weight_map of file names); fetch or save it again"
+    )
+
+
+def resolved(repo: str, revision: str | None) -> str | None:
+    """The commit that the cache has of a branch or tag of a model's repository, `main` by default; a commit stands for itself."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    ref = Path(HF_HUB_CACHE, f"models--{repo.replace('/', '--')}", "refs", revision or "main")
+    return ref.read_text(encoding="utf-8").strip() if ref.is_file() else revision
 
 
 def to_fetch(repo: str, revision: str | None = None, files: Sequence[str] = MODEL_FILES, kind: str = "model") -> tuple[int, int]:

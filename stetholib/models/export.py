@@ -73,7 +73,7 @@ def write_model(base: Path, edit: Edit, into: Path) -> None:
     deltas, checkpoint = added(base, edit), Checkpoint(base)
     for path in files_of(base):
         shutil.copyfile(path, into / path.name)
-    for path in sorted(into.glob("*.safetensors")):
+    for path in (into / one.name for one in checkpoint.files):
         tensors, start = header(path)
         with path.open("r+b") as handle:
             for name in sorted({*deltas} & {*tensors}):

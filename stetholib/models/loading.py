@@ -9,7 +9,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from stetholib.models.architectures import check_folder
 from stetholib.models.weights import Checkpoint, Key, ModelError, norm_gains, weight_names
+
+FLOATS = ("F32", "BF16", "F64")
 
 
 @dataclass(frozen=True)
@@ -38,14 +41,13 @@ def load(folder: Path, dtype: str = "float32", device: str = "cpu", attention: s
 
     logging.disable_progress_bar()
     check_stored(Checkpoint(folder))
-    if not (Path(folder) / "config.json").is_file():
-        raise ModelError(f"model {folder}: there is no config.json; give a folder as transformers saves it, or a Hub id")
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         folder,
         dtype=getattr(torch, dtype),
         attn_implementation=attention,
         local_files_only=True,
         use_safetensors=True,
+        trust_remote_code=False,
         ignore_mismatched_sizes=True,  # they are refused below, in one line
         output_loading_info=True,
     )
@@ -60,20 +62,25 @@ def load(folder: Path, dtype: str = "float32", device: str = "cpu", attention: s
             raise ModelError(f"model {folder}: {name} {said}; take the checkpoint as it was released, or save it again")
     check_finite({f"model {folder}: {name}": weight for name, weight in model.named_parameters()})
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, padding_side="left")
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False, padding_side="left")
     except (OSError, ValueError, KeyError) as error:
         said = " ".join(str(error).split())[:120]
-        raise ModelError(f"model {folder}: its tokenizer cannot be read ({said}); save it into the same folder") from None
+        mend = "save it into the same folder, as one that needs no code of its own"
+        raise ModelError(f"model {folder}: its tokenizer cannot be read ({said}); {mend}") from None
     if tokenizer.pad_token is None:  # padding is masked, so any token will do
         tokenizer.pad_token = tokenizer.eos_token
     return LanguageModel(model.to(device).eval().requires_grad_(False), tokenizer)
 
 
 def check_stored(checkpoint: Checkpoint) -> None:
-    """Refuse weights in float16, which Gemma 3's activations overflow, and any checkpoint whose blocks are incomplete."""
-    for name in weight_names(checkpoint).values():
-        if checkpoint.dtype(name) == "F16":
-            raise ModelError(f"model {checkpoint.folder}: {name} is float16, which overflows; use float32 or bfloat16 weights")
+    """Refuse what `check_folder` does, weights that are not stored as plain floats (quantised ones, and float16, which Gemma 3's
+    activations overflow), and any checkpoint whose blocks are incomplete."""
+    check_folder(checkpoint.folder)
+    for name in checkpoint:
+        if (dtype := checkpoint.dtype(name)) not in FLOATS:
+            said = "float16, which overflows" if dtype == "F16" else f"stored as {dtype}, which is not taken as weights"
+            raise ModelError(f"model {checkpoint.folder}: {name} is {said}; use float32 or bfloat16 weights")
+    weight_names(checkpoint)
 
 
 def check_finite(tensors: Mapping[str, Tensor]) -> None:

@@ -77,7 +77,9 @@ def tokenize(model: LanguageModel, texts: Texts, max_tokens: int) -> list[tuple[
     pairs = []
     for context, text in texts:
         ids = tokenizer(context + text).input_ids
-        if ids[0] != tokenizer.bos_token_id or ids[:2].count(tokenizer.bos_token_id) != 1:
+        if tokenizer.bos_token_id is None or ids[:1] != [tokenizer.bos_token_id]:
+            raise ModelError("tokenizer: it adds no BOS token; models that are used without one are not supported yet")
+        if ids[:2].count(tokenizer.bos_token_id) != 1:
             raise ModelError(f"tokenizer: a text must open with {tokenizer.bos_token} exactly once, got ids {ids[:3]}")
         pairs.append((ids[:max_tokens], min(_shared(model, context, ids), max_tokens)))
     return pairs

@@ -1,7 +1,7 @@
 """Weights by their canonical names: the seven matrices of each block, the norms beside them, and checkpoints on disk.
 
 A weight's canonical name is `(layer, matrix)`, with matrix one of q, k, v, o, gate, up, down. It is the same for a
-text-only Gemma 3, for the language half of `Gemma3ForConditionalGeneration` and for the Llama family. Everything
+text-only Gemma 3, for the language half of `Gemma3ForConditionalGeneration` and for the others of `architectures`. Everything
 that is not one of these seven (embeddings, norms, biases, a vision tower) is never edited here.
 """
 
@@ -9,15 +9,16 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from stetholib.data.hub import missing_files
-from stetholib.errors import UserError
+from stetholib.data.hub import missing_files, named_by
+from stetholib.errors import ModelError
+from stetholib.models.architectures import architecture
 
 Key = tuple[int, str]
 if TYPE_CHECKING:
@@ -30,15 +31,7 @@ MATRICES = READERS + WRITERS
 SIDE = {matrix: "reader" if matrix in READERS else "writer" for matrix in MATRICES}
 BLOCK_WEIGHT = re.compile(r"(?:^|\.)layers\.(\d+)\.(?:self_attn|mlp)\.(q|k|v|o|gate|up|down)_proj\.weight$")
 NORM_WEIGHT = re.compile(r"(?:^|\.)layers\.(\d+)\.(\w+_layernorm)\.weight$")
-# The RMSNorm that stands between each matrix and the residual stream, by architecture. Gemma 3 stores its gains
-# minus one and normalises what a writer wrote as well; Llama does neither.
-GEMMA_NORMS = dict.fromkeys("qkv", "input_layernorm") | dict.fromkeys(("gate", "up"), "pre_feedforward_layernorm")
-GEMMA_NORMS |= {"o": "post_attention_layernorm", "down": "post_feedforward_layernorm"}
-LLAMA_NORMS = dict.fromkeys("qkv", "input_layernorm") | dict.fromkeys(("gate", "up"), "post_attention_layernorm")
-
-
-class ModelError(UserError):
-    """A model or checkpoint that cannot be used; its message is one line."""
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 def weight_names(names: Iterable[str]) -> dict[Key, str]:
@@ -67,16 +60,16 @@ def edit_weights(model: nn.Module) -> dict[Key, Tensor]:
 
 
 def norm_gains(model: nn.Module) -> dict[Key, Float[Tensor, " d_model"]]:
-    """The gain between each matrix and the residual stream, 1 + w for Gemma and w for Llama; ones where none stands."""
-    parameters = dict(model.named_parameters())
+    """The gain between each matrix and the residual stream, 1 + w or w by its architecture; ones where no norm stands."""
+    config: Any = model.config
+    known, parameters = architecture(config.model_type, "model"), dict(model.named_parameters())
     gains = {(int(m[1]), m[2]): p for name, p in parameters.items() if (m := NORM_WEIGHT.search(name)) and "vision" not in name}
-    gemma = (0, "pre_feedforward_layernorm") in gains
-    norms = GEMMA_NORMS if gemma else LLAMA_NORMS
+    found: dict[Key, Tensor] = {}
     width = gains[0, "input_layernorm"].shape[0]
-    found = {}
     for layer, matrix in weight_names(parameters):
-        stored = gains[layer, norms[matrix]].detach().float() if matrix in norms else torch.ones(width)
-        found[layer, matrix] = stored + 1 if gemma else stored
+        norm = known.norms.get(matrix)
+        stored = gains[layer, norm].detach().float() if norm else torch.ones(width)
+        found[layer, matrix] = stored + 1 if norm and known.one_plus else stored
     return found
 
 
@@ -98,23 +91,53 @@ def weight_hash(model: nn.Module) -> str:
 
 
 class Checkpoint(Mapping[str, Tensor]):
-    """The tensors of a folder's safetensors files, read one at a time when asked for."""
+    """The tensors of a folder's safetensors files, of those that its index names where it has one, read one at a time when asked
+    for: what transformers reads, or a refusal."""
 
     def __init__(self, folder: Path) -> None:
         """Index the folder's tensors by name without reading them."""
         self.folder = Path(folder)
         self._file: dict[str, Path] = {}
+        self._dtype: dict[str, str] = {}
         if absent := missing_files(self.folder):
             raise ModelError(f"checkpoint {folder}: {absent[0]} is missing; weights are read from safetensors only")
-        for path in sorted(self.folder.glob("*.safetensors")):
+        for path in self._chosen():
             try:
                 with safe_open(path, framework="pt") as handle:
-                    for name in handle.keys():  # noqa: SIM118 - not a dict
-                        self._file[name] = path
-            except SafetensorError as error:
+                    dtypes = {name: str(handle.get_slice(name).get_dtype()) for name in handle.keys()}  # noqa: SIM118 - no dict
+            except (SafetensorError, OSError) as error:
+                said = " ".join(str(error).split())[:160]
                 raise ModelError(
-                    f"checkpoint {path}: it is not a whole safetensors file ({error}); fetch or save it again"
+                    f"checkpoint {path}: it is not a whole safetensors file ({said}); fetch or save it again"
                 ) from None
+            if odd := [name for name in dtypes if not name.isprintable()]:
+                raise ModelError(f"checkpoint {path}: {odd[0]!r} is no name of a tensor; fetch or save it again")
+            if double := sorted(dtypes.keys() & self._file.keys()):
+                raise ModelError(
+                    f"checkpoint {folder}: {double[0]} is in {self._file[double[0]].name} and in {path.name}; "
+                    f"keep the files of one checkpoint, with its {INDEX}"
+                )
+            self._file |= dict.fromkeys(dtypes, path)
+            self._dtype |= dtypes
+
+    def _chosen(self) -> list[Path]:
+        """The files to read, in order."""
+        found, index = sorted(self.folder.glob("*.safetensors")), self.folder / INDEX
+        if index.is_file():
+            named = named_by(index)
+            if WEIGHTS not in named and self.folder / WEIGHTS in found:
+                raise ModelError(
+                    f"checkpoint {self.folder}: {WEIGHTS} lies beside {INDEX}, which names others; remove one of them"
+                )
+            found = [path for path in found if path.name in named]
+        if lost := [path for path in found if not path.is_file()]:
+            raise ModelError(f"checkpoint {lost[0]}: it is a link to a file that is not there; fetch or save it again")
+        return found
+
+    @property
+    def files(self) -> list[Path]:
+        """The files that are read."""
+        return sorted(set(self._file.values()))
 
     def __getitem__(self, name: str) -> Tensor:
         with safe_open(self._file[name], framework="pt") as handle:
@@ -132,8 +155,7 @@ class Checkpoint(Mapping[str, Tensor]):
 
     def dtype(self, name: str) -> str:
         """A tensor's dtype as safetensors names it (F32, BF16, F16), without reading it."""
-        with safe_open(self._file[name], framework="pt") as handle:
-            return str(handle.get_slice(name).get_dtype())
+        return self._dtype[name]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._file)

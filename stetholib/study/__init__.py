@@ -96,6 +96,7 @@ class Study:
     def manifest(self) -> dict[str, Any]:
         """What is stable about this run."""
         p, made, d_sae = self.profile, self.profile.finetune, self.sae_features.dictionary(0).d_sae
+        fetched = {"commit": commit} if (commit := self.sae_features.commit) else {}
         how: dict[str, Any] = dict(method=None, lora_rank=None)
         if not made.finetuned:
             how = dict(method=made.method, lora_rank=made.lora_rank if made.method == "lora" else None)
@@ -104,7 +105,7 @@ class Study:
             libraries=library_versions(),
             model=dict(base=p.model.base, revision=p.model.revision, dtype=p.model.dtype, key=self.world.base_key),
             finetune=dict(finetuned=made.finetuned, finetuned_revision=made.finetuned_revision) | how,
-            sae=dict(release=p.sae.release, id=p.sae.sae_id, revision=p.sae.revision, d_sae=d_sae),
+            sae=dict(release=p.sae.release, id=p.sae.sae_id, revision=p.sae.revision, d_sae=d_sae) | fetched,
             data={name: getattr(p.data, name) for name in ("maths", "maths_revision", "general", "general_revision")},
         )
 
