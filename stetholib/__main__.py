@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 
 from stetholib.commands.environment import check_imported_from
 from stetholib.data.hub import full_disk
-from stetholib.errors import UserError
+from stetholib.errors import MEMORY, UserError, want_of_memory
 
 # command -> (a line for the list, what its own help says)
 COMMANDS = {
@@ -62,12 +62,13 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; see: {self.prog} --help")
 
 
-def parser() -> Parser:
-    """Every command with its options."""
+def parser(inner: bool = False) -> Parser:
+    """Every command with its options; inner: also `answer`, which `reproduce --processes` starts and nobody types."""
     top = Parser(prog="stetholib", description="A companion to 'SAEs as Stethoscopes, Not Scalpels': runs, worlds, and checks.")
     commands = top.add_subparsers(dest="command", metavar="command", required=True)
     made = {name: commands.add_parser(name, help=line, description=said) for name, (line, said) in COMMANDS.items()}
-    made["answer"] = commands.add_parser("answer")  # what `reproduce --processes` starts; without help it is not listed
+    if inner:
+        made["answer"] = commands.add_parser("answer")
     for name, one in made.items():
         default = "paper" if name == "rehearse" else "mini"
         if name != "listen":
@@ -126,13 +127,19 @@ def run(options: argparse.Namespace) -> int:
 def main(arguments: list[str] | None = None) -> int:
     """Do what was typed; a user's mistake is one line on standard error and exit status 2."""
     try:
-        options = parser().parse_args(arguments)
+        typed = sys.argv[1:] if arguments is None else arguments
+        options = parser(inner=typed[:1] == ["answer"]).parse_args(typed)
         check_imported_from(Path.cwd())
         return run(options)
     except UserError as error:
         print(f"stetholib: {error}", file=sys.stderr)
         return 2
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, MemoryError, RuntimeError, ImportError) as error:
+        if want_of_memory(error):
+            print(f"stetholib: {MEMORY}", file=sys.stderr)
+            return 2
+        if isinstance(error, RuntimeError | ImportError):
+            raise
         full = full_disk(str(error))
         if isinstance(error, SafetensorError) and not full:
             raise

@@ -11,3 +11,12 @@ class UserError(ValueError):
 
 class ModelError(UserError):
     """A model or checkpoint that cannot be used; its message is one line."""
+
+
+MEMORY = "there is not enough memory; take a larger machine or a smaller profile, or raise the limit (ulimit -v): see make doctor"
+SIGNS = ("[Errno 12]", "allocate memory", "not enough memory", "MemoryError", "failed to map segment", "out of memory")
+
+
+def want_of_memory(error: object) -> bool:
+    """Whether an error, or what a library says, means that memory ran out."""
+    return isinstance(error, MemoryError) or any(sign in str(error) for sign in SIGNS)

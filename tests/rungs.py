@@ -46,7 +46,7 @@ def small_profile(name: str, folder: Path, **changes: dict) -> Path:
 
 def repositories(path: Path, folder: Path) -> dict[str, Repository]:
     """All that a profile fetches, fabricated; models are gated, and the pinned revisions are the ones served."""
-    profile = profiles.load(str(path))
+    profile = profiles.load(path.stem, yaml.safe_load(path.read_text()))
     data, model = profile.data, profile.model
     pinned = {model.base: model.revision, data.maths: data.maths_revision, data.general: data.general_revision}
     pinned[saes.registered(profile.sae.release).repo_id] = profile.sae.revision

@@ -31,7 +31,7 @@ def test_the_shipped_profiles_are_these_five_and_ask_what_they_always_asked():
 
 
 def changed(tmp_path, change):
-    values = yaml.safe_load((profiles.FOLDER / "mini.yaml").read_text())
+    values = yaml.safe_load((profiles.FOLDER / "mini.yaml").read_text()) | {"name": "mine"}
     change(values)
     path = tmp_path / "mine.yaml"
     path.write_text(yaml.safe_dump(values))

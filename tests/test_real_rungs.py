@@ -48,7 +48,8 @@ def test_a_rung_runs_from_a_cold_cache_and_again_with_the_hub_gone(name, tmp_pat
     )
 
 
-def test_a_rung_with_its_chat_template_answers_and_scores(tmp_path):
+def test_a_rung_with_its_chat_template_answers_and_scores(tmp_path, monkeypatch):
+    monkeypatch.setenv("STETHOLIB_HOME", str(tmp_path))
     from stetholib.minerva_math import Variant
     from stetholib.study import Study
 

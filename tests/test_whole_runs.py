@@ -89,15 +89,15 @@ def test_several_worlds_go_on_after_a_kill_and_end_as_undisturbed_ones(first, tm
 
 
 def in_chunks(folder):
-    """The smoke profile in a clone whose chunks hold four problems, in two slots: (folder, the profile's file)."""
+    """The smoke profile in a clone whose chunks hold four problems, in two slots: (folder, the profile)."""
     text = (ROOT / "stetholib" / "profiles" / "smoke.yaml").read_text()
     start = text.index("evaluation:")
-    path = clone(folder) / "smoke.yaml"
+    path = clone(folder) / "stetholib" / "profiles" / "smoke.yaml"
     path.write_text(text[:start] + text[start:].replace("batch_size: 256", "batch_size: 2"))
     code = folder / "stetholib" / "models" / "answering.py"
     assert "\nCHUNK = 512 " in code.read_text()
     code.write_text(code.read_text().replace("\nCHUNK = 512 ", "\nCHUNK = 4 "))
-    return folder, str(path)
+    return folder, "smoke"
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,8 @@ Its `minerva_math` tasks, or a task of one's own, are included unchanged and onl
 import json
 import logging
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -34,11 +35,26 @@ MINERVA = "minerva_math"
 UNREADABLE = (INVALID, "[invalid]")  # what Minerva Math, and the harness's filters, say where they find no answer
 
 
-def check_subjects(subjects: Sequence[str], task: str) -> None:
-    """Refuse subjects that Minerva Math does not have, unless a task of one's own asks them."""
+def check_task(subjects: Sequence[str], task: str) -> str:
+    """Refuse subjects that Minerva Math does not have, and a task of one's own that is not there; says which task it is."""
     if task == MINERVA and (odd := sorted(set(subjects) - set(SUBTASKS))):
         known = ", ".join(SUBTASKS)
         raise UserError(f"data.test_problems: {MINERVA} has no subject {odd[0]!r}; it has {known}; else give evaluation.task")
+    if task != MINERVA and not Path(task).is_file():
+        raise UserError(f"evaluation.task: there is no file {task}; give {MINERVA}, or the path of a task's YAML file")
+    return task
+
+
+@contextmanager
+def _reading(task: str) -> Iterator[None]:
+    """Turn whatever the harness meets in a task of one's own into one line that names its file."""
+    try:
+        yield
+    except Exception as error:
+        if task == MINERVA or isinstance(error, UserError):
+            raise
+        said = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+        raise UserError(f"evaluation.task {task}: the harness cannot use it ({said}); give the YAML file of one task") from None
 
 
 def task_files(task: str) -> list[Path]:
@@ -53,8 +69,7 @@ def write_tasks(folder: Path, rows: Sequence[Mapping[str, str]], num_fewshot: in
     import lm_eval
 
     home = Path(lm_eval.__file__).parent / "tasks" / MINERVA
-    if task != MINERVA and not Path(task).is_file():
-        raise UserError(f"evaluation.task: there is no file {task}; give {MINERVA}, or the path of a task's YAML file")
+    check_task((), task)
     names = []
     folder.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(folder / "cache", ignore_errors=True)  # nobody checks what lies there
@@ -83,7 +98,9 @@ def load_tasks(folder: Path, names: Sequence[str], task: str = MINERVA) -> dict[
 
     disable_progress_bars()
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    loaded, memory = TaskManager(include_path=str(folder), include_defaults=False).load(list(names)), Memory()
+    memory = Memory()
+    with _reading(task):
+        loaded = TaskManager(include_path=str(folder), include_defaults=False).load(list(names))
     for name, one in loaded["tasks"].items():
         if task != MINERVA:
             _check_own(task, one.config)
@@ -100,6 +117,8 @@ def _check_own(task: str, config: Any) -> None:
     metrics = [metric.get("metric") for metric in config.metric_list or []]
     if config.output_type != "generate_until" or "exact_match" not in metrics:
         raise UserError(f"evaluation.task {task}: it must have output_type generate_until and the metric exact_match")
+    if config.test_split != "test":
+        raise UserError(f"evaluation.task {task}: it must have test_split: test, which is where the test problems are put")
     until = config.generation_kwargs.get("until")
     listed = isinstance(until, list) and bool(until) and all(isinstance(stop, str) and stop for stop in until)
     if not listed or config.generation_kwargs.get("do_sample"):
@@ -249,7 +268,8 @@ def tasks_on(rows: Sequence[Mapping[str, str]], num_fewshot: int, task: str, fil
 
 def asked(tasks: Tasks, chat: LanguageModel | None) -> Asked:
     """Every prompt and the stop strings; chat: the model whose chat template wraps the prompts, if any."""
-    return Asked(prompts_of(tasks.loaded, chat.tokenizer if chat else None), stops_of(tasks.loaded))
+    with _reading(tasks.task):
+        return Asked(prompts_of(tasks.loaded, chat.tokenizer if chat else None), stops_of(tasks.loaded))
 
 
 def verdicts(tasks: Tasks, answers: Sequence[Answer]) -> pd.DataFrame:

@@ -15,6 +15,7 @@ import torch
 from stetholib import profiles
 from stetholib.adapters import harness, saes
 from stetholib.commands import environment
+from stetholib.commands.looks import looks
 from stetholib.data import corpora, hub
 from stetholib.data.source import Source
 from stetholib.errors import UserError
@@ -72,6 +73,12 @@ def examine(profile: Profile, device: str, processes: int = 1) -> Iterator[Check
         except UserError as error:
             yield Check(name, False, str(error))
     yield from _hub(absent.keys() == sources.keys() and not any(absent.values()))
+    here = [name for name, left in absent.items() if not left]
+    for name, look in looks(profile, here, lambda: _config(profile)["num_hidden_layers"]):
+        try:
+            yield Check(name, True, look())
+        except UserError as error:
+            yield Check(name, False, str(error))
     if "model" not in absent:
         yield Check("needs", False, "memory and disk cannot be told before the model's files can be seen")
         return

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from stetholib.data.hub import full_disk
-from stetholib.errors import UserError
+from stetholib.errors import MEMORY, UserError, want_of_memory
 from stetholib.store.tables import Workspace
 
 NAMES = "01_task_vectors 02_sae_features 03_subspace_projection 04_layer_selection 05_minerva_math 06_significance"
@@ -99,6 +99,8 @@ def told(error: Any, executed: Path) -> str:
     said = f"{error.ename}: {' '.join(str(error.evalue).split())}"
     if error.ename.endswith(("UserError", "ProfileError", "ModelError", "HubError", "WorkspaceError")):
         return said
+    if want_of_memory(said):
+        return f"{said}; {MEMORY}"
     if full_disk(said):
         return f"{said}; the disk is full: free some space, then run the same command again, what is finished is kept"
     if "[Errno 13]" in said or "[Errno 30]" in said:

@@ -93,7 +93,7 @@ def _small(name: str, home: Path) -> Profile:
     values["title"] = f"rehearsal of {values['title']}, fabricated weights"
     home.mkdir(parents=True, exist_ok=True)
     (home / f"{values['name']}.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
-    return profiles.load(str(home / f"{values['name']}.yaml"))
+    return profiles.load(name, values)
 
 
 def _fabricate(profile: Profile, home: Path, scale: float, out: Any) -> None:

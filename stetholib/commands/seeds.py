@@ -40,6 +40,9 @@ def run(
     """Run `count` worlds of a profile and leave tables and a figure in `figures/<into>/`, by default `seeds-<profile>`.
     processes: how many worlds at once, on a CPU; what they give is the same."""
     profile = profiles.load(name)
+    into = profiles.check_name(f"seeds-{profile.name}" if into is None else into, "seeds: INTO")
+    if into in (profile.name, *profiles.available()):
+        raise UserError(f"seeds: INTO is {into}, a profile's own figures; give another name")
     if count < 1:
         raise UserError(f"seeds: {count} worlds were asked for; SEEDS must be 1 or more")
     check_processes(processes, device)
@@ -54,7 +57,7 @@ def run(
     tables = {key: pd.concat([world[key] for world, _ in found], ignore_index=True) for key in found[0][0]}
     tables["spread"] = spread(tables["worlds"])
     manifest = found[0][1] | dict(seeds=tables["worlds"]["world"].tolist())
-    _write(profile, tables, manifest, Workspace(into or f"seeds-{profile.name}", root))
+    _write(profile, tables, manifest, Workspace(into, root))
 
 
 def _apart(name: str, device: str, seed: int, root: Path | None, out: Any) -> tuple[dict[str, pd.DataFrame], dict[str, Any]]:

@@ -1,9 +1,11 @@
 """Texts: problems in MATH's fields and general documents, generated or from the Hub, by split.
 
-A fine-tune may see train; whatever is chosen or tuned sees validation; test is first read in step 05. On the Hub, validation is
-a part of the training split picked by hash, and kept out of the fine-tune."""
+A fine-tune may see train; whatever is chosen or tuned sees validation; test is first asked in step 05; until then it is
+looked at only to keep its problems out of the others. On the Hub, validation is a part of the training split picked by hash, and
+kept out of the fine-tune."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
@@ -33,8 +35,11 @@ def problems(spec: Data, split: str, seed: int, boxed: bool = True) -> list[Row]
     return _picked_problems(source, spec, split, wanted, boxed)
 
 
-def general(spec: Data, split: str, count: int, seed: int, or_fewer: bool = False) -> list[str]:
-    """General documents; splits never share one. Raises UserError where there are not so many, unless fewer do (`or_fewer`)."""
+def general(
+    spec: Data, split: str, count: int, seed: int, or_fewer: bool = False, key: str = "data.general_documents"
+) -> list[str]:
+    """General documents; splits never share one. Raises UserError where there are not so many, unless fewer do (`or_fewer`).
+    key: of the profile, which wants so many."""
     source = Source.of(spec.general, spec.general_revision, "dataset")
     if source.where == "shipped":
         return mini_stories.generate(count, seed, split)
@@ -43,7 +48,8 @@ def general(spec: Data, split: str, count: int, seed: int, or_fewer: bool = Fals
     texts = [text for text in (row["text"] for row in rows) if len(text.split()) >= 40 and _bucket(text) % 3 == order]
     if len(texts) < count and not or_fewer:
         raise UserError(
-            f"data: {spec.general} has {len(texts)} general documents for {split}, {count} are wanted; lower data.general_documents"
+            f"data: {spec.general} has {len(texts)} general documents for {split}, a third of those with 40 words or more (shorter "
+            f"texts are left out), {count} are wanted; lower {key}"
         )
     return sorted(texts, key=_bucket)[:count]
 
@@ -51,19 +57,62 @@ def general(spec: Data, split: str, count: int, seed: int, or_fewer: bool = Fals
 def _picked_problems(source: Source, spec: Data, split: str, wanted: Mapping[str, int], boxed: bool) -> list[Row]:
     """MATH's own test split, or a part of its training split; at most `wanted` of each subject, picked by hash."""
     found: list[Row] = []
-    for subject in spec.subjects:
-        rows = _parquet(source, subject, "test" if split == "test" else "train", ["problem", "solution"])
-        usable = [{**row, "subject": subject} for row in rows if split == "test" or not boxed or _has_answer(row)]
-        ranked = sorted(usable, key=lambda row: _bucket(row["problem"]))
-        if split == "train":  # what validation takes is never trained on
-            ranked = ranked[spec.validation_problems :]
+    for subject, ranked in _ranked(source, spec, split, boxed)[0].items():
         if len(ranked) < wanted[subject] and split != "train":  # train takes what there is, up to so many
+            mend = f"lower data.{split}_problems"
+            if boxed and split != "test":
+                mend += "; only solutions with a \\boxed answer count: if yours have none, set finetune.target to plain"
             raise UserError(
-                f"data: {spec.maths} has {len(ranked)} {split} problems of {subject}, {wanted[subject]} are wanted; "
-                f"lower data.{split}_problems"
+                f"data: {spec.maths} has {len(ranked)} {split} problems of {subject}, {wanted[subject]} are wanted; {mend}"
             )
         found += ranked[: wanted[subject]]
     return sorted(found, key=lambda row: _bucket(row["problem"]))
+
+
+def left_out(spec: Data, boxed: bool = True) -> dict[str, int]:
+    """How many training problems were left out because they are in the test split, or in validation, as well; empty for
+    generated problems, whose splits cannot share one. Problems are one where their texts are, but for white space."""
+    source = Source.of(spec.maths, spec.maths_revision, "dataset")
+    return {} if source.where == "shipped" else _ranked(source, spec, "train", boxed)[1]
+
+
+def _ranked(source: Source, spec: Data, split: str, boxed: bool) -> tuple[dict[str, list[Row]], dict[str, int]]:
+    """Each subject's problems of a split, ordered by hash, and how many were left out of training. Raises UserError where a folder
+    of one's own has problems of the test split among the others, which is for whoever made it to mend."""
+    read = {
+        name: _parquet(source, name, "test" if split == "test" else "train", ["problem", "solution"]) for name in spec.subjects
+    }
+    usable = {
+        name: [{**row, "subject": name} for row in rows if split == "test" or not boxed or _has_answer(row)]
+        for name, rows in read.items()
+    }
+    ranked = {name: sorted(rows, key=lambda row: _bucket(row["problem"])) for name, rows in usable.items()}
+    if split == "test":
+        return ranked, {}
+    asked = {_same(row) for name in spec.subjects for row in _parquet(source, name, "test", ["problem"])}
+    ranked, both = _without(asked, ranked)
+    if both and source.where == "folder":
+        raise UserError(
+            f"data: {len(both)} training problems of {spec.maths} are in its test split as well, the first is {both[0][:60]!r}; "
+            "leave them out of one of the two"
+        )
+    if split == "validation":
+        return ranked, {}
+    held = {_same(row) for rows in ranked.values() for row in rows[: spec.validation_problems]}
+    # what validation takes is never trained on
+    ranked, twice = _without(held, {name: rows[spec.validation_problems :] for name, rows in ranked.items()})
+    return ranked, dict(left_out_in_test=len(both), left_out_in_validation=len(twice))
+
+
+def _without(known: AbstractSet[str], ranked: Mapping[str, list[Row]]) -> tuple[dict[str, list[Row]], list[str]]:
+    """The rows whose problem is not known, and the problems of the others."""
+    both = [_same(row) for rows in ranked.values() for row in rows if _same(row) in known]
+    return {name: [row for row in rows if _same(row) not in known] for name, rows in ranked.items()}, both
+
+
+def _same(row: Row) -> str:
+    """What two rows of one problem have in common: its text, but for white space."""
+    return " ".join(row["problem"].split())
 
 
 def patterns(spec: Data) -> dict[str, list[str]]:
@@ -102,6 +151,9 @@ def _parquet(source: Source, config: str | None, split: str, columns: Sequence[s
         raise UserError(f"data: {repo}: {pattern} has no column {absent[0]!r}, only {', '.join(rows.column_names)}")
     if empty := [name for name in columns if rows.data.column(name).null_count]:
         raise UserError(f"data: {repo}: {pattern}: some rows have no {empty[0]!r}; leave them out")
+    if odd := [name for name in columns if getattr(rows.features[name], "dtype", "list") not in ("string", "large_string")]:
+        kind = getattr(rows.features[odd[0]], "dtype", "lists")
+        raise UserError(f"data: {repo}: {pattern}: column {odd[0]!r} holds {kind}, not text; save it as strings")
     return rows
 
 

@@ -12,7 +12,7 @@ from stetholib.errors import UserError
 
 # what needs no files of anyone's, by kind: it ships with the package or is made by it
 SHIPPED = {"model": ("mini", "toy"), "dataset": ("generated",), "sae": ("train",)}
-HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+HUB_ID = re.compile(r"(?!.*(--|\.\.))(?=.{1,96}$)(\w|\w[\w.-]*\w)(/(\w|\w[\w.-]*\w))?(?<!\.git)", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,12 @@ class Source:
             return cls(name, revision, kind, "shipped")
         if name and Path(name).is_dir():
             return cls(name, revision, kind, "folder")
+        if Path(name).is_file():
+            raise UserError(f"{kind} {name}: this is a file; give the folder that it lies in")
         if not HUB_ID.fullmatch(name):
-            raise UserError(f"{kind} {name}: there is no such folder, and it is not a name on the Hub (owner/name); mend it")
+            raise UserError(
+                f"{kind} {name}: there is no such folder here, and it is not a name on the Hub (owner/name, no URL); mend it"
+            )
         return cls(name, revision, kind, "hub")
 
     @property

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 
-def key(low: float | None = None, high: float | None = None, choices: tuple[str, ...] = ()) -> Any:
-    """A profile's key with its closed range, or its choices."""
-    return field(metadata={"low": low, "high": high, "choices": choices})
+def key(low: float | None = None, high: float | None = None, choices: tuple[str, ...] = (), name: bool = False) -> Any:
+    """A profile's key with its closed range, or its choices; name: whether it is one, which files and folders may bear."""
+    return field(metadata={"low": low, "high": high, "choices": choices, "name": name})
 
 
 @dataclass(frozen=True)
@@ -141,11 +141,11 @@ class Significance:
 class Profile:
     """Everything a run depends on, besides the code."""
 
-    name: str = key()
+    name: str = key(name=True)
     title: str = key()
     published_rung: bool = key()
     seed: int = key(0)
-    threads: int = key(1)
+    threads: int = key(1, 1024)
     model: Model = key()
     data: Data = key()
     finetune: FineTune = key()

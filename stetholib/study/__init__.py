@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 
 from stetholib import plots
 from stetholib.commands.environment import check_imported_from
+from stetholib.data import corpora
 from stetholib.profiles import ProfileError, nearest
 from stetholib.store.files import atomic, json_lines
 from stetholib.study.layer_selection import LayerSelection
@@ -106,7 +107,8 @@ class Study:
             model=dict(base=p.model.base, revision=p.model.revision, dtype=p.model.dtype, key=self.world.base_key),
             finetune=dict(finetuned=made.finetuned, finetuned_revision=made.finetuned_revision) | how,
             sae=dict(release=p.sae.release, id=p.sae.sae_id, revision=p.sae.revision, d_sae=d_sae) | fetched,
-            data={name: getattr(p.data, name) for name in ("maths", "maths_revision", "general", "general_revision")},
+            data={name: getattr(p.data, name) for name in ("maths", "maths_revision", "general", "general_revision")}
+            | corpora.left_out(p.data, made.target == "minerva"),
         )
 
 

@@ -46,7 +46,9 @@ class Losses:
 
     @cached_property
     def _general(self) -> Input[list[Batch]]:
-        documents = self._world.general("validation", self._world.profile.evaluation.general_documents)
+        documents = self._world.general(
+            "validation", self._world.profile.evaluation.general_documents, key="evaluation.general_documents"
+        )
         return self._batches([("", text) for text in documents])
 
     def _batches(self, texts: Texts, closings: Sequence[str] | None = None) -> Input[list[Batch]]:

@@ -55,8 +55,8 @@ class World:
         if device == "cuda" and not torch.cuda.is_available():
             raise ProfileError("device cuda: PyTorch sees no CUDA GPU on this machine; use DEVICE=cpu")
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        profile = load_profile(name, dict(overrides or {}))
-        harness.check_subjects(profile.data.subjects, profile.evaluation.task)
+        profile = load_profile(name, overrides)
+        harness.check_task(profile.data.subjects, profile.evaluation.task)
         workspace = Workspace(profile.name, root)
         if overrides:
             apart = Workspace(f"{profile.name}-{profile.digest}", root)
@@ -161,9 +161,11 @@ class World:
         """(prompt, gold solution) of problems, as a fine-tune sees them."""
         return [(prompt(row["problem"]), target(row["solution"], self.profile.finetune.target)) for row in rows]
 
-    def general(self, split: str, count: int, purpose: str = "general", or_fewer: bool = False) -> list[str]:
-        """General documents of a split."""
-        return corpora.general(self.profile.data, split, count, self.seed(purpose), or_fewer)
+    def general(
+        self, split: str, count: int, purpose: str = "general", or_fewer: bool = False, key: str = "data.general_documents"
+    ) -> list[str]:
+        """General documents of a split; key: of the profile, which wants so many."""
+        return corpora.general(self.profile.data, split, count, self.seed(purpose), or_fewer, key)
 
 
 class Step:

@@ -315,8 +315,8 @@ def german(folder):
 
 def test_another_number_of_threads_is_another_profile_and_the_manifest_says_so(undisturbed, tmp_path):
     folder = runs.clone(tmp_path)
-    (folder / "smoke.yaml").write_text(values_of(threads=1))
-    runs.run(folder, "smoke.yaml")
+    (folder / "stetholib" / "profiles" / "smoke.yaml").write_text(values_of(threads=1))
+    runs.run(folder)
     one, two = (json.loads(runs.made(where)["manifest.json"]) for where in (folder, undisturbed))
     assert (one.pop("threads"), two.pop("threads")) == (1, 2) and one.pop("profile_hash") != two.pop("profile_hash")
     assert one == two
