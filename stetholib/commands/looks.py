@@ -81,7 +81,7 @@ def _without_weights(profile: Profile) -> LanguageModel:
 
 def _prompts(profile: Profile, model: bool) -> str:
     """The longest problem of each subject as the task asks it; with the model here, whether its context has room for it."""
-    p, longest = profile.evaluation, {}
+    p, longest = profile.evaluation, dict[str, corpora.Row]()
     for row in corpora.problems(profile.data, "test", profile.seed):
         longest[row["subject"]] = max(row, longest.get(row["subject"], row), key=lambda one: len(one["problem"]))
     known = _without_weights(profile) if model else None

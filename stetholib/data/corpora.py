@@ -82,7 +82,7 @@ def _ranked(source: Source, spec: Data, split: str, boxed: bool) -> tuple[dict[s
     read = {
         name: _parquet(source, name, "test" if split == "test" else "train", ["problem", "solution"]) for name in spec.subjects
     }
-    usable = {
+    usable: dict[str, list[Row]] = {
         name: [{**row, "subject": name} for row in rows if split == "test" or not boxed or _has_answer(row)]
         for name, rows in read.items()
     }
