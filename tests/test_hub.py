@@ -243,9 +243,9 @@ def test_offline_by_choice_is_said_so(hub, tmp_path):
     assert "HF_HUB_OFFLINE is set; unset it" in found and "\n" not in found and not hub.served
 
 
-def doctor(profile, url, cache, token=LICENSED, home=ROOT):
+def doctor(profile, url, cache, token=LICENSED):
     command = [sys.executable, "-m", "stetholib", "doctor", "--profile", str(profile)]
-    done = subprocess.run(command, env=environment(home, url, cache, token), capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, env=environment(cache.parent, url, cache, token), capture_output=True, text=True, timeout=120)
     assert "Traceback" not in done.stderr, done.stderr
     lines = {line[5:].split()[0]: line for line in done.stdout.splitlines()}
     assert all(line.startswith(("ok  ", "MEND")) for line in lines.values())
@@ -321,7 +321,7 @@ def test_where_a_thing_lies_is_told_by_its_name_what_ships_first_then_a_folder_t
     assert [where(name, None, "dataset") for name in ("generated", "mini", "org/there")] == ["shipped", "folder", "hub"]
     assert [where(name, None, "sae") for name in ("train", "org", "gemma-scope")] == ["shipped", "folder", "hub"]
     for name in ("", "/no/such/folder", "a/b/c", "../x"):
-        with pytest.raises(UserError, match="there is no such folder, and it is not a name on the Hub"):
+        with pytest.raises(UserError, match="there is no such folder here, and it is not a name on the Hub"):
             Source.of(name)
 
 

@@ -20,7 +20,7 @@ from stetholib.profiles import Profile
 def looks(profile: Profile, here: Collection[str], layers: Callable[[], int]) -> Iterator[tuple[str, Callable[[], str]]]:
     """Each look by name: it says what was found, or raises UserError. here: what needs no fetching; layers: of the model."""
     data, own_task = profile.data, profile.evaluation.task != harness.MINERVA
-    yield "task", partial(harness.check_task, data.subjects, profile.evaluation.task)
+    yield "task file" if own_task else "subjects", partial(harness.check_task, data.subjects, profile.evaluation.task)
     maths = "maths" in here and Source.of(data.maths, kind="dataset").where != "shipped"
     model = "model" in here and Source.of(profile.model.base).where != "shipped"
     if maths:

@@ -33,6 +33,7 @@ class _Loader(yaml.SafeLoader):
     """PyYAML's safe loader, which refuses a key that is given twice, where it would let the last one win."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        """The mapping; raises YAMLError where a key stands twice in it."""
         seen: set[str] = set()
         for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
             if isinstance(key, yaml.ScalarNode) and key.value in seen:
@@ -46,7 +47,7 @@ def available() -> list[str]:
     return sorted(path.stem for path in FOLDER.glob("[!_]*.yaml"))
 
 
-def load(name: str, overrides: typing.Mapping[str, Any] | None = None) -> Profile:
+def load(name: str, overrides: typing.Mapping[Any, Any] | None = None) -> Profile:
     """Read a profile by name, or from a YAML file's path; overrides: dotted keys, e.g. `{"selection.score_share": 0.05}`."""
     values = read(name)
     if not isinstance(overrides or {}, typing.Mapping):
@@ -63,7 +64,7 @@ def load(name: str, overrides: typing.Mapping[str, Any] | None = None) -> Profil
     return profile
 
 
-def check_name(name: str, where: str) -> str:
+def check_name(name: Any, where: str) -> str:
     """A name that may become a file's or a folder's; raises ProfileError for any other, a path among them."""
     if not isinstance(name, str) or not NAME.fullmatch(name):
         raise ProfileError(
@@ -125,7 +126,7 @@ def _override(values: dict[str, Any], dotted: str, value: Any) -> None:
     values[last] = value
 
 
-def _build(kind: type, values: dict[str, Any], where: str) -> Any:
+def _build(kind: type, values: dict[Any, Any], where: str) -> Any:
     """A checked dataclass from a mapping."""
     names = {f.name: f for f in dataclasses.fields(kind)}
     if unknown := [name for name in values if name not in names]:
