@@ -63,7 +63,7 @@ test-all: env  ## every test, whole runs, kills and bad input among them: about 
 faults: env  ## the campaign: 20 kills of smoke and 5 of mini, three worlds, and the rung in the middle (two hours)
 	$(RUN) -m pytest -q -m campaign -s tests
 
-bench: env  ## ours beside its peers, about N minutes alone on two cores: make bench [WORKS="answer edit"] [RUNS=5] [SCALE=1]
+bench: env  ## ours beside its peers, about 75 minutes on two quiet cores: make bench [WORKS="answer edit"] [RUNS=5] [SCALE=1]
 	@$(RUN) -m bench --works $(WORKS) --runs $(RUNS) --scale $(SCALE) $(if $(REPRODUCE),--reproduce)
 
 mini-base: env  ## train the miniature's base model anew (it ships with the package; about half an hour)

@@ -55,10 +55,15 @@ def beside_peers(table: pd.DataFrame) -> str:
     lines = ["| work | peer | ours | theirs | ratio | equal |", "|---|---|---|---|---|---|"]
     for row in table.to_dict("records"):
         unit = "MiB" if row["work"].endswith("_memory") else "s"
-        ours, theirs = ("-" if pd.isna(row[side]) else f"{row[side]:.3g} {unit}" for side in ("ours", "theirs"))
-        ratio = "-" if pd.isna(row["ratio"]) else f"{row['ratio']:.3g}"
+        ours, theirs = ("-" if pd.isna(row[side]) else f"{_three(row[side])} {unit}" for side in ("ours", "theirs"))
+        ratio = "-" if pd.isna(row["ratio"]) else _three(row["ratio"])
         lines.append(f"| `{row['work']}` | {row['peer']} | {ours} | {theirs} | {ratio} | {row['equal']} |")
     return "\n".join(lines) + "\n"
+
+
+def _three(value: float) -> str:
+    """Three digits, or all of a whole number."""
+    return f"{value:.3g}" if value < 999.5 else f"{value:.0f}"
 
 
 def with_bench(text: str, root: Path) -> str:
