@@ -10,6 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import psutil
 from matplotlib.axes import Axes
@@ -50,13 +51,11 @@ def keep(path: Path, rows: Sequence[dict[str, Any]], columns: list[str], order: 
 
 
 def draw(folder: Path) -> None:
-    """The figure of both tables, where both are there."""
-    bench, size = folder / "bench.csv", folder / "size.csv"
-    if not (bench.is_file() and size.is_file()):
-        return
-    figure, (left, right) = plots.panels(2)
-    ratios(pd.read_csv(bench), left)
-    costs(pd.read_csv(size), right)
+    """The figure of the tables that are there, a panel each."""
+    drawn = [(path, panel) for path, panel in ((folder / "bench.csv", ratios), (folder / "size.csv", costs)) if path.is_file()]
+    figure, axes = plots.panels(len(drawn))
+    for (path, panel), ax in zip(drawn, np.atleast_1d(axes), strict=True):
+        panel(pd.read_csv(path), ax)
     plots.labelled(figure, "medians of alternating runs")
     for kind in ("png", "svg"):
         atomic(folder / f"bench.{kind}", partial(plots.save, figure))

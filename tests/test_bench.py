@@ -37,17 +37,19 @@ def test_the_readme_quotes_the_committed_table():
     assert ratios == pytest.approx(table["ratio"].tolist(), rel=0.005, nan_ok=True)
 
 
-def test_the_committed_tables_hold_every_work_and_every_size():
-    table, sizes = pd.read_csv(FOLDER / "bench.csv"), pd.read_csv(FOLDER / "size.csv")
-    assert list(table) == results.COLUMNS and list(sizes) == results.SIZES
-    known = set(table["work"])
-    assert known >= {*command.DEFAULT} - {"size"} | {"export_memory"} and known <= set(results.ORDER)
+def test_the_committed_tables_hold_works_and_sizes_that_are_known_and_the_readme_says_which_are_not_measured():
+    table = pd.read_csv(FOLDER / "bench.csv")
+    assert list(table) == results.COLUMNS and table["work"].is_unique and set(table["work"]) <= set(results.ORDER)
+    said = (ROOT / "README.md").read_text().split(readme.BENCH_END)[1].split("\n\n")[1]
+    for work in (*command.DEFAULT, "export_memory"):
+        measured = (FOLDER / "size.csv").is_file() if work == "size" else work in set(table["work"])
+        assert measured != (f"`{work}`" in said), work
     beside = table.dropna(subset=["theirs"])
     assert (beside["ratio"] / (beside["theirs"] / beside["ours"])).between(0.99, 1.01).all()
-    for kind, part in sizes.groupby("of"):
-        assert len(part) >= 4 and part["slope"].nunique() == 1, kind
-        assert timing.slope(part["size"], part["seconds"]) == pytest.approx(part["slope"].iloc[0], abs=0.01)
-    assert set(sizes["of"]) == set(results.KINDS)
+    if (FOLDER / "size.csv").is_file():
+        for kind, part in pd.read_csv(FOLDER / "size.csv").groupby("of"):
+            assert kind in results.KINDS and len(part) >= 4 and part["slope"].nunique() == 1, kind
+            assert timing.slope(part["size"], part["seconds"]) == pytest.approx(part["slope"].iloc[0], abs=0.01)
 
 
 def test_runs_alternate_and_their_medians_are_taken():
