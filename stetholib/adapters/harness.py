@@ -54,6 +54,8 @@ def _reading(task: str) -> Iterator[None]:
         if task == MINERVA or isinstance(error, UserError):
             raise
         said = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+        if isinstance(error, KeyError):  # of a name that was written here, and not by the user
+            said = "it does not hold one task, or is no YAML"
         raise UserError(f"evaluation.task {task}: the harness cannot use it ({said}); give the YAML file of one task") from None
 
 
