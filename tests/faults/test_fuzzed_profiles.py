@@ -13,7 +13,10 @@ from stetholib.errors import UserError
 
 EXAMPLES = int(os.environ.get("STETHOLIB_FUZZ", "200"))
 FUZZED = settings(
-    max_examples=EXAMPLES, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=EXAMPLES,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 SMOKE = yaml.safe_load((profiles.FOLDER / "smoke.yaml").read_text()) | {"name": "mine"}
 PLACES = [(section,) for section in SMOKE] + [(s, k) for s, inside in SMOKE.items() if isinstance(inside, dict) for k in inside]

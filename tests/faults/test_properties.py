@@ -20,7 +20,11 @@ from stetholib.store import files
 from stetholib.store.tables import CONTRACTS, Workspace
 
 settings.register_profile(
-    "project", max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    "project",
+    max_examples=60,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 settings.load_profile("project")
 SEED, SCALE = st.integers(0, 10_000), st.floats(-8, 8, width=32)
