@@ -1,6 +1,5 @@
 """Ours beside its peers: what the README quotes is what was measured, and how it is timed and kept."""
 
-import platform
 import re
 
 import matplotlib.pyplot as plt
@@ -135,5 +134,5 @@ def test_problems_are_of_all_subjects_alike():
 def test_the_machine_has_no_name_and_no_path():
     said = results.machine()
     assert said["cores"] >= 1 and said["peers"].keys() >= {"mergekit", "lm_eval"}
-    rest = str(said).replace(said["processor"], "")
-    assert "/" not in rest and platform.node() not in rest
+    assert set(said) == {"cores", "processor", "memory_gib", "system", "python", "libraries", "peers"}
+    assert "/" not in str(said | {"processor": ""})
