@@ -12,7 +12,7 @@ from stetholib.data import corpora
 from stetholib.data.source import Source
 from stetholib.errors import UserError
 from stetholib.models.answering import planned
-from stetholib.models.loading import LanguageModel
+from stetholib.models.loading import LanguageModel, check_room, read_tokenizer
 from stetholib.models.streams import tokenize
 from stetholib.profiles import Profile
 
@@ -61,22 +61,22 @@ def _documents(profile: Profile) -> str:
 def _tokenizer(profile: Profile) -> str:
     model, longest = _without_weights(profile), profile.data.max_tokens
     tokenize(model, [("", "a")], longest)
-    if model.context is not None and longest > model.context:
-        raise UserError(f"data.max_tokens is {longest}, the model's context is {model.context}; lower data.max_tokens")
+    check_room(model, longest)
     return f"{len(model.tokenizer)} tokens, the context is {model.context}"
 
 
 def _without_weights(profile: Profile) -> LanguageModel:
     """The tokenizer, and of the model its configuration alone."""
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoConfig
 
     folder = Source.of(profile.model.base, profile.model.revision).folder()
+    tokenizer = read_tokenizer(folder)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        return LanguageModel(SimpleNamespace(config=AutoConfig.from_pretrained(folder, local_files_only=True)), tokenizer)
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         said = " ".join(str(error).split())[:120]
-        raise UserError(f"model {folder}: its tokenizer cannot be read ({said}); save it into the same folder") from None
+        raise UserError(f"model {folder}: its configuration cannot be read ({said}); save it into the same folder") from None
+    return LanguageModel(SimpleNamespace(config=config), tokenizer)
 
 
 def _prompts(profile: Profile, model: bool) -> str:

@@ -36,7 +36,7 @@ class LanguageModel:
 def load(folder: Path, dtype: str = "float32", device: str = "cpu", attention: str = "eager") -> LanguageModel:
     """Load a model and its tokenizer from a local folder, weights from safetensors only. attention: `eager`, faster at the
     miniature's size, or `sdpa`, PyTorch's fused kernels, which need less memory."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -61,6 +61,13 @@ def load(folder: Path, dtype: str = "float32", device: str = "cpu", attention: s
             name = odd[0] if isinstance(odd[0], str) else odd[0][0]
             raise ModelError(f"model {folder}: {name} {said}; take the checkpoint as it was released, or save it again")
     check_finite({f"model {folder}: {name}": weight for name, weight in model.named_parameters()})
+    return LanguageModel(model.to(device).eval().requires_grad_(False), read_tokenizer(folder))
+
+
+def read_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a local folder, without any code that the folder brings."""
+    from transformers import AutoTokenizer
+
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False, padding_side="left")
     except (OSError, ValueError, KeyError) as error:
@@ -69,7 +76,13 @@ def load(folder: Path, dtype: str = "float32", device: str = "cpu", attention: s
         raise ModelError(f"model {folder}: its tokenizer cannot be read ({said}); {mend}") from None
     if tokenizer.pad_token is None:  # padding is masked, so any token will do
         tokenizer.pad_token = tokenizer.eos_token
-    return LanguageModel(model.to(device).eval().requires_grad_(False), tokenizer)
+    return tokenizer
+
+
+def check_room(model: LanguageModel, max_tokens: int) -> None:
+    """Refuse texts of more tokens than the model was made for."""
+    if model.context is not None and max_tokens > model.context:
+        raise ModelError(f"data.max_tokens is {max_tokens}, the model's context is {model.context}; lower data.max_tokens")
 
 
 def check_stored(checkpoint: Checkpoint) -> None:

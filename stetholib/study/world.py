@@ -17,7 +17,7 @@ from stetholib.commands.environment import LIBRARIES
 from stetholib.data import corpora, hub, source
 from stetholib.data.prompts import prompt, target
 from stetholib.editing import weights
-from stetholib.models.loading import LanguageModel, load
+from stetholib.models.loading import LanguageModel, check_room, load
 from stetholib.models.weights import Checkpoint, Weights, weight_names
 from stetholib.profiles import Profile, ProfileError
 from stetholib.profiles import load as load_profile
@@ -89,9 +89,7 @@ class World:
     def base(self) -> LanguageModel:
         """theta_0 with its tokenizer."""
         loaded = self._load(self.base_folder)
-        room, longest = loaded.context, self.profile.data.max_tokens
-        if room is not None and longest > room:
-            raise ProfileError(f"data.max_tokens is {longest}, the model's context is {room}; lower data.max_tokens")
+        check_room(loaded, self.profile.data.max_tokens)
         return loaded
 
     @cached_property
