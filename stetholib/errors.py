@@ -2,7 +2,11 @@
 
 
 class UserError(ValueError):
-    """Shown without a traceback, on the command line and in a notebook."""
+    """Shown without a traceback, on the command line and in a notebook; signs that cannot be printed are spelled out in it."""
+
+    def __init__(self, message: str) -> None:
+        """message: what is wrong, where, and how to mend it."""
+        super().__init__("".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in message))
 
     def _render_traceback_(self) -> list[str]:
         """What IPython prints instead of a traceback."""

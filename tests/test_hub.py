@@ -134,11 +134,13 @@ import sys
 from pathlib import Path
 from stetholib.adapters import saes
 from stetholib.errors import UserError
+from dataclasses import replace
+from stetholib import profiles
 release, sae_id, home = "gemma-scope-2-270m-it-res-all", "layer_{layer}_width_16k_l0_small", Path(sys.argv[1])
 commit = saes.fetched_sae(release, sae_id, 0, None, "google/gemma-3-270m-it", [], folder=home / "sae")
 print(commit)
 try:
-    saes.check_commit(home / "sae-commits.json", release, None, commit)
+    saes.check_commit(home, replace(profiles.load("mini").sae, release=release), commit)
 except UserError as error:
     print(error)
 """

@@ -25,6 +25,8 @@ from stetholib.models.streams import Watch, collected, tokenize, unwatched, up_t
 from stetholib.profiles import Sae, nearest
 from stetholib.store.files import atomic
 
+COMMITS = "sae-commits.json"  # in a store: the commits that its fetched SAEs are of
+
 
 def train(activations: Float[Tensor, "token d_model"], spec: Sae, seed: int, folder: Path, device: str = "cpu") -> None:
     """Train a BatchTopK SAE on a block's activations and save it for inference (as a JumpReLU SAE) in `folder`."""
@@ -236,15 +238,26 @@ def fetched_sae(
     return hub.resolved(registered(release).repo_id, revision) if on_hub else None
 
 
-def check_commit(record: Path, release: str, revision: str | None, commit: str | None) -> None:
-    """Hold fetched SAEs to the commit that a profile's first ones were of, kept in the file `record`: the first writes it.
-    Raises UserError where the Hub has given another since."""
-    known: dict[str, str] = {}
+def _commits(store: Path) -> dict[str, str]:
+    """The commits that a store's fetched SAEs are of, by release@revision."""
     with suppress(OSError, ValueError):  # not there yet, or damaged
-        known = json.loads(record.read_text(encoding="utf-8"))
-    name = f"{release}@{revision or 'main'}"
+        return json.loads((store / COMMITS).read_text(encoding="utf-8"))
+    return {}
+
+
+def commit_of(store: Path, spec: Sae) -> dict[str, str]:
+    """The `commit` of the Hub that a store's SAEs were fetched at; empty where they were not fetched."""
+    found = _commits(store).get(f"{spec.release}@{spec.revision or 'main'}")
+    return {"commit": found} if found else {}
+
+
+def check_commit(store: Path, spec: Sae, commit: str | None) -> None:
+    """Hold fetched SAEs to the commit that a store's first ones were of: the first writes it down.
+    Raises UserError where the Hub has given another since."""
+    known, name = _commits(store), f"{spec.release}@{spec.revision or 'main'}"
     if commit and name not in known:
-        atomic(record, lambda draft: draft.write_text(json.dumps(known | {name: commit}, indent=1), encoding="utf-8"))
+        text = json.dumps(known | {name: commit}, indent=1)
+        atomic(store / COMMITS, lambda draft: draft.write_text(text, encoding="utf-8"))
     elif commit and known[name] != commit:
         raise UserError(
             f"SAEs of {name} were fetched at commit {known[name]}, and now the Hub gives {commit}; "

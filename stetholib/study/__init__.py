@@ -16,6 +16,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from stetholib import plots
+from stetholib.adapters import saes
 from stetholib.commands.environment import check_imported_from
 from stetholib.data import corpora
 from stetholib.profiles import ProfileError, nearest
@@ -97,7 +98,7 @@ class Study:
     def manifest(self) -> dict[str, Any]:
         """What is stable about this run."""
         p, made, d_sae = self.profile, self.profile.finetune, self.sae_features.dictionary(0).d_sae
-        fetched = {"commit": commit} if (commit := self.sae_features.commit) else {}
+        fetched = saes.commit_of(self.world.store.folder, p.sae)
         how: dict[str, Any] = dict(method=None, lora_rank=None)
         if not made.finetuned:
             how = dict(method=made.method, lora_rank=made.lora_rank if made.method == "lora" else None)

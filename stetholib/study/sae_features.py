@@ -70,13 +70,8 @@ class SaeFeatures(Step):
         files = hub.files_key(Path(spec.release) / saes.id_of(spec.sae_id, layer), "*")
         source = (spec.release, spec.sae_id, layer, spec.revision, self._profile.model.base, files)
         made = self._store.made(saes.fetched_sae, *source)
-        saes.check_commit(self._store.folder / "sae-commits.json", spec.release, spec.revision, made.value)
+        saes.check_commit(self._store.folder, spec, made.value)
         return made
-
-    @property
-    def commit(self) -> str | None:
-        """The commit of the Hub that fetched SAEs are of."""
-        return self._sae(0).value if self._spec.release != "train" else None
 
     def dictionary(self, layer: int) -> Dictionary:
         """Plain tensors of one layer's SAE, on the device."""

@@ -1,6 +1,8 @@
 """Bad checkpoints, case by case, at the doors: as a base, as a fine-tune, and in the doctor where small files alone tell."""
 
 import json
+from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -8,7 +10,7 @@ import torch
 from conftest import mini_base
 from safetensors.torch import load_file, save_file
 
-from stetholib import task_vectors
+from stetholib import profiles, task_vectors
 from stetholib.adapters import saes
 from stetholib.commands import doctor
 from stetholib.data.source import Source
@@ -145,17 +147,16 @@ def test_a_topk_sae_is_refused_with_the_way_to_save_one_that_works():
 
 
 def test_saes_of_another_commit_than_a_profiles_first_are_refused(tmp_path):
-    record = tmp_path / "store" / "sae-commits.json"
-    for release, revision, commit in (("one", None, "a"), ("one", None, "a"), ("one", "v2", "b"), ("folder", None, None)):
-        saes.check_commit(record, release, revision, commit)
-    assert json.loads(record.read_text()) == {"one@main": "a", "one@v2": "b"}
+    of = partial(replace, profiles.load("mini").sae)
+    one, pinned, folder = of(release="one"), of(release="one", revision="v2"), of(release="folder")
+    for spec, commit in ((one, "a"), (one, "a"), (pinned, "b"), (folder, None)):
+        saes.check_commit(tmp_path, spec, commit)
+    assert [saes.commit_of(tmp_path, spec) for spec in (one, pinned, folder)] == [{"commit": "a"}, {"commit": "b"}, {}]
     with pytest.raises(UserError, match="SAEs of one@main were fetched at commit a, and now the Hub gives b; set sae.revision"):
-        saes.check_commit(record, "one", None, "b")
+        saes.check_commit(tmp_path, one, "b")
 
 
 def test_the_doctor_says_that_a_task_of_ones_own_is_code_before_all_else():
-    from dataclasses import replace
-
     from stetholib import profiles
 
     profile = profiles.load("smoke")

@@ -6,7 +6,7 @@ import struct
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save
 
@@ -106,6 +106,7 @@ def test_any_header_that_is_json_is_read_or_refused_in_one_line(tmp_path, change
 
 
 @bent
+@example("a\nname")
 @given(WILD)
 def test_any_json_as_an_index_or_a_configuration_is_taken_or_refused_in_one_line(tmp_path, said):
     index = tmp_path / "model.safetensors.index.json"
