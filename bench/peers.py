@@ -18,7 +18,7 @@ from stetholib.data.prompts import problem_id
 from stetholib.models.loading import LanguageModel
 
 FOLDER, PINS = ROOT / "runs" / "bench" / "peers", ROOT / "bench" / "peers.txt"
-BATCHES = (32, 64, 128)
+BATCHES = (64, 128, 256)
 
 
 def pins() -> dict[str, str]:

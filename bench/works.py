@@ -162,14 +162,15 @@ def recipe(plan: Plan) -> Rows:
 
 
 def edit(plan: Plan) -> Rows:
-    """One more edit of a model in memory and its undoing, against another merge that is loaded."""
+    """One more edit of a model in memory and its undoing, its vector in memory too as in a sweep of edits, against another merge
+    that is loaded."""
     from transformers import AutoModelForCausalLM
 
     two, made = true_shaped(plan), _clean(plan.folder("edit"))
     layers, model = two.third(), loading.load(two.base, "bfloat16").model
     loaded: dict[str, Any] = {}
     (made / "recipe.yaml").write_text(two.recipe(layers), encoding="utf-8")
-    change = Edit(two.vector(), layers)
+    change = Edit(two.vector().restrict(layers).in_memory(), layers)
 
     def ours_once(run: int) -> None:
         with edited(model, change):
@@ -187,7 +188,7 @@ def edit(plan: Plan) -> Rows:
     undone = all(torch.equal(weight, base[name]) for name, weight in model.named_parameters())
     loaded.clear()
     shutil.rmtree(made)
-    return [pair.row("edit", f"{MERGEKIT}, loaded by transformers", share(sum(same), len(same)) if undone else "no")]
+    return [pair.row("edit", f"{MERGEKIT}, loaded by transformers; our vector is in memory", share(sum(same), len(same)) if undone else "no")]
 
 
 def lm_eval(plan: Plan) -> Rows:
