@@ -60,7 +60,7 @@ test: env  ## the tests of every day: offline, at most five minutes on two cores
 test-all: env  ## every test, whole runs, kills and bad input among them: about 50 minutes on two cores
 	$(RUN) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations=25 -m "not campaign"
 
-faults: env  ## the campaign: 20 kills of smoke and 5 of mini, three worlds, and the rung in the middle (two hours)
+faults: env  ## the campaign: 23 kills of smoke and 8 of mini, runs side by side, three worlds, and the rung in the middle (some four hours)
 	$(RUN) -m pytest -q -m campaign -s tests
 
 bench: env  ## ours beside its peers, about 75 minutes on two quiet cores: make bench [WORKS="answer edit"] [RUNS=5] [SCALE=1]

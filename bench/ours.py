@@ -9,7 +9,6 @@ from typing import Any
 
 from bench.inputs import MAX_NEW_TOKENS, Two
 from bench.timing import ROOT, process
-from stetholib.adapters import harness
 from stetholib.data.prompts import problem_id
 from stetholib.editing import Edit, edited
 from stetholib.models import export, loading
@@ -33,6 +32,8 @@ def ids(rows: Sequence[Mapping[str, str]]) -> list[str]:
 
 def verdicts(two: Two, edits: Sequence[Sequence[int]], rows: Sequence[Mapping[str, str]]) -> list[dict]:
     """The records' verdicts by problem id, of each edit in turn, over one loaded model."""
+    from stetholib.adapters import harness  # here, since an export starts without it
+
     base, vector = loading.load(two.base), two.vector()
     tasks = harness.Tasks(rows, 0, harness.MINERVA)
     asked, found = harness.asked(tasks, None), []

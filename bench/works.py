@@ -188,7 +188,13 @@ def edit(plan: Plan) -> Rows:
     undone = all(torch.equal(weight, base[name]) for name, weight in model.named_parameters())
     loaded.clear()
     shutil.rmtree(made)
-    return [pair.row("edit", f"{MERGEKIT}, loaded by transformers; our vector is in memory", share(sum(same), len(same)) if undone else "no")]
+    return [
+        pair.row(
+            "edit",
+            f"{MERGEKIT}, loaded by transformers; our vector is in memory",
+            share(sum(same), len(same)) if undone else "no",
+        )
+    ]
 
 
 def lm_eval(plan: Plan) -> Rows:

@@ -144,6 +144,10 @@ class Edit:
         """Whether it changes nothing."""
         return self.alpha == 0 or not self.layers or not self.matrices
 
+    def scaled(self, delta: Tensor) -> Tensor:
+        """alpha times a matrix of the vector; alpha 1, which most edits have, costs nothing."""
+        return delta if self.alpha == 1 else self.alpha * delta
+
 
 @contextmanager
 def edited(model: nn.Module, edit: Edit) -> Iterator[nn.Module]:
@@ -165,7 +169,7 @@ def edited(model: nn.Module, edit: Edit) -> Iterator[nn.Module]:
                 if delta.shape != weight.shape:
                     raise ModelError(f"edit: {where} is {tuple(weight.shape)} in the model and {tuple(delta.shape)} in the edit")
                 kept[where] = weight.detach().to("cpu", copy=True)  # a GPU has no room for two of it
-                weight.copy_(weight.float() + edit.alpha * delta.to(weight.device))
+                weight.copy_(weight.float().add_(edit.scaled(delta.to(weight.device))))
         yield model
     finally:
         with torch.no_grad():

@@ -1,12 +1,14 @@
 """Every step's answers, in a world of toys that is opened once."""
 
 import json
+import re
 from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from conftest import ROOT
 from IPython.display import Markdown
 from matplotlib.figure import Figure
 
@@ -292,3 +294,11 @@ def test_an_overridden_world_keeps_its_files_apart_in_the_same_store(tmp_path):
     plain, changed = (Study.open("smoke", given, root=tmp_path).workspace for given in (None, {"seed": 1}))
     assert plain.store == changed.store and plain.figures != changed.figures and plain.records != changed.records
     assert plain.figures.name == "smoke" and changed.figures.name.startswith("smoke-")
+
+
+def test_the_readmes_ten_lines_run_as_they_stand_but_for_the_profile(study, capsys):
+    lines = re.search(r"```python\n(from stetholib import Study.*?)```", (ROOT / "README.md").read_text(), re.S)[1]
+    assert lines.count('Study.open("mini")') == 1
+    exec(lines.replace('"mini"', '"smoke", root=root'), found := {"root": study.workspace.root})
+    said = capsys.readouterr().out.splitlines()
+    assert "layer" in said[0] and found["layers"] and all(0 < float(loss) < 20 for loss in said[-1].split())

@@ -96,7 +96,7 @@ def execute(path: Path, workspace: Workspace, parameters: dict[str, str]) -> Non
 
 def told(error: Any, executed: Path) -> str:
     """What went wrong in a notebook, in one line, with the mend where it is known."""
-    said = f"{error.ename}: {' '.join(str(error.evalue).split())}"
+    said = f"{error.ename}: {' '.join(str(error.evalue).split()) or _last_words(executed)}"
     if error.ename.endswith(("UserError", "ProfileError", "ModelError", "HubError", "WorkspaceError")):
         return said
     if want_of_memory(said):
@@ -106,3 +106,10 @@ def told(error: Any, executed: Path) -> str:
     if "[Errno 13]" in said or "[Errno 30]" in said:
         return f"{said}; it cannot be written: give rights to this folder, then run the same command again"
     return f"{said}; the traceback is in {executed}"
+
+
+def _last_words(executed: Path) -> str:
+    """The last line that a notebook wrote to stderr: all that is left where IPython had no memory to show an error."""
+    outputs = [output for cell in json.loads(executed.read_text(encoding="utf-8"))["cells"] for output in cell.get("outputs", [])]
+    said = "".join("".join(one["text"]) for one in outputs if one.get("name") == "stderr")
+    return ([line.strip() for line in said.splitlines() if line.strip()] or ["no message"])[-1]

@@ -63,7 +63,7 @@ def added(base: Path, edit: Edit) -> Mapping[str, Any]:
         if tuple(delta.shape) != shape or dtype not in DTYPES:
             said = f"{list(shape)} {dtype} in the base; the edit needs {list(delta.shape)} and {' or '.join(DTYPES)}"
             raise ModelError(f"export: {name} is {said}")
-        return edit.alpha * delta
+        return edit.scaled(delta)
 
     return Lazy(keys, one)
 
@@ -79,7 +79,7 @@ def write_model(base: Path, edit: Edit, into: Path) -> None:
             for name in sorted({*deltas} & {*tensors}):
                 before = checkpoint[name]
                 handle.seek(start + tensors[name]["data_offsets"][0])
-                handle.write(_bytes((before.float() + deltas[name]).to(before.dtype)))
+                handle.write(_bytes(before.float().add_(deltas[name]).to(before.dtype)))
 
 
 def write_delta(base: Path, edit: Edit, into: Path) -> None:

@@ -2,10 +2,12 @@
 
 import os
 import random
+import re
 import resource
 import shutil
 import signal
 import time
+from itertools import pairwise
 
 import pytest
 import runs
@@ -199,3 +201,29 @@ def test_the_campaign_of_kills(tmp_path, profile, kills):
     print(f"\n{profile} undisturbed: {took:.0f} s", flush=True)
     ends = campaign(tmp_path, whole, profile, [chance.uniform(0.03, 0.85) * took for _ in range(kills)])
     assert sum("killed" in end for end in ends) == kills
+
+
+@pytest.mark.campaign
+@pytest.mark.parametrize("profile", ["smoke", "mini"])
+def test_kills_in_each_of_the_last_three_steps_and_two_runs_at_once(tmp_path, profile):
+    """One world is killed in steps 04, 05 and 06 in turn, each at a moment drawn by seed; then two clones run side by side, and a
+    third run in one of their folders is refused."""
+    whole, chance = runs.clone(tmp_path / "whole"), random.Random(f"{profile} last steps")
+    took = {step: float(seconds) for step, seconds in re.findall(r"^(\w+): (\d+) s, ", runs.run(whole, profile), re.M)}
+    steps, one = sorted(took), runs.clone(tmp_path / "killed")
+    for before, step in pairwise(steps[2:]):
+        process, mark = runs.start(one, profile), one / "runs" / profile / "notebooks" / f"{before}.json"
+        runs.wait_for(mark.is_file, process)
+        time.sleep(chance.uniform(0.05, 0.8) * took[step])
+        runs.kill(process)
+        print(f"{profile} killed in {step}, with {len(runs.stages(one, profile))} stages finished", flush=True)
+        assert not mark.with_name(f"{step}.json").exists()
+    runs.run(one, profile)
+    pair = [runs.start(runs.clone(tmp_path / name), profile) for name in ("left", "right")]
+    runs.wait_for((tmp_path / "left" / "runs" / profile / "reproduce.lock").is_file, pair[0])
+    third = runs.start(tmp_path / "left", profile)
+    assert f"another run of profile {profile} is under way" in third.communicate()[1] and third.returncode == 2
+    assert [process.communicate()[0] or process.returncode for process in pair] == [0, 0]
+    for name in ("killed", "left", "right"):
+        assert runs.made(tmp_path / name, profile) == runs.made(whole, profile), name
+        assert runs.records(tmp_path / name, profile) == runs.records(whole, profile), name
