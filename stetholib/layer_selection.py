@@ -38,7 +38,7 @@ class Scores:
 
 
 def score_layers(
-    sums: Iterable[DocumentSums],
+    sums: Iterable[DocumentSums | None],
     corpus_of: Int[Tensor, " doc"],
     rule: ScoreRule,
     pool_subjects: bool,
@@ -56,7 +56,7 @@ def score_layers(
 
 
 def drawn_scores(
-    sums: Iterable[DocumentSums],
+    sums: Iterable[DocumentSums | None],
     corpus_of: Int[Tensor, " doc"],
     rule: ScoreRule,
     pool_subjects: bool,
@@ -65,12 +65,15 @@ def drawn_scores(
     seed: int,
 ) -> list[list[np.ndarray]]:
     """The scores of each layer as its documents are labelled [1], under permuted labels [permutation] and on documents drawn
-    again [resample]; the same draws for every layer."""
+    again [resample]; the same draws for every layer. NaN where a layer is refused (None)."""
     corpora = int(corpus_of.max()) + 1
     observed = one_hot(corpus_of, corpora)
     shuffled = one_hot(shuffled_labels(corpus_of, permutations, seed), corpora)
     redrawn = resampled(corpus_of, corpora, resamples, seed + 1)
-    return [[rule.score(s, labels, pool_subjects).numpy() for labels in (observed, shuffled, redrawn)] for s in sums]
+    drawn = (observed, shuffled, redrawn)
+    return [
+        [rule.score(s, labels, pool_subjects).numpy() if s else np.full(len(labels), np.nan) for labels in drawn] for s in sums
+    ]
 
 
 def calibrated(found: Sequence[Sequence[np.ndarray]], rule: ScoreRule, count: int) -> Scores:
@@ -78,11 +81,12 @@ def calibrated(found: Sequence[Sequence[np.ndarray]], rule: ScoreRule, count: in
     score, null, again = (np.stack(parts) for parts in zip(*found, strict=True))
     score = score[:, 0].astype(float)
     tops = [set(select(column, count)) for column in again.T]
-    drawn = 1.0 if rule.kind in DRAWN else np.nan
+    drawn = np.where(np.isnan(score), np.nan, 1.0 if rule.kind in DRAWN else np.nan)
+    largest = np.nanmax(null, 0)
     return Scores(
         score=score,
         p_value=drawn * (1 + (null >= score[:, None]).sum(1)) / (1 + null.shape[1]),
-        p_max=drawn * (1 + (null.max(0)[None] >= score[:, None]).sum(1)) / (1 + null.shape[1]),
+        p_max=drawn * (1 + (largest[None] >= score[:, None]).sum(1)) / (1 + null.shape[1]),
         selection_share=drawn * np.array([sum(layer in top for top in tops) / len(tops) for layer in range(len(score))]),
         permuted=null,
         resampled=again,
@@ -110,11 +114,11 @@ def measure(scores: Mapping[str, Scores], randoms: Mapping[str, Values], count: 
 
 
 def plain_scores(
-    sums: Iterable[DocumentSums], corpus_of: Int[Tensor, " doc"], rule: ScoreRule, pool_subjects: bool
+    sums: Iterable[DocumentSums | None], corpus_of: Int[Tensor, " doc"], rule: ScoreRule, pool_subjects: bool
 ) -> list[float]:
-    """Layer scores alone, without permutations and resamples."""
+    """Layer scores alone, without permutations and resamples; NaN where a layer is refused."""
     labels = one_hot(corpus_of, int(corpus_of.max()) + 1)
-    return [float(rule.score(one, labels, pool_subjects)[0]) for one in sums]
+    return [float(rule.score(one, labels, pool_subjects)[0]) if one else np.nan for one in sums]
 
 
 def agreement(scores: Mapping[tuple[str, str], Values], count: int, default: str) -> pd.DataFrame:
@@ -132,7 +136,7 @@ def stability(ours: Values, theirs: Values, count: int) -> dict[str, object]:
     """Scores by SAEs of another seed beside ours: rho, the layers they select, how many of ours are among them, by chance."""
     chosen = select(theirs, count)
     layers, common = " ".join(map(str, chosen)), len(set(chosen) & set(select(ours, count)))
-    return dict(rho=spearman(ours, theirs)[0], layers=layers, common=common, chance=count * count / len(ours))
+    return dict(rho=spearman(ours, theirs)[0], layers=layers, common=common, chance=count * count / np.isfinite(ours).sum())
 
 
 def relations(table: pd.DataFrame, layer_energy: np.ndarray, seed: int) -> pd.DataFrame:
@@ -273,8 +277,8 @@ def _heard(table: pd.DataFrame, level: float) -> str:
 
 
 def spearman(x: Values, y: Values, level: float = 0.05, resamples: int = 2000, seed: int = 0) -> tuple[float, float, float]:
-    """Spearman's rho with a bootstrap interval over layers: (rho, low, high)."""
-    one, other = np.asarray(x, float), np.asarray(y, float)
+    """Spearman's rho with a bootstrap interval over layers: (rho, low, high); layers without a score do not count."""
+    one, other = _scored(x, y)
     rng = np.random.default_rng(seed)
     picks = rng.integers(0, len(one), (resamples, len(one)))
     ranks = zip(stats.rankdata(one[picks], axis=1), stats.rankdata(other[picks], axis=1), strict=True)  # not one by one: seconds
@@ -285,12 +289,18 @@ def spearman(x: Values, y: Values, level: float = 0.05, resamples: int = 2000, s
 
 def partial_spearman(x: Values, y: Values, given: Sequence[Values]) -> float:
     """Spearman's rho of x and y with other variables held fixed: correlation of rank residuals. NaN without variation."""
-    ranks = [stats.rankdata(v).astype(float) for v in (x, y, *given)]
+    ranks = [stats.rankdata(v).astype(float) for v in _scored(x, y, *given)]
     design = np.column_stack([np.ones(len(ranks[0])), *ranks[2:]])
     residuals = [v - design @ np.linalg.lstsq(design, v, rcond=None)[0] for v in ranks[:2]]
     if min(np.abs(r).max() for r in residuals) < 1e-9:
         return float("nan")
     return _pearson(*residuals)
+
+
+def _scored(*columns: Values) -> np.ndarray:
+    """The columns, [column, layer], without the layers at which one of them is NaN."""
+    values = np.array([np.asarray(column, float) for column in columns])
+    return values[:, np.isfinite(values).all(0)]
 
 
 def _pearson(x: np.ndarray, y: np.ndarray) -> float:

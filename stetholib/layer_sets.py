@@ -29,10 +29,11 @@ RELIABLE, RESOLVED = 0.5, 0.1  # what `tells_apart` asks of two halves, fixed be
 
 
 def select(scores: Values, count: int) -> LayerSet:
-    """The `count` layers with the largest scores, in order of depth; ties go to the earlier layer."""
-    if count > len(scores):
-        raise UserError(f"selection: {count} layers are wanted but the model has {len(scores)}; lower selection.layer_share")
-    ranked = sorted(range(len(scores)), key=lambda layer: (-scores[layer], layer))
+    """The `count` layers with the largest scores, in order of depth; ties go to the earlier layer, NaN is never selected."""
+    scored = [layer for layer in range(len(scores)) if scores[layer] == scores[layer]]
+    if count > len(scored):
+        raise UserError(f"selection: {count} layers are wanted but {len(scored)} have a score; lower selection.layer_share")
+    ranked = sorted(scored, key=lambda layer: (-scores[layer], layer))
     return tuple(sorted(ranked[:count]))
 
 
@@ -41,14 +42,14 @@ def layer_count(layers: int, share: float) -> int:
     return max(1, round(layers * share))
 
 
-def sampled_sets(layers: int, count: int, wanted: int, seed: int) -> list[LayerSet]:
-    """All sets of `count` layers where there are at most `wanted`, else that many different ones drawn at random."""
-    if comb(layers, count) <= wanted:
-        return list(combinations(range(layers), count))
+def sampled_sets(layers: Sequence[int], count: int, wanted: int, seed: int) -> list[LayerSet]:
+    """All sets of `count` of these layers where there are at most `wanted`, else that many different ones drawn at random."""
+    if comb(len(layers), count) <= wanted:
+        return list(combinations(layers, count))
     rng = Random(f"{seed}/sets")
     found: dict[LayerSet, None] = {}
     while len(found) < wanted:
-        found[tuple(sorted(rng.sample(range(layers), count)))] = None
+        found[tuple(sorted(rng.sample(layers, count)))] = None
     return list(found)
 
 
@@ -110,16 +111,17 @@ class PlannedSet:
 
 
 def planned_sets(
-    chosen: Mapping[str, tuple[str, LayerSet]], layer_energy: np.ndarray, random_sets: int, seed: int
+    chosen: Mapping[str, tuple[str, LayerSet]], layer_energy: np.ndarray, eligible: Sequence[int], random_sets: int, seed: int
 ) -> list[PlannedSet]:
     """Every set that is scored without sight of a loss; chosen: of the rules, selector -> (contrast, layers). `full_shrunk` is
-    the control of equal energy: the whole vector in all layers, at the energy of the stethoscope's."""
+    the control of equal energy: the whole vector in all layers, at the energy of the stethoscope's. Random sets are drawn from
+    the layers that the stethoscope may select, `eligible`."""
     every, stethoscope = tuple(range(len(layer_energy))), chosen["stethoscope"][1]
     plan = [PlannedSet("full", 0, "-", every), PlannedSet("full_shrunk", 0, "-", every, shrunk_to(layer_energy, stethoscope))]
     plan += [PlannedSet("only", layer, "-", (layer,)) for layer in every]
     plan += [PlannedSet("without", layer, "-", tuple(x for x in every if x != layer)) for layer in every]
     plan += [PlannedSet(name, 0, contrast, layers) for name, (contrast, layers) in chosen.items()]
-    drawn = sampled_sets(len(every), len(stethoscope), random_sets, seed)
+    drawn = sampled_sets(eligible, len(stethoscope), random_sets, seed)
     return plan + [PlannedSet("random", draw, "-", layers) for draw, layers in enumerate(drawn)]
 
 

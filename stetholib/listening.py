@@ -11,6 +11,7 @@ import pandas as pd
 import torch
 
 from stetholib import layer_sets
+from stetholib.belief import Declared, check_enough, refusals
 from stetholib.errors import UserError
 from stetholib.layer_selection import calibrated, drawn_scores
 from stetholib.models.dictionary import Dictionary
@@ -19,6 +20,7 @@ from stetholib.models.sums import CONTRASTS, sums_bytes
 from stetholib.sae_features import Listening, ScoreRule, groups, hear
 
 RULE = ScoreRule()
+DECLARED = Declared(mend="give SAEs of the outputs of these blocks")
 SHOWN = ["layer", "d_sae", "l0", "fvu", "fvu_random"]
 
 
@@ -46,7 +48,7 @@ def listen(
     that reads the output of that block. count: m, how many layers to select, a third of those with an SAE by default.
     matched_minimum: how often a word must occur on both sides to count in the contrast of matched words. memory_gib: for sums
     over documents; layers are heard in groups that fit. Returns one row a contrast and layer: the SAE's L0 and FVU beside a
-    random dictionary's, score, the random dictionary's score, p_value (permuted documents), p_max (against the largest score
+    random dictionary's, why it is refused (its scores are then NaN, and it is not selected), score, the random dictionary's score, p_value (permuted documents), p_max (against the largest score
     of any layer), selection_share (of document resamples) and whether the layer is selected.
     Raises UserError for texts, layers or SAEs that cannot be used. Source: arXiv 2605.28649, whose formula of specificity is not
     public; the README says what was chosen.
@@ -63,22 +65,27 @@ def listen(
     tests: list[pd.DataFrame] = []
     found: dict[str, list[list[np.ndarray]]] = {contrast: [] for contrast in CONTRASTS}
     for group in groups(tuple(layers), sums_bytes(widest, len(corpus_of), 2), memory_gib):
-        heard = hear(base, listening, dictionaries, dict.fromkeys(group), rule, group)
+        heard = hear(base, listening, dictionaries, rule, group)
         tests.append(heard.tests)
         for contrast, parts in found.items():
-            sums = (heard.sums[f"{contrast}.{layer}"] for layer in group)
+            sums = (None if layer in refusals(heard.tests, DECLARED) else heard.sums[f"{contrast}.{layer}"] for layer in group)
             parts += drawn_scores(sums, corpus_of, rule, contrast == "matched", permutations, resamples, seed)
-    return _table(pd.concat(tests, ignore_index=True), found, layers, count or layer_sets.layer_count(len(layers), 1 / 3), rule)
+    every = pd.concat(tests, ignore_index=True)
+    check_enough(refusals(every, DECLARED), len(layers), DECLARED)
+    return _table(every, found, layers, count or layer_sets.layer_count(len(layers), 1 / 3), rule)
 
 
 def _table(
     tests: pd.DataFrame, found: Mapping[str, list[list[np.ndarray]]], layers: Sequence[int], count: int, rule: ScoreRule
 ) -> pd.DataFrame:
-    """One row a contrast and layer; found: by contrast, what `drawn_scores` gives."""
-    parts = []
+    """One row a contrast and layer; found: by contrast, what `drawn_scores` gives. No score of a layer that is refused is shown."""
+    parts, refused = [], refusals(tests, DECLARED)
     for contrast, draws in found.items():
-        scores = calibrated(draws, rule, count)
+        by_layer = zip(layers, draws, strict=True)
+        kept = [[one * np.nan for one in drawn] if layer in refused else drawn for layer, drawn in by_layer]
+        scores = calibrated(kept, rule, count)
         part = tests[SHOWN].assign(contrast=contrast, score=scores.score, score_random=tests[f"score_random_{contrast}"])
+        part["refused"] = [refused.get(layer, "") for layer in layers]
         for name in ("p_value", "p_max", "selection_share"):
             part[name] = getattr(scores, name)
         chosen = [layers[at] for at in layer_sets.select(scores.score, count)]

@@ -98,29 +98,36 @@ NEEDED = ("base", "full", "full_shrunk", "scalpel", "stethoscope", "stethoscope_
 
 
 def variants(
-    layers: int, chosen: Mapping[str, tuple[int, ...]], drawn: Sequence[tuple[int, ...]], wanted: Sequence[str], shrunk: float
+    layers: int,
+    filtered: Sequence[int],
+    chosen: Mapping[str, tuple[int, ...]],
+    drawn: Sequence[tuple[int, ...]],
+    wanted: Sequence[str],
+    shrunk: float,
 ) -> dict[str, Variant]:
-    """The edited models that answer the test, in the order wanted; chosen: layers by selector; drawn: random sets.
+    """The edited models that answer the test, in the order wanted; filtered: the layers that the scalpel has directions for;
+    chosen: layers by selector; drawn: random sets.
 
     shrunk: the alpha at which the whole vector, in all layers, has the energy of the stethoscope's.
     Raises UserError for a name that does not exist, and where one that the claims need is left out.
     """
-    every = tuple(range(layers))
+    every, part = tuple(range(layers)), tuple(filtered)
     selected = ("stethoscope", "stethoscope_matched", "least_specific", "largest_norm")
     known = [
         Variant("base"),
         Variant("finetuned", "finetuned"),
         Variant("full", "raw", every),
         Variant("full_shrunk", "raw", every, alpha=shrunk),
-        Variant("scalpel", "projected", every),
-        Variant("scalpel_rescaled", "projected_rescaled", every),
-        Variant("raw_shrunk", "raw_shrunk", every),
+        Variant("scalpel", "projected", part),
+        Variant("scalpel_rescaled", "projected_rescaled", part),
+        Variant("raw_shrunk", "raw_shrunk", part),
         *(Variant(name, "raw", chosen[name]) for name in selected),
         *(Variant(f"random_{i + 1}", "raw", one) for i, one in enumerate(drawn)),
     ]
     by_name = {variant.name: variant for variant in known}
     if odd := [name for name in wanted if name not in by_name]:
-        raise UserError(f"evaluation.variants: unknown variant {odd[0]!r}; there are: {', '.join(by_name)}")
+        few = f", since {len(filtered)} layers make {len(drawn)} random sets" if odd[0].startswith("random_") else ""
+        raise UserError(f"evaluation.variants: unknown variant {odd[0]!r}{few}; there are: {', '.join(by_name)}")
     if absent := [name for name in NEEDED if name not in wanted]:
         raise UserError(f"evaluation.variants: {absent[0]} is not there; the ledger of claims needs {', '.join(NEEDED)}")
     return {name: by_name[name] for name in wanted}

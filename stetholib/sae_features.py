@@ -7,6 +7,7 @@ model reads each text once and nothing is stored per token.
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from math import nan
 from typing import Any, TypeVar
 
 import pandas as pd
@@ -15,7 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from stetholib.errors import UserError
-from stetholib.models.dictionary import Dictionary, check_fires, check_site, check_width, random_dictionary, self_test
+from stetholib.models.dictionary import Dictionary, check_width, random_dictionary, self_test
 from stetholib.models.loading import LanguageModel, check_finite
 from stetholib.models.streams import Tokenized, Watch, collected, residual_batches, tokenize, unwatched, up_to
 from stetholib.models.sums import CONTRASTS, Covariance, DocumentSums, FeatureSums, firing, moments, one_hot, specificity
@@ -124,7 +125,6 @@ def hear(
     base: LanguageModel,
     listening: Listening,
     dictionaries: Mapping[int, Dictionary],
-    expected_l0: Mapping[int, float | None] | None,
     rule: ScoreRule,
     group: Sequence[int],
     *,
@@ -132,15 +132,14 @@ def hear(
 ) -> Heard:
     """One pass over all documents for a group of layers: sums of their SAEs, self-tests, and moments of activations.
 
-    expected_l0: what a registry says of each layer, None for SAEs trained here, which need no check of their site.
-    Of the random dictionaries only self-tests and layer scores are kept.
+    Of the random dictionaries only self-tests and layer scores are kept; the score is NaN where the SAE explains no more.
     """
     corpus_of = torch.tensor(listening.corpus_of)
     corpora = int(corpus_of.max()) + 1
     pairs = [(ids, 1) for ids, _ in tokenize(base, [("", text) for text in listening.texts], listening.max_tokens)]
     content, is_maths = [torch.tensor(ids[1:]) for ids, _ in pairs], (corpus_of < corpora - 1).tolist()
     matched = matched_weights(content, is_maths, listening.matched_minimum)
-    tests, instruments, sums = _tested(base, listening, pairs, dictionaries, expected_l0, group)
+    tests, instruments, sums = _tested(base, listening, pairs, dictionaries, group)
     moment = {layer: Covariance(instruments["sae", layer].W_dec.shape[1]) for layer in group}
     passing = residual_batches(base, pairs, listening.batch_tokens, group, watch, "02 feature statistics")
     for batch, document, streams in passing:
@@ -153,7 +152,11 @@ def hear(
             moment[layer].add(x[maths])
     labels = one_hot(corpus_of, corpora)
     for layer in group:
+        explains = tests[layer]["fvu"] < min(1, tests[layer]["fvu_random"])
         for contrast in CONTRASTS:
+            if not explains:
+                tests[layer][f"score_random_{contrast}"] = nan
+                continue
             baseline = rule.score(sums["random", layer].sums[contrast], labels, contrast == "matched")
             tests[layer][f"score_random_{contrast}"] = float(baseline[0])
     found = {f"{contrast}.{layer}": sums["sae", layer].sums[contrast] for layer in group for contrast in CONTRASTS}
@@ -161,15 +164,9 @@ def hear(
 
 
 def _tested(
-    base: LanguageModel,
-    listening: Listening,
-    pairs: Tokenized,
-    dictionaries: Mapping[int, Dictionary],
-    expected_l0: Mapping[int, float | None] | None,
-    group: Sequence[int],
+    base: LanguageModel, listening: Listening, pairs: Tokenized, dictionaries: Mapping[int, Dictionary], group: Sequence[int]
 ) -> tuple[dict[int, dict[str, Any]], dict[tuple[str, int], Dictionary], dict[tuple[str, int], FeatureSums]]:
-    """Self-tests of a group's SAEs, the SAEs with their random doubles, and empty sums for both. An SAE that was not trained here
-    is refused where it cannot be this layer's."""
+    """Self-tests of a group's SAEs, what `belief.refusals` goes by, the SAEs with their random doubles, and empty sums for both."""
     last, corpus_of = max(listening.dictionary_seeds), torch.tensor(listening.corpus_of)
     near_group = range(max(0, group[0] - 1), min(last + 1, group[-1] + 2))
     sample = _sample(base, listening, pairs, near_group)
@@ -180,20 +177,17 @@ def _tested(
         one, x = dictionaries[layer], sample[layer]
         check_width(layer, one, x)
         found = self_test(one, x)
-        check_fires(layer, found)
         near = {at: self_test(one, sample[at][some]).fvu for at in (layer - 1, layer, layer + 1) if at in sample}
         own = near.pop(layer)
-        if expected_l0 is not None:
-            check_site(layer, own, near, found.l0, expected_l0[layer])
         double = random_dictionary(x, one.d_sae, found.l0, listening.dictionary_seeds[layer])
         chance = self_test(double, x)
         tests[layer] = dict(layer=layer, d_sae=one.d_sae) | asdict(found)
         tests[layer] |= {f"{name}_random": value for name, value in asdict(chance).items()}
-        tests[layer]["fvu_neighbour"] = min(near.values(), default=float("nan"))
+        tests[layer] |= dict(fvu_here=own, fvu_neighbour=min(near.values(), default=nan))
         for name, instrument, said in (("sae", one, found), ("random", double, chance)):
             check_finite({f"what the {name} dictionary of layer {layer} hears": torch.tensor(said.largest)})
             instruments[name, layer] = instrument
-            sums[name, layer] = FeatureSums(one.d_sae, corpus_of, said.largest)
+            sums[name, layer] = FeatureSums(one.d_sae, corpus_of, said.largest or 1.0)
     return tests, instruments, sums
 
 
@@ -208,23 +202,29 @@ def _sample(
 
 
 def specificities(
-    sums: Iterable[DocumentSums], corpus_of: Int[Tensor, " doc"], kind: str, minimum_firing: float, pool_subjects: bool
-) -> Iterator[tuple[Float[Tensor, " d_sae"], Bool[Tensor, " d_sae"]]]:
-    """(specificity, whether it fires) of every feature, layer by layer."""
+    sums: Iterable[DocumentSums | None], corpus_of: Int[Tensor, " doc"], kind: str, minimum_firing: float, pool_subjects: bool
+) -> Iterator[tuple[Float[Tensor, " d_sae"], Bool[Tensor, " d_sae"]] | None]:
+    """(specificity, whether it fires) of every feature, layer by layer; None where a layer is refused."""
     labels = one_hot(corpus_of, int(corpus_of.max()) + 1)
     for one in sums:
+        if one is None:
+            yield None
+            continue
         m = moments(one, labels, pool_subjects)
         yield specificity(kind, one, m)[0], firing(m, minimum_firing)[0]
 
 
-def measure(tests: pd.DataFrame, heard: Mapping[str, Iterable[tuple[Tensor, Tensor]]]) -> pd.DataFrame:
+def measure(
+    tests: pd.DataFrame, heard: Mapping[str, Iterable[tuple[Tensor, Tensor] | None]], refused: Mapping[int, str]
+) -> pd.DataFrame:
     """The table of step 02: one row a layer and contrast. tests: self-tests, one row a layer; heard: by contrast, (specificity,
-    fires) of every feature, layer by layer."""
+    fires) of every feature, layer by layer, None for a refused one, whose top_feature is -1; refused: why, by layer."""
     rows = []
     for contrast, layers in heard.items():
-        for layer, (values, fires) in enumerate(layers):
-            top = int(most_specific(values, fires, 1)[0])
-            rows.append(dict(layer=layer, contrast=contrast, top_feature=top, top_specificity=float(values[top])))
+        for layer, one in enumerate(layers):
+            top = int(most_specific(*one, 1)[0]) if one else -1
+            about = dict(top_feature=top, top_specificity=float(one[0][top]) if one else nan, refused=refused.get(layer, ""))
+            rows.append(dict(layer=layer, contrast=contrast) | about)
     shown = ["d_sae", "l0", "fvu", "fvu_random", "alive", "l0_random", "fvu_neighbour"]
     return pd.DataFrame(rows).join(tests.set_index("layer")[shown], on="layer")
 
@@ -259,13 +259,10 @@ def summary(table: pd.DataFrame, kind: str = "cohen_d") -> str:
     once, tops = table[table["contrast"] == "corpus"], table.groupby("contrast")["top_specificity"].max()
     best, (chance, faint) = best_features(table), FAINT[kind]
     fvu = f"mean FVU {once['fvu'].mean():.2f} against {once['fvu_random'].mean():.2f}"
-    worse = once.loc[~(once["fvu"] < once["fvu_random"]), "layer"].tolist()
     trust = f"Every SAE reconstructs better than a random dictionary of the same L0: **True** ({fvu})."
-    if worse:
-        trust = (
-            f"**{len(worse)} of {len(once)} SAEs reconstruct no better than a random dictionary of the same L0** ({fvu}), "
-            f"those of layers {', '.join(map(str, worse))}: there the instrument hears nothing that can be trusted."
-        )
+    if len(odd := once[once["refused"] != ""]):
+        reasons = "; ".join(f"layer {row.layer}: {row.refused}" for row in odd.itertuples())
+        trust = f"**{len(odd)} of {len(once)} SAEs cannot be believed**, and their layers are left out ({fvu}): {reasons}."
     left = (tops["matched"] - chance) / (tops["corpus"] - chance) if tops["corpus"] > chance else float("nan")
     means = "what is lost was vocabulary" if left < 1 else "vocabulary does not explain the best feature"
     words = f"Holding the words equal leaves {left:.0%} of the best specificity ({tops['matched']:.2f} of {tops['corpus']:.2f}): {means}."

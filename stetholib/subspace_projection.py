@@ -119,7 +119,7 @@ def mechanism(vector: TaskVector, sites: Sites, rank: int) -> pd.DataFrame:
                 cosines = subspaces.principal_cosines(best[side][:, :rank], basis[:, :rank])
                 angle = float(cosines[0].acos().rad2deg())
                 rows.append(dict(layer=layer, side=side, basis=name, overlap=float(cosines.square().mean()), angle=angle))
-    return pd.DataFrame(rows).assign(chance=rank / next(iter(sites.values())).by_name["sae_decoder"].shape[0])
+    return pd.DataFrame(rows).assign(chance=rank / next(iter(sites.values())).by_name["activation_pca"].shape[0])
 
 
 def directions(
@@ -130,24 +130,33 @@ def directions(
     kind: str,
     minimum_firing: float,
     count: int,
+    believed: Sequence[int],
 ) -> dict[int, Directions]:
     """The directions at each layer's output: of the `count` features that are most specific on all tokens, of the
-    activations on mathematics, and of the loss gradient (second moments by layer).
+    activations on mathematics, and of the loss gradient (second moments by layer). Those of features are there for the layers
+    whose SAE is believed.
 
     kind, minimum_firing: the definition of specificity, and how often a feature must fire.
     """
-    sums = (one.sums[f"corpus.{layer}"] for layer, one in heard.items())
+    sums = (one.sums[f"corpus.{layer}"] if layer in believed else None for layer, one in heard.items())
     found = {}
-    for layer, (values, fires) in enumerate(specificities(sums, torch.tensor(corpus_of), kind, minimum_firing, False)):
-        top, one = most_specific(values, fires, count), dictionaries[layer]
-        bases = {
-            "sae_decoder": orthonormal(one.W_dec[top].cpu()),
-            "sae_encoder": orthonormal(one.W_enc[:, top].T.cpu()),
+    for layer, features in enumerate(specificities(sums, torch.tensor(corpus_of), kind, minimum_firing, False)):
+        bases: dict[str, Basis] = {}
+        if features:
+            top, one = most_specific(*features, count), dictionaries[layer]
+            bases["sae_decoder"] = orthonormal(one.W_dec[top].cpu())
+            bases["sae_encoder"] = orthonormal(one.W_enc[:, top].T.cpu())
+        bases |= {
             "activation_pca": principal(heard[layer].covariance[layer])[:, :count].contiguous(),
             "gradient_pca": principal(gradients[layer])[:, :count].contiguous(),
         }
         found[layer] = Directions(bases)
     return found
+
+
+def filtered(vector: TaskVector, layers: Sequence[int]) -> TaskVector:
+    """The part of a vector that the scalpel has directions for."""
+    return vector.restrict(layers)
 
 
 VECTORS = ("raw", "projected", "projected_rescaled", "raw_shrunk")
@@ -157,7 +166,7 @@ def vector_of(name: str, raw: TaskVector, sites: Sites, rank: int) -> TaskVector
     """raw; projected (the scalpel); projected_rescaled (to the full energy); raw_shrunk (to the scalpel's)."""
     if name == "raw":
         return raw
-    projected = scalpel(raw, {layer: site.by_name["sae_decoder"][:, :rank] for layer, site in sites.items()})
+    projected = scalpel(raw, {layer: sites[layer].by_name["sae_decoder"][:, :rank] for layer in raw.layers})
     if name == "projected":
         return projected
     kept, energies = projected.energies(), raw.energies()

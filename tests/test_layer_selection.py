@@ -76,9 +76,11 @@ def test_a_third_of_the_layers_is_selected(layers, count):
 
 
 def test_sets_are_all_of_them_or_different_random_ones():
-    assert layer_sets.sampled_sets(5, 2, 10, 0) == list(combinations(range(5), 2))
-    drawn = layer_sets.sampled_sets(12, 4, 200, 0)
-    assert len(set(drawn)) == 200 and drawn == layer_sets.sampled_sets(12, 4, 200, 0) != layer_sets.sampled_sets(12, 4, 200, 1)
+    assert layer_sets.sampled_sets(range(5), 2, 10, 0) == list(combinations(range(5), 2))
+    drawn = layer_sets.sampled_sets(range(12), 4, 200, 0)
+    assert len(set(drawn)) == 200 and drawn == layer_sets.sampled_sets(range(12), 4, 200, 0) != layer_sets.sampled_sets(
+        range(12), 4, 200, 1
+    )
 
 
 def percentile(value, others):
@@ -123,7 +125,7 @@ FIRST = np.array([True] * 3 + [False] * 3)
 
 def planned(random_sets=100):
     chosen = {"stethoscope": ("corpus", (0, 1)), "stethoscope_matched": ("matched", (2, 3)), "last": ("-", (2, 3))}
-    return layer_sets.planned_sets(chosen, np.array([1.0, 1.0, 3.0, 4.0]), random_sets, seed=0)
+    return layer_sets.planned_sets(chosen, np.array([1.0, 1.0, 3.0, 4.0]), range(4), random_sets, seed=0)
 
 
 def test_the_shrunk_vector_has_the_energy_of_the_selected_layers():

@@ -82,7 +82,7 @@ def test_groups_that_fit_into_less_memory_and_some_layers_alone_give_the_same(mi
     pd.testing.assert_frame_equal(listen(model, tokenizer, instruments, MATHS, GENERAL, memory_gib=1e-6, **SMALL), table)
     two = listen(model, tokenizer, {layer: instruments[layer] for layer in (3, 1)}, MATHS, GENERAL, **SMALL)
     assert two["layer"].tolist() == [1, 3] * 2
-    columns = ["layer", "contrast", "l0", "fvu", "score", "score_random"]
+    columns = ["layer", "contrast", "l0", "fvu", "refused", "score", "score_random"]
     alike = table[table["layer"].isin([1, 3])].reset_index(drop=True)
     pd.testing.assert_frame_equal(two[columns], alike[columns])
 

@@ -282,13 +282,13 @@ def test_the_table_worked_by_hand():
 
 def test_the_whole_vector_shrunk_to_the_stethoscopes_energy_is_in_every_layer():
     chosen = dict.fromkeys(("stethoscope", "stethoscope_matched", "least_specific", "largest_norm"), (0, 2))
-    made = mm.variants(3, chosen, [(0, 1)], mm.NEEDED, 0.58)
+    made = mm.variants(3, range(3), chosen, [(0, 1)], mm.NEEDED, 0.58)
     assert tuple(made) == mm.NEEDED and made["full_shrunk"] == mm.Variant("full_shrunk", "raw", (0, 1, 2), alpha=0.58)
     assert made["full"] == mm.Variant("full", "raw", (0, 1, 2)) and made["stethoscope"].layers == (0, 2)
     with pytest.raises(UserError, match="full_shrunk is not there"):
-        mm.variants(3, chosen, [(0, 1)], [name for name in mm.NEEDED if name != "full_shrunk"], 0.58)
+        mm.variants(3, range(3), chosen, [(0, 1)], [name for name in mm.NEEDED if name != "full_shrunk"], 0.58)
     with pytest.raises(UserError, match="unknown variant 'shrunk'"):
-        mm.variants(3, chosen, [(0, 1)], [*mm.NEEDED, "shrunk"], 0.58)
+        mm.variants(3, range(3), chosen, [(0, 1)], [*mm.NEEDED, "shrunk"], 0.58)
 
 
 def test_families_are_those_of_the_test_problems_or_none():

@@ -1,6 +1,7 @@
 """A model of one's own, small and Llama-shaped: two checkpoints, SAEs, texts and a task, and the README's profile of them."""
 
 import re
+from dataclasses import replace
 
 import pandas as pd
 import torch
@@ -8,9 +9,11 @@ import yaml
 from conftest import ROOT
 from rungs import SMALL
 
+from stetholib import profiles
+from stetholib.adapters import saes as adapter
 from stetholib.commands import fabricate
 from stetholib.data.mini import stories
-from stetholib.models import dictionary, loading, streams, weights
+from stetholib.models import loading, streams, weights
 
 TASK = """
 task: mine
@@ -54,16 +57,18 @@ def texts(folder):
 
 
 def saes(folder):
-    """SAEs saved by SAELens itself, one folder a block, fitted to each block's activations."""
-    from sae_lens import JumpReLUSAE, JumpReLUSAEConfig
-
+    """SAEs trained and saved by SAELens itself, one folder a block."""
     base = loading.load(folder / "base")
-    pairs = [(ids, 1) for ids, _ in streams.tokenize(base, [("", text) for text in stories.generate(60, 1, "train")], 160)]
+    pairs = [(ids, 1) for ids, _ in streams.tokenize(base, [("", text) for text in read()], 160)]
+    spec = replace(profiles.load("smoke").sae, d_sae=128, k=9, training_tokens=8192)
     for layer, x in streams.collected(base, pairs, 2048, range(4)).items():
-        one = dictionary.random_dictionary(x, 128, 9.0, layer)
-        made = JumpReLUSAE(JumpReLUSAEConfig(d_in=32, d_sae=128, apply_b_dec_to_input=False))
-        made.load_state_dict({name: tensor.contiguous() for name, tensor in vars(one).items()})
-        made.save_model(folder / "saes" / f"block_{layer}")
+        adapter.train(x, spec, layer, folder / "saes" / f"block_{layer}")
+
+
+def read():
+    """Stories and sums in turn."""
+    sums = [" ".join(f"What is {i} + {i % 7}? It is {i + i % 7}." for i in range(at, at + 6)) for at in range(60)]
+    return [text for both in zip(stories.generate(60, 1, "train"), sums, strict=True) for text in both]
 
 
 def profile():

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from stetholib.belief import Declared
 from stetholib.data import hub
 from stetholib.data.source import Source
 from stetholib.errors import UserError
@@ -35,10 +36,17 @@ def train(activations: Float[Tensor, "token d_model"], spec: Sae, seed: int, fol
     from sae_lens.training.sae_trainer import SAETrainer
 
     torch.manual_seed(seed)
-    config = BatchTopKTrainingSAEConfig(
-        d_in=activations.shape[1], d_sae=spec.d_sae, k=spec.k, device=device, normalize_activations="expected_average_only_in"
-    )
     steps = max(1, spec.training_tokens // spec.batch_size)
+    config = BatchTopKTrainingSAEConfig(
+        d_in=activations.shape[1],
+        d_sae=spec.d_sae,
+        k=spec.k,
+        device=device,
+        normalize_activations="expected_average_only_in",
+        topk_threshold_lr=max(
+            0.01, min(1.0, 2 / steps)
+        ),  # its average starts at 0: a short run would end far below, at many times k
+    )
     trainer = SAETrainer(
         cfg=SAETrainerConfig(
             total_training_samples=steps * spec.batch_size,
@@ -94,10 +102,12 @@ def id_of(sae_id: str | None, layer: int) -> str:
     return name
 
 
-def expected_l0(release: str, sae_id: str, layer: int) -> float | None:
-    """The L0 that SAELens' registry gives for a block's SAE; None for a folder of one's own."""
-    name, source = id_of(sae_id, layer), Source.of(release, kind="sae")
-    return registered(release).expected_l0[name] if source.where == "hub" else None
+def declared(spec: Sae, layers: int) -> Declared:
+    """The L0 that SAELens' registry gives for each block's SAE; nothing for a folder of one's own."""
+    if Source.of(spec.release, kind="sae").where != "hub":
+        return Declared()
+    expected = registered(spec.release).expected_l0
+    return Declared({layer: expected[id_of(spec.sae_id, layer)] for layer in range(layers)})
 
 
 def files_of(spec: Sae, layers: Callable[[], int]) -> tuple[Source, list[str]]:

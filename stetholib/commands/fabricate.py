@@ -15,12 +15,13 @@ import pandas as pd
 import torch
 from safetensors.torch import load_file, save_file
 
-from stetholib import sae_features
 from stetholib.adapters import saes
 from stetholib.data.mini import problems, stories
 from stetholib.data.prompts import prompt, target
 from stetholib.errors import UserError
 from stetholib.models import loading, streams
+from stetholib.models.dictionary import Dictionary, tied_dictionary
+from stetholib.models.subspaces import principal
 from stetholib.profiles import Data, Profile
 
 TURNS = ["<start_of_turn>", "<end_of_turn>"]
@@ -39,6 +40,7 @@ SHAPES = {  # of the released models' configurations
 RELEASED = "bfloat16"  # as the models are stored, whatever a profile computes in
 WITH_VISION = ("google/gemma-3-4b-it",)
 SAMPLE_TOKENS = 4096
+OFF = 0.3  # of a direction's length
 
 
 def everything(profile: Profile, folder: Path, scale: float, seed: int = 0) -> dict[str, Path]:
@@ -141,8 +143,8 @@ def tokenizer(folder: Path, size: int) -> None:
 
 
 def gemma_scope(profile: Profile, base: Path, folder: Path, d_sae: int, seed: int) -> None:
-    """Dictionaries of random directions fitted to each block's activations, in Gemma Scope 2's folders and names.
-    Each has the L0 that SAELens' registry states, and explains its own block best, as a trained one would."""
+    """Dictionaries fitted to each block's activations, in Gemma Scope 2's folders and names. Each has the L0 that SAELens' registry
+    states, and explains its own block best, as a trained one would."""
     entry, loaded = saes.registered(profile.sae.release), loading.load(base, profile.model.dtype)
     texts = [("", text) for text in _documents(400)]
     pairs = [(ids, 1) for ids, _ in streams.tokenize(loaded, texts, profile.data.max_tokens)]
@@ -151,13 +153,23 @@ def gemma_scope(profile: Profile, base: Path, folder: Path, d_sae: int, seed: in
     layers = range(loaded.model.config.get_text_config().num_hidden_layers)
     for layer, x in streams.collected(loaded, pairs, 2048, layers).items():
         name = saes.id_of(profile.sae.sae_id, layer)
-        one = sae_features.random_dictionary(x, d_sae, entry.expected_l0[name], seed + layer)
+        one = fitted(x, d_sae, entry.expected_l0[name], seed + layer)
         place = folder / entry.saes_map[name]
         place.mkdir(parents=True, exist_ok=True)
         tensors = dict(w_enc=one.W_enc, w_dec=one.W_dec, b_enc=one.b_enc, b_dec=one.b_dec, threshold=one.threshold)
         save_file({key: value.contiguous() for key, value in tensors.items()}, place / "params.safetensors")
         said = dict(architecture="jump_relu", model_name=entry.model, hf_hook_point_in=f"model.layers.{layer}.output")
         (place / "config.json").write_text(json.dumps(said))
+
+
+def fitted(x: torch.Tensor, d_sae: int, l0: float, seed: int) -> Dictionary:
+    """A dictionary that explains `x` [token, d_model] better than random directions without being trained: the directions in
+    which it varies most and their opposites, over and over, each a little off."""
+    centred = (x - x.mean(0)).double()
+    most = principal(centred.T @ centred).T.float()
+    directions = torch.cat([most, -most]).repeat(-(-d_sae // (2 * len(most))), 1)[:d_sae]
+    off = torch.randn(directions.shape, generator=torch.Generator().manual_seed(seed))
+    return tied_dictionary(x, directions + OFF * off.to(x.device) / x.shape[1] ** 0.5, l0)
 
 
 def maths(data: Data, folder: Path, seed: int) -> None:

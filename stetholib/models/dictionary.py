@@ -3,7 +3,6 @@
 JumpReLU encoding, as Gemma Scope publishes it and as SAELens' other architectures are saved for inference.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from math import inf
 
@@ -14,8 +13,6 @@ from torch import Tensor
 from stetholib.errors import UserError
 
 CELLS = 2**26
-CLEARLY = 0.8  # neighbouring blocks are alike; a shifted SAE explains its true one far better than this
-L0_RANGE = 3.0  # an SAE on its own site keeps its L0 within this factor on other text
 
 
 @dataclass(frozen=True)
@@ -49,13 +46,16 @@ def pieces(x: Float[Tensor, "token d_model"], d_sae: int) -> tuple[Float[Tensor,
 
 
 def random_dictionary(x: Float[Tensor, "token d_model"], d_sae: int, l0: float, seed: int) -> Dictionary:
-    """A dictionary of random unit directions with the same shape and the same L0 on `x`: the instrument's zero.
-
-    Encoder and decoder are tied, inputs are centred on the mean of `x`, one threshold sets the L0, and the decoder
-    carries the one gain that reconstructs `x` best, so that its FVU is the best such a dictionary can reach.
-    """
+    """A dictionary of random unit directions with the same shape and the same L0 on `x`: the instrument's zero."""
     generator = torch.Generator().manual_seed(seed)
-    directions = torch.nn.functional.normalize(torch.randn(d_sae, x.shape[1], generator=generator), dim=1).to(x.device)
+    return tied_dictionary(x, torch.randn(d_sae, x.shape[1], generator=generator), l0)
+
+
+def tied_dictionary(x: Float[Tensor, "token d_model"], directions: Float[Tensor, "d_sae d_model"], l0: float) -> Dictionary:
+    """A dictionary of given directions: encoder and decoder are tied, inputs are centred on the mean of `x`, one threshold sets
+    the L0, and the decoder carries the one gain that reconstructs `x` best, so that its FVU is the best such a dictionary can reach.
+    """
+    d_sae, directions = len(directions), torch.nn.functional.normalize(directions, dim=1).to(x.device)
     mean, some = x.mean(0), pieces(x, d_sae)[0]
     pre = (some - mean) @ directions.T
     rank = max(1, min(pre.numel() - 1, round(l0 * len(some))))
@@ -98,32 +98,4 @@ def check_width(layer: int, dictionary: Dictionary, x: Float[Tensor, "token d_mo
     if (width := dictionary.W_dec.shape[1]) != x.shape[1]:
         raise UserError(
             f"SAE of layer {layer}: it reads a stream of width {width}, the model's is {x.shape[1]}; it is of another model, mend sae.release"
-        )
-
-
-def check_fires(layer: int, found: SelfTest) -> None:
-    """Refuse an SAE that hears nothing."""
-    if not found.largest > 0 and found.largest == found.largest:
-        raise UserError(
-            f"SAE of layer {layer}: no feature fires on these texts; it is of another model or site, mend sae.release"
-        )
-
-
-def check_site(layer: int, own: float, neighbours: Mapping[int, float], l0: float, expected_l0: float | None) -> None:
-    """Refuse an SAE that cannot be this block's: one that explains a neighbour clearly better, or whose L0 is far from its own.
-
-    own, neighbours: FVU of the same SAE on the same tokens at this block, and at those before and after; expected_l0:
-    what its registry says, if anything.
-    """
-    better = {at: fvu for at, fvu in neighbours.items() if fvu < CLEARLY * own}
-    if better:
-        at = min(better, key=better.__getitem__)
-        raise UserError(
-            f"SAE of layer {layer}: it explains layer {at} better than its own (unexplained {better[at]:.2f} against "
-            f"{own:.2f}); the set is shifted or of another model, mend sae.release or sae.sae_id"
-        )
-    if expected_l0 and not expected_l0 / L0_RANGE <= l0 <= expected_l0 * L0_RANGE:
-        raise UserError(
-            f"SAE of layer {layer}: {l0:.1f} features fire a token, its registry says {expected_l0:g}; "
-            "another release, site or model, mend sae.release or sae.sae_id"
         )

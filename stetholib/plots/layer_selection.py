@@ -42,7 +42,7 @@ def score_against_effect(table: pd.DataFrame, ax: Axes) -> Axes:
     """Layer score against the effect of injecting that layer alone, numbered by layer, one colour a contrast."""
     lines(table, "score", "effect_alone", "contrast", CONTRASTS, ax, ls="none")
     beside: dict[str, Any] = dict(xytext=(4, 3), textcoords="offset points", fontsize=7.5)
-    for layer, contrast, *at in table[["layer", "contrast", "score", "effect_alone"]].to_numpy():
+    for layer, contrast, *at in table[["layer", "contrast", "score", "effect_alone"]].dropna().to_numpy():
         ax.annotate(str(layer), tuple(at), color=CONTRASTS[contrast].colour, **beside)
     ax.set(xlabel="layer score", ylabel="effect alone (nats a token)")
     ax.legend()

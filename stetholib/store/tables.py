@@ -14,7 +14,7 @@ CONTRACTS: dict[str, tuple[list[str], list[str]]] = {
     stem: (keys.split(), columns.split())
     for stem, keys, columns in (
         ("01_task_vectors", "layer matrix", "side base_norm delta_norm relative energy_share stable_rank"),
-        ("02_sae_features", "layer contrast", "d_sae l0 fvu fvu_random alive top_feature top_specificity"),
+        ("02_sae_features", "layer contrast", "d_sae l0 fvu fvu_random alive top_feature top_specificity refused"),
         ("03_subspace_projection", "layer matrix basis rank sae_layer gains", "side energy_retained energy_sd chance"),
         (
             "04_layer_selection",

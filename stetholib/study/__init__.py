@@ -97,7 +97,7 @@ class Study:
 
     def manifest(self) -> dict[str, Any]:
         """What is stable about this run."""
-        p, made, d_sae = self.profile, self.profile.finetune, self.sae_features.dictionary(0).d_sae
+        p, made, d_sae = self.profile, self.profile.finetune, int(self.sae_features.self_tests()["d_sae"].max())
         fetched = saes.commit_of(self.world.store.folder, p.sae)
         how: dict[str, Any] = dict(method=None, lora_rank=None)
         if not made.finetuned:

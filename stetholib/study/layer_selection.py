@@ -89,7 +89,7 @@ class LayerSelection(Step):
 
     def _plan(self) -> list[PlannedSet]:
         random_sets, seed = self._profile.selection.random_sets, self._world.seed("random sets")
-        return layer_sets.planned_sets(self.chosen(), self._layer_energy, random_sets, seed)
+        return layer_sets.planned_sets(self.chosen(), self._layer_energy, self._features.believed, random_sets, seed)
 
     def sets(self) -> pd.DataFrame:
         """Step 04's table of sets of layers, each scored by validation loss after injection."""

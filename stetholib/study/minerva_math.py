@@ -6,6 +6,7 @@ from dataclasses import asdict
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from stetholib import layer_sets, minerva_math
@@ -47,9 +48,9 @@ class MinervaMath(Step):
     def _variants(self) -> dict[str, Variant]:
         chosen = {name: layers for name, (_, layers) in self._stethoscope.chosen().items()}
         seed = self._world.seed("random variants")
-        drawn = layer_sets.sampled_sets(self._world.layers, self._stethoscope.selected_count, 3, seed)
+        drawn = layer_sets.sampled_sets(self._scalpel.layers, self._stethoscope.selected_count, 3, seed)
         wanted, shrunk = self._profile.evaluation.variants, self._stethoscope.shrunk
-        return minerva_math.variants(self._world.layers, chosen, drawn, wanted, shrunk)
+        return minerva_math.variants(self._world.layers, self._scalpel.layers, chosen, drawn, wanted, shrunk)
 
     def variants(self) -> dict[str, Variant]:
         """The edited models that answer the test, in the profile's order."""
@@ -166,7 +167,7 @@ class MinervaMath(Step):
         inputs = (self._world.model, self._vectors.tau, self._variants["stethoscope"].layers, self._some(), self._limits())
         found = self._store.made(minerva_math.repetition, *inputs).value
         again, scores = self._stethoscope.plain_scores("corpus"), self._stethoscope.scores("corpus").score.tolist()
-        return found | dict(identical_scores=again == scores)
+        return found | dict(identical_scores=np.array_equal(again, scores, equal_nan=True))
 
     def noise(self) -> pd.DataFrame:
         """The noise floor: how many of the base model's verdicts flip with another batch size, and in bfloat16. The latter only

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from functools import cached_property
+from math import nan
 from pathlib import Path
 
 import pandas as pd
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from stetholib import sae_features
 from stetholib.adapters import saes
+from stetholib.belief import Declared, check_enough, refusals
 from stetholib.data import hub
 from stetholib.editing import Lazy
 from stetholib.models.dictionary import Dictionary
@@ -73,11 +75,6 @@ class SaeFeatures(Step):
         saes.check_commit(self._store.folder, spec, made.value)
         return made
 
-    def dictionary(self, layer: int) -> Dictionary:
-        """Plain tensors of one layer's SAE, on the device."""
-        with self.dictionaries.opened() as every:
-            return every[layer]
-
     @cached_property
     def dictionaries(self) -> Input[Mapping[int, Dictionary]]:
         """All layers' SAEs as an input of stages, each read when it is asked for."""
@@ -101,7 +98,7 @@ class SaeFeatures(Step):
     @cached_property
     def _groups(self) -> list[range]:
         """Layers whose sums fit into memory together: of the SAE and its random double, under both contrasts."""
-        width, layers = self.dictionary(0).d_sae, self._world.layers
+        width, layers = self._every[0].value.d_sae, self._world.layers
         each = sums_bytes(width, len(self.listening.texts), len(self._corpora))
         return sae_features.groups(range(layers), each, self._profile.features.memory_gib)
 
@@ -118,13 +115,25 @@ class SaeFeatures(Step):
     @cached_property
     def _left(self) -> dict[range, Artefact]:
         """What each group of layers heard."""
-        spec, found = self._spec, {}
+        found = {}
         for group in self._groups:
-            fetched = spec.release != "train"
-            expected = {layer: saes.expected_l0(spec.release, str(spec.sae_id), layer) for layer in group} if fetched else None
-            inputs = (self._world.model, self.listening, self._of(group), expected, self.rule(), list(group))
+            inputs = (self._world.model, self.listening, self._of(group), self.rule(), list(group))
             found[group] = self._store.made(sae_features.hear, *inputs)
         return found
+
+    @cached_property
+    def refused(self) -> dict[int, str]:
+        """Why a layer's SAE is not believed, by layer. Raises UserError where fewer than two thirds of the layers can be."""
+        spec, layers = self._spec, self._world.layers
+        declared = Declared.trained(layers, spec.k) if spec.release == "train" else saes.declared(spec, layers)
+        found = refusals(self.self_tests(), declared)
+        check_enough(found, layers, declared)
+        return found
+
+    @property
+    def believed(self) -> list[int]:
+        """The layers that can be selected, and that the scalpel filters."""
+        return [layer for layer in range(self._world.layers) if layer not in self.refused]
 
     def rule(self, kind: str | None = None) -> ScoreRule:
         """How features become a layer's score."""
@@ -132,33 +141,37 @@ class SaeFeatures(Step):
         share, minimum = p.selection.score_share, p.selection.score_minimum
         return ScoreRule(kind or p.features.specificity, share, minimum, p.features.minimum_firing)
 
-    def sums(self, contrast: str) -> Input[Iterator[DocumentSums]]:
-        """Document sums under one contrast as an input of stages: layer by layer, each read when its turn comes."""
+    def sums(self, contrast: str) -> Input[Iterator[DocumentSums | None]]:
+        """Document sums under one contrast as an input of stages: layer by layer, each read when its turn comes; None where a
+        layer is refused."""
+        refused = self.refused
 
-        def fetch() -> Iterator[DocumentSums]:
+        def fetch() -> Iterator[DocumentSums | None]:
             with self.heard.opened() as found:
                 for layer, one in found.items():
-                    yield one.sums[f"{contrast}.{layer}"]
+                    yield None if layer in refused else one.sums[f"{contrast}.{layer}"]
 
-        return Input.of(hashed([self.heard, contrast]), fetch)
+        return Input.of(hashed([self.heard, contrast, sorted(refused)]), fetch)
 
     def self_tests(self) -> pd.DataFrame:
         """One row a layer: what its SAE and its random double explain, how sparsely, and the doubles' layer scores."""
         return pd.concat([artefact.value.tests for artefact in self._left.values()], ignore_index=True)
 
-    def specificities(self, contrast: str, kind: str | None = None) -> list[tuple[Tensor, Tensor]]:
-        """(specificity, whether it fires) of every feature, layer by layer."""
+    def specificities(self, contrast: str, kind: str | None = None) -> list[tuple[Tensor, Tensor] | None]:
+        """(specificity, whether it fires) of every feature, layer by layer; None where a layer is refused."""
         rule, corpus_of = self.rule(kind), torch.tensor(self.listening.corpus_of)
         with self.sums(contrast).opened() as sums:
             return list(sae_features.specificities(sums, corpus_of, rule.kind, rule.minimum_firing, contrast == "matched"))
 
     def best_auroc(self) -> dict[str, list[float]]:
-        """The best feature's AUROC in each layer, by contrast; 0.5 is chance."""
-        return {c: [float(v[fires].max()) for v, fires in self.specificities(c, "auroc")] for c in CONTRASTS}
+        """The best feature's AUROC in each layer, by contrast; 0.5 is chance, NaN a layer that is refused."""
+        found = {c: self.specificities(c, "auroc") for c in CONTRASTS}
+        return {c: [float(one[0][one[1]].max()) if one else nan for one in layers] for c, layers in found.items()}
 
     def table(self) -> pd.DataFrame:
         """Step 02's table."""
-        return sae_features.measure(self.self_tests(), {contrast: self.specificities(contrast) for contrast in CONTRASTS})
+        heard = {contrast: self.specificities(contrast) for contrast in CONTRASTS}
+        return sae_features.measure(self.self_tests(), heard, self.refused)
 
     def top_tokens(self, layer: int, feature: int, count: int = 12) -> pd.DataFrame:
         """The surface forms on which a feature is most active, with mean activation and occurrences."""

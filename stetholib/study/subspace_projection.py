@@ -30,6 +30,18 @@ class SubspaceProjection(Step):
         """d_model."""
         return self._world.width
 
+    @property
+    def layers(self) -> list[int]:
+        """The layers that are filtered: those whose SAE is believed."""
+        return self._features.believed
+
+    @cached_property
+    def _tau(self) -> Input[TaskVector]:
+        """The raw vector in those layers."""
+        if len(self.layers) == self._world.layers:
+            return self._vectors.tau
+        return self._store.derived(subspace_projection.filtered, self._vectors.tau, self.layers)
+
     @cached_property
     def ranks(self) -> Ranks:
         """The default rank and the grid."""
@@ -48,7 +60,8 @@ class SubspaceProjection(Step):
         """Of the most specific features (contrast `corpus`), activations and gradients, by layer."""
         features, rule = self._features, self._features.rule()
         inputs = (features.heard, features.dictionaries, self._gradients, features.listening.corpus_of)
-        return self._store.derived(subspace_projection.directions, *inputs, rule.kind, rule.minimum_firing, max(self.ranks.grid))
+        sizes = (rule.kind, rule.minimum_firing, max(self.ranks.grid), self.layers)
+        return self._store.derived(subspace_projection.directions, *inputs, *sizes)
 
     @property
     def sites(self) -> dict[int, Directions]:
@@ -60,27 +73,26 @@ class SubspaceProjection(Step):
         """Step 03's table."""
         draws, seed = self._profile.projection.random_draws, self._world.seed("random subspaces")
         gains = self._store.derived(gains_of, self._world.model)
-        inputs = (self._vectors.tau, self._directions, gains, self.ranks, draws, seed)
+        inputs = (self._tau, self._directions, gains, self.ranks, draws, seed)
         return self._store.made(subspace_projection.measure, *inputs).value
 
     def mechanism(self) -> pd.DataFrame:
         """Overlap of each side's best subspace with the directions at the places it touches, at the default rank."""
-        inputs = (self._vectors.tau, self._directions, self.ranks.default)
+        inputs = (self._tau, self._directions, self.ranks.default)
         return self._store.made(subspace_projection.mechanism, *inputs).value
 
     def vector_of(self, name: str) -> Input[TaskVector]:
         """raw; projected (the scalpel); projected_rescaled (to the full energy); raw_shrunk (to the scalpel's): for stages."""
-        tau = self._vectors.tau
         if name == "raw":
-            return tau
-        return self._store.derived(subspace_projection.vector_of, name, tau, self._directions, self.ranks.default)
+            return self._vectors.tau
+        return self._store.derived(subspace_projection.vector_of, name, self._tau, self._directions, self.ranks.default)
 
     def rounding_of_edits(self) -> pd.DataFrame:
         """What a model in bfloat16 can carry of each edit: columns vector, unmoved, energy_kept, cosine."""
-        inputs = (self._world.weights, self._vectors.tau, self._directions, self.ranks.default)
+        inputs = (self._world.weights, self._tau, self._directions, self.ranks.default)
         return self._store.made(subspace_projection.rounding_of_edits, *inputs).value
 
     def energy_or_direction(self) -> pd.DataFrame:
         """Validation loss of the scalpel and its controls: did it lose energy, or direction?"""
-        inputs = (self._world.model, self._losses.pool, self._vectors.tau, self._directions, self.ranks.default)
+        inputs = (self._world.model, self._losses.pool, self._tau, self._directions, self.ranks.default)
         return self._store.made(subspace_projection.energy_or_direction, *inputs, self._world.seed("energy or direction")).value
