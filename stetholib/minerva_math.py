@@ -135,7 +135,7 @@ def variants(
 
 def running_cost(model: LanguageModel) -> dict[str, int]:
     """Parameters of a model and FLOPs of one forward pass over 32 tokens."""
-    ids = torch.full((1, 32), model.tokenizer.bos_token_id, device=model.device)
+    ids = torch.zeros(1, 32, dtype=torch.long, device=model.device)  # any token costs the same
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model.model(input_ids=ids, use_cache=False)
     return dict(parameters=sum(p.numel() for p in model.model.parameters()), flops=counter.get_total_flops())

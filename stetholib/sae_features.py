@@ -137,7 +137,10 @@ def hear(
     corpus_of = torch.tensor(listening.corpus_of)
     corpora = int(corpus_of.max()) + 1
     pairs = [(ids, 1) for ids, _ in tokenize(base, [("", text) for text in listening.texts], listening.max_tokens)]
-    content, is_maths = [torch.tensor(ids[1:]) for ids, _ in pairs], (corpus_of < corpora - 1).tolist()
+    content = [torch.tensor(ids[1:], dtype=torch.long) for ids, _ in pairs]
+    if set(range(corpora)) - {at for at, ids in zip(listening.corpus_of, content, strict=True) if len(ids)}:
+        raise UserError("texts: all of one kind have one token each, and the first one is never heard; give longer ones")
+    is_maths = (corpus_of < corpora - 1).tolist()
     matched = matched_weights(content, is_maths, listening.matched_minimum)
     tests, instruments, sums = _tested(base, listening, pairs, dictionaries, group)
     moment = {layer: Covariance(instruments["sae", layer].W_dec.shape[1]) for layer in group}

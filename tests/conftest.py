@@ -110,6 +110,18 @@ def toy(tokens):
     return LanguageModel(model.eval().requires_grad_(False), tokens)
 
 
+@pytest.fixture(scope="session", params=["<bos>", None], ids=["BOS that is not added", "no BOS"])
+def bare(request, tmp_path_factory):
+    """A Llama whose tokenizer opens no text with BOS, as SmolLM2's, or has none, as Qwen's; to be read only."""
+    import toys
+
+    from stetholib.models import loading
+
+    folder = tmp_path_factory.mktemp("bare")
+    toys.checkpoints(folder), toys.opening(folder / "base", bos=request.param)
+    return loading.load(folder / "base")
+
+
 @pytest.fixture(scope="session")
 def mini():
     """The shipped base model."""

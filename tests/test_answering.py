@@ -100,6 +100,18 @@ def test_one_prompt_alone_and_equal_prompts_are_answered(mini):
     assert {answer.completion for answer in three} == {one[0].completion}
 
 
-def test_a_prompt_with_two_bos_is_refused(tokens):
-    with pytest.raises(UserError, match="exactly once, found 2"):
-        answering._assert_one_bos([[2, 5], [2, 2, 5]], tokens)
+def test_a_tokenizer_that_adds_no_bos_asks_without_one_whatever_the_prompts_share(bare):
+    apart = {"word": "What", "other": "Solve 1 + 2", "long": ZERO["00"]}
+    for asked in (ZERO, apart, {"alone": "What"}):
+        found = {answer.problem_id: answer for answer in answering.answer_some(bare, asked, Limits(12, 3))}
+        for name, text in asked.items():
+            new = alone(bare, text, 12)
+            assert found[name] == answering._answer(name, len(bare.tokenizer(text).input_ids), new, bare)
+    assert len(bare.tokenizer("What").input_ids) == 1
+
+
+@pytest.mark.parametrize("text", ["<bos>What", "What<bos>", "\n<bos>What"])
+def test_a_prompt_with_two_bos_is_refused(mini, text):
+    for ask in (lambda asked: answering.planned(mini, asked, 4), lambda asked: answering.answer_some(mini, asked, Limits(4, 2))):
+        with pytest.raises(UserError, match="<bos> exactly once, found 2"):
+            ask({"a": ZERO["00"], "b": text})

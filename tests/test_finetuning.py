@@ -6,6 +6,7 @@ import torch
 
 from stetholib.adapters import finetuning
 from stetholib.data.mini import problems
+from stetholib.data.prompts import prompt, target
 from stetholib.editing import TaskVector, rounded, survival, survival_shares
 from stetholib.models import loading, weights
 from stetholib.profiles import load
@@ -20,6 +21,12 @@ def test_loss_counts_on_the_solution_and_eos_only(toy):
     assert row["input_ids"][held:] == row["labels"][held:] and row["labels"][-1] == toy.tokenizer.eos_token_id
     assert toy.tokenizer.decode(row["input_ids"][1:held]).endswith("\n\nSolution:")
     assert toy.tokenizer.decode(row["labels"][held:-1]).endswith("I hope it is correct.")
+
+
+def test_without_a_bos_a_fine_tune_sees_the_opening_that_is_asked(bare):
+    row, asked = finetuning.Examples(bare, ROWS[:1], "minerva", 256)[0], prompt(ROWS[0]["problem"])
+    assert bare.tokenizer.decode(row["input_ids"][:-1]) == asked + target(ROWS[0]["solution"])
+    assert row["input_ids"][: (held := row["labels"].count(-100))] == bare.tokenizer(asked).input_ids[:held] and held > 5
 
 
 def test_batches_are_padded_on_the_right_and_the_pad_is_masked(toy):

@@ -72,6 +72,18 @@ def test_the_table_has_a_row_a_layer_and_contrast_with_its_null(table):
     assert chosen == corpus["score"].max() and (corpus["fvu"] < 1).all()
 
 
+def test_without_a_bos_the_first_word_is_not_heard_and_scores_are_still_those_of_plain_transformers(tmp_path):
+    toys.checkpoints(tmp_path), toys.opening(tmp_path / "base", bos=None), toys.saes(tmp_path)
+    base, sae = loading.load(tmp_path / "base"), saes.load(tmp_path / "saes" / "block_1")
+    found = listen(base.model, base.tokenizer, {1: sae}, MATHS, GENERAL, **SMALL).set_index("contrast")
+    assert found.loc["corpus", "score"] == pytest.approx(by_hand(base.model, base.tokenizer, sae, 1), rel=1e-3)
+    with_a_word = listen(base.model, base.tokenizer, {1: sae}, [*MATHS, "A"], GENERAL, **SMALL).set_index("contrast")
+    for contrast in ("corpus", "matched"):
+        assert with_a_word.loc[contrast, "score"] == pytest.approx(found.loc[contrast, "score"], rel=1e-5)
+    with pytest.raises(UserError, match="have one token each.*give longer ones"):
+        listen(base.model, base.tokenizer, {1: sae}, MATHS, ["A", "B"], **SMALL)
+
+
 def test_texts_of_one_kind_on_both_sides_are_not_told_apart(mine):
     found = listen(*mine[1:], GENERAL[::2], GENERAL[1::2], **SMALL)
     assert found["p_max"].min() > 0.01

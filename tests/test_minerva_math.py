@@ -2,6 +2,9 @@ import inspect
 
 import pandas as pd
 import pytest
+import torch
+import toys
+from torch.utils.flop_counter import FlopCounterMode
 from toys import TASK
 
 from stetholib import minerva_math as mm
@@ -10,7 +13,7 @@ from stetholib.commands import fabricate
 from stetholib.data import prompts
 from stetholib.data.mini import problems
 from stetholib.errors import UserError
-from stetholib.models import answering
+from stetholib.models import answering, loading
 
 
 def ask(model, prompts, max_new_tokens, batch_size, keep):
@@ -179,6 +182,28 @@ def test_the_chat_template_wraps_each_prompt_and_its_examples_and_leaves_bos_to_
         assert text.count("<start_of_turn>") == 10 and text.count("<bos>") == 0
         assert plain[name].rsplit("Problem:", 1)[1].strip() in text
         assert tokenizer(text).input_ids.count(tokenizer.bos_token_id) == 1
+
+
+@pytest.mark.parametrize("bos", ["<bos>", "<start_of_turn>", None])
+def test_the_chat_template_is_left_as_it_is_where_the_tokenizer_adds_no_bos(tmp_path, bos):
+    fabricate.tokenizer(tmp_path / "tokenizer", 1000)
+    toys.opening(tmp_path / "tokenizer", bos=bos)
+    tokenizer = loading.read_tokenizer(tmp_path / "tokenizer")
+    if bos == "<start_of_turn>":  # as in SmolLM2, whose BOS is the mark of a turn
+        tokenizer.chat_template = tokenizer.chat_template.removeprefix("{{ bos_token }}")
+    turns = [dict(role="user", content="What?")]
+    text = harness._chat(tokenizer, turns)
+    assert text == tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    assert text.count("<start_of_turn>") == 2 and text.startswith(bos or "<start_of_turn>")
+    (ids,) = loading.token_ids(tokenizer, [text], whole=True)
+    assert ids == tokenizer.apply_chat_template(turns, add_generation_prompt=True).input_ids
+
+
+def test_a_pass_costs_the_same_whether_there_is_a_bos_or_not(bare):
+    ids = torch.full((1, 32), 2)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        bare.model(input_ids=ids, use_cache=False)
+    assert mm.running_cost(bare)["flops"] == counter.get_total_flops() > 0
 
 
 def test_a_task_of_ones_own_is_asked_and_scored_by_the_harness(tmp_path):

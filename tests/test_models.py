@@ -118,17 +118,61 @@ def test_the_two_losses_are_the_whole_one_token_by_token(toy):
     assert losses.mean("closing", first) == pytest.approx(losses.closing[0] / losses.tokens[0])
 
 
-def test_a_tokenizer_without_bos_or_with_two_is_refused(toy):
-    from copy import deepcopy
+TEXTS = [("", "There are 12 boxes."), ("Problem:\nSolve", " the box."), ("", "The train was late, and Ada asked.")]
 
+
+def test_texts_of_a_tokenizer_that_adds_no_bos_have_none_and_their_losses_are_those_of_transformers(bare):
+    pairs = streams.tokenize(bare, TEXTS, 64)
+    assert [ids for ids, _ in pairs] == [bare.tokenizer(a + b, add_special_tokens=False).input_ids for a, b in TEXTS]
+    losses = streams.document_losses(bare.model, streams.batches(pairs, 1000, "cpu"))
+    assert not loading.opens_with_bos(bare.tokenizer)
+    for at, (ids, held) in enumerate(pairs):
+        labels = torch.tensor([[-100] * held + ids[held:]])  # the first one has nothing before it: transformers shifts it away
+        reference = float(bare.model(input_ids=torch.tensor([ids]), labels=labels).loss)
+        assert losses.nats("total")[at] / losses.tokens[at] == pytest.approx(reference, rel=1e-5)
+        assert losses.tokens[at] == len(ids) - max(held, 1)
+
+
+def opened_by(toy, template):
+    """The toy with a tokenizer whose post-processor does this."""
     from tokenizers import processors
 
-    for template, said in (("$A", "adds no BOS token; models .* not supported yet"), ("<bos> <bos> $A", "exactly once")):
-        tokens = deepcopy(toy.tokenizer)
-        special = [("<bos>", 2)] if "bos" in template else []
-        tokens._tokenizer.post_processor = processors.TemplateProcessing(single=template, special_tokens=special)
-        with pytest.raises(ModelError, match=said):
-            streams.tokenize(loading.LanguageModel(toy.model, tokens), [("", "box")], 8)
+    tokens = copy.deepcopy(toy.tokenizer)
+    tokens._tokenizer.post_processor = processors.TemplateProcessing(single=template, special_tokens=[("<bos>", 2)])
+    return loading.LanguageModel(toy.model, tokens)
+
+
+class Half:
+    """A tokenizer that opens only short texts, or only long ones, with BOS."""
+
+    bos_token, bos_token_id = "<bos>", 2
+
+    def __init__(self, tokens, long):
+        self._tokens, self._long = tokens, long
+
+    def __call__(self, text):
+        return self._tokens(text, add_special_tokens=(len(text) > 3) == self._long)
+
+
+def test_a_bos_that_is_doubled_or_there_for_some_texts_only_is_refused(toy):
+    once, none = opened_by(toy, "<bos> $A"), opened_by(toy, "$A")
+    halves = [loading.LanguageModel(toy.model, Half(toy.tokenizer, long)) for long in (True, False)]
+    long, short, own = ("", "There are boxes."), ("", "box"), ("<bos>", "box")
+    for model, texts, said in (
+        (opened_by(toy, "<bos> <bos> $A"), [short], "<bos> exactly once, found 2 in 'box'"),
+        (once, [short, own], "<bos> exactly once, found 2 in '<bos>box'"),
+        (none, [("<bos><bos>", "box")], "<bos> exactly once, found 2"),
+        (none, [short, own], "<bos> never, found 1 in '<bos>box'"),
+        (none, [own, short], "<bos> never, found 1 in '<bos>box'"),
+        (halves[0], [short, long], "<bos> never, found 1 in 'There"),
+        (halves[1], [short, long], "<bos> exactly once, found 0 in 'There"),
+    ):
+        with pytest.raises(ModelError, match=said) as refused:
+            streams.tokenize(model, texts, 8)
+        assert "\n" not in str(refused.value)
+    inner = [("", "box<bos>box")]  # in the midst of a text it opens nothing
+    assert [streams.tokenize(model, inner, 8)[0][0].count(2) for model in (once, none)] == [2, 1]
+    assert [ids[:2].count(2) for ids, _ in streams.tokenize(none, [own, own], 8)] == [1, 1]  # as a chat template's
 
 
 def test_gains_are_one_plus_w_for_gemma_and_w_for_llama(toy):

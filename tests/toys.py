@@ -1,5 +1,6 @@
 """A model of one's own, small and Llama-shaped: two checkpoints, SAEs, texts and a task, and the README's profile of them."""
 
+import json
 import re
 from dataclasses import replace
 
@@ -43,6 +44,24 @@ def checkpoints(folder):
         with torch.no_grad():
             for weight in weights.edit_weights(model).values():
                 weight.add_(0.02 * torch.randn_like(weight))
+
+
+def opening(folder, *marks, bos="<bos>"):
+    """Make a saved tokenizer open every text with these marks, and call `bos` its BOS, which many have and never add."""
+    for name, change in (
+        (
+            "tokenizer.json",
+            lambda said: said["post_processor"].update(single=[*map(_mark, marks), {"Sequence": {"id": "A", "type_id": 0}}]),
+        ),
+        ("tokenizer_config.json", lambda said: said.update(bos_token=bos)),
+    ):
+        said = json.loads((folder / name).read_text())
+        change(said)
+        (folder / name).write_text(json.dumps(said))
+
+
+def _mark(name):
+    return {"SpecialToken": {"id": name, "type_id": 0}}
 
 
 def texts(folder):

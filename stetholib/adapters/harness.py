@@ -20,7 +20,7 @@ from stetholib.data.prompts import INVALID, STOP, problem_id
 from stetholib.errors import UserError
 from stetholib.minerva_math import records as scored
 from stetholib.models.answering import Answer
-from stetholib.models.loading import LanguageModel
+from stetholib.models.loading import LanguageModel, opens_with_bos
 
 SUBTASKS = {
     "algebra": "minerva_math_algebra",
@@ -189,7 +189,7 @@ def _id_of(request: Any) -> str:
 
 def prompts_of(loaded: Mapping[str, Any], chat: Any = None) -> dict[str, str]:
     """Every prompt exactly as the harness builds it, few-shot examples included, by problem id.
-    chat: a tokenizer whose chat template wraps the prompts, examples as turns; its BOS is left to the tokenizer."""
+    chat: a tokenizer whose chat template wraps the prompts, examples as turns; a BOS that the tokenizer adds is left to it."""
     found: dict[str, str] = {}
     asked: dict[str, Any] = {}
     if chat is not None:
@@ -202,7 +202,8 @@ def prompts_of(loaded: Mapping[str, Any], chat: Any = None) -> dict[str, str]:
 
 def _chat(tokenizer: Any, turns: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
     asked = dict(add_generation_prompt=add_generation_prompt, continue_final_message=not add_generation_prompt)
-    return tokenizer.apply_chat_template(turns, tokenize=False, **asked).removeprefix(tokenizer.bos_token)
+    text = tokenizer.apply_chat_template(turns, tokenize=False, **asked)
+    return text.removeprefix(tokenizer.bos_token) if opens_with_bos(tokenizer) else text
 
 
 def score(

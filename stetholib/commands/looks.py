@@ -12,7 +12,7 @@ from stetholib.data import corpora
 from stetholib.data.source import Source
 from stetholib.errors import UserError
 from stetholib.models.answering import planned
-from stetholib.models.loading import LanguageModel, check_room, read_tokenizer
+from stetholib.models.loading import LanguageModel, check_room, opens_with_bos, read_tokenizer
 from stetholib.models.streams import tokenize
 from stetholib.profiles import Profile
 
@@ -62,7 +62,8 @@ def _tokenizer(profile: Profile) -> str:
     model, longest = _without_weights(profile), profile.data.max_tokens
     tokenize(model, [("", "a")], longest)
     check_room(model, longest)
-    return f"{len(model.tokenizer)} tokens, the context is {model.context}"
+    opened = "with one" if opens_with_bos(model.tokenizer) else "without"
+    return f"{len(model.tokenizer)} tokens, texts open {opened} BOS, the context is {model.context}"
 
 
 def _without_weights(profile: Profile) -> LanguageModel:

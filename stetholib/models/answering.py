@@ -21,7 +21,7 @@ import torch
 
 from stetholib.data.prompts import STOP
 from stetholib.errors import UserError
-from stetholib.models.loading import LanguageModel
+from stetholib.models.loading import LanguageModel, token_ids
 
 CHUNK = 512  # problems: many more than slots, few enough that a kill loses little
 Cache = Any  # transformers' DynamicCache
@@ -57,7 +57,7 @@ def plan(tokenizer: Any, prompts: Mapping[str, str], size: int = CHUNK) -> list[
 
 def planned(model: LanguageModel, prompts: Mapping[str, str], max_new_tokens: int) -> list[list[str]]:
     """The chunks of `plan`; raises UserError where the model's context has no room for a prompt and its answer."""
-    longest = max(len(model.tokenizer(text).input_ids) for text in prompts.values())
+    longest = max(map(len, token_ids(model.tokenizer, prompts.values(), whole=True)))
     if model.context is not None and longest + max_new_tokens > model.context:
         raise UserError(
             f"evaluation: a prompt of {longest} tokens and {max_new_tokens} new ones exceed the model's context of {model.context}; "
@@ -76,8 +76,7 @@ def answer_all(
     """Answer these chunks greedily and hand each to `keep` as soon as it is done; prompts: by problem id."""
     ends = Ends(model, limits)
     for names in chunks:
-        ids = {name: model.tokenizer(prompts[name]).input_ids for name in names}
-        _assert_one_bos(ids.values(), model.tokenizer)
+        ids = dict(zip(names, token_ids(model.tokenizer, [prompts[name] for name in names], whole=True), strict=True))
         new = _answered(model, ids, limits, ends)
         keep([_answer(name, len(ids[name]), new[name], model, limits.stops) for name in names])
 
@@ -219,12 +218,6 @@ def last_signs(tokenizer: Any, stops: Sequence[str]) -> set[int]:
 def _first_stop(text: str, stops: Sequence[str]) -> int | None:
     """Where the first of the stop strings begins; None without one."""
     return min((found for stop in stops if (found := text.find(stop)) >= 0), default=None)
-
-
-def _assert_one_bos(prompts: Iterable[list[int]], tokenizer: Any) -> None:
-    """Every prompt opens with BOS exactly once; a doubled one quietly costs accuracy."""
-    if odd := [count for ids in prompts if (count := ids.count(tokenizer.bos_token_id)) != 1]:
-        raise UserError(f"minerva_math: each prompt must hold {tokenizer.bos_token} exactly once, found {max(odd)}")
 
 
 def _answer(name: str, prompt_tokens: int, tokens: list[int], model: LanguageModel, stops: Sequence[str] = (STOP,)) -> Answer:

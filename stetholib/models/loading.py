@@ -1,6 +1,6 @@
 """A causal language model with its tokenizer, loaded from a folder: weights from safetensors only, whole and finite."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,6 +77,30 @@ def read_tokenizer(folder: Path) -> Any:
     if tokenizer.pad_token is None:  # padding is masked, so any token will do
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def opens_with_bos(tokenizer: Any) -> bool:
+    """Whether a tokenizer's own post-processor opens texts with BOS; many name a BOS and add none."""
+    return tokenizer.bos_token_id is not None and tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
+
+
+def token_ids(tokenizer: Any, texts: Collection[str], whole: bool = False) -> list[list[int]]:
+    """Token ids of each text, opened as the tokenizer itself opens texts: with BOS once, or without where it adds none, unless all
+    of the texts bring their own, as a chat template's do. whole: hold all of a text to one BOS, not its opening alone, where
+    the tokenizer adds it. Raises ModelError for a BOS too many, or missing, which would quietly cost accuracy."""
+    found, bos = [tokenizer(text).input_ids for text in texts], tokenizer.bos_token_id
+    if bos is None:
+        return found
+    adds = opens_with_bos(tokenizer)
+    wanted = int(adds or all(text.startswith(tokenizer.bos_token) for text in texts))
+    for text, ids in zip(texts, found, strict=True):
+        held = ids[: None if whole and adds else 2].count(bos) if ids[:1] == [bos] else 0
+        if held != wanted:
+            raise ModelError(
+                f"tokenizer: a text must open with {tokenizer.bos_token} {'exactly once' if wanted else 'never'}, found {held} in "
+                f"{text[:40]!r}; take it out of the text, or mend the tokenizer's post-processor"
+            )
+    return found
 
 
 def check_room(model: LanguageModel, max_tokens: int) -> None:

@@ -11,8 +11,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from stetholib.models.loading import LanguageModel, check_finite
-from stetholib.models.weights import ModelError, decoder_blocks
+from stetholib.models.loading import LanguageModel, check_finite, token_ids
+from stetholib.models.weights import decoder_blocks
 
 Texts = Sequence[tuple[str, str]]  # (context, scored text)
 Tokenized = Sequence[tuple[list[int], int]]  # (token ids of both, how many of them are context)
@@ -71,18 +71,11 @@ def residual_stream(model: nn.Module) -> Iterator[dict[int, Float[Tensor, "doc s
 
 
 def tokenize(model: LanguageModel, texts: Texts, max_tokens: int) -> list[tuple[list[int], int]]:
-    """Token ids of each (context, scored text) pair and how many of them are context, BOS exactly once. Raises where the
-    tokenizer adds no BOS, or a second one. Texts are cut at `max_tokens`."""
-    tokenizer = model.tokenizer
-    pairs = []
-    for context, text in texts:
-        ids = tokenizer(context + text).input_ids
-        if tokenizer.bos_token_id is None or ids[:1] != [tokenizer.bos_token_id]:
-            raise ModelError("tokenizer: it adds no BOS token; models that are used without one are not supported yet")
-        if ids[:2].count(tokenizer.bos_token_id) != 1:
-            raise ModelError(f"tokenizer: a text must open with {tokenizer.bos_token} exactly once, got ids {ids[:3]}")
-        pairs.append((ids[:max_tokens], min(_shared(model, context, ids), max_tokens)))
-    return pairs
+    """Token ids of each (context, scored text) pair and how many of them are context; texts are cut at `max_tokens`. The first
+    token is never heard or scored, BOS or not: nothing comes before it that could predict it, and attention drains into it."""
+    found = token_ids(model.tokenizer, [context + text for context, text in texts])
+    shared = (_shared(model, context, ids) for (context, _), ids in zip(texts, found, strict=True))
+    return [(ids[:max_tokens], min(held, max_tokens)) for ids, held in zip(found, shared, strict=True)]
 
 
 def _shared(model: LanguageModel, opening: str, ids: Sequence[int]) -> int:
@@ -162,7 +155,7 @@ def residual_batches(
 
 
 def up_to(pairs: Iterable[tuple[list[int], int]], wanted: int) -> tuple[list[tuple[list[int], int]], int]:
-    """Texts in their order until they hold so many content tokens, BOS aside, and how many they hold."""
+    """Texts in their order until they hold so many content tokens, the first of each aside, and how many they hold."""
     total, kept = 0, []
     for pair in pairs:
         if total >= wanted:

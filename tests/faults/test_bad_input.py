@@ -171,7 +171,7 @@ CASES = {
     "a variant that does not exist": (key("evaluation.variants", ["base", "ful"]), "05", "unknown variant 'ful'"),
     "a task file that is not there": (key("evaluation.task", "mine/tusk.yaml"), "05", "there is no file"),
     "a task without exact_match": (files(lambda m: (m / "task.yaml").write_text(toys.TASK.replace("metric: exact_match", "metric: acc"))), "05", "the metric exact_match"),
-    "a tokenizer without BOS": (files(lambda m: (m / "base" / "tokenizer.json").write_text((m / "base" / "tokenizer.json").read_text().replace('"SpecialToken"', '"Sequence"').replace('"id": "<bos>"', '"id": "A"'))), "02", "adds no BOS token|tokenizer cannot be read"),
+    "a tokenizer that adds BOS twice": (files(lambda m: toys.opening(m / "base", "<bos>", "<bos>")), "02", "<bos> exactly once, found 2"),
 }  # fmt: skip
 STEPS = {
     "01": [lambda study: study.world.base, lambda study: study.task_vectors.table()],

@@ -51,6 +51,7 @@ CASES = {
     "too few texts for step 05": (key("evaluation", "general_documents", 9999), "documents", "9999 are wanted; lower evaluation.general_documents"),
     "too few problems to hear": (key("data", "feature_problems", 9999), "problems", "one has 4; lower data.feature_problems"),
     "texts longer than the context": (key("data", "max_tokens", 99999), "tokenizer", "context is 2048; lower data.max_tokens"),
+    "a tokenizer that adds BOS twice": (lambda values: toys.opening(Path("mine/base"), "<bos>", "<bos>"), "tokenizer", "<bos> exactly once, found 2"),
     "answers longer than the context": (key("evaluation", "max_new_tokens", 99999), "prompts", "exceed the model's context of 2048"),
     "a folder that is not there": (key("model", "base", "./nothere"), "model", "no such folder here"),
     "a home": (key("model", "base", "~/nothere"), "model", "no such folder here"),
@@ -80,6 +81,14 @@ def looked(folder, change):
 def test_sound_files_pass_every_look(sound, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert looked(sound, lambda values: None) == {}
+
+
+@pytest.mark.parametrize("bos", ["<bos>", None])
+def test_a_tokenizer_that_adds_no_bos_is_taken_and_the_look_says_so(sound, tmp_path, monkeypatch, bos):
+    monkeypatch.chdir(tmp_path)
+    assert looked(sound, lambda values: toys.opening(Path("mine/base"), bos=bos)) == {}
+    (found,) = [check for check in doctor.examine(profiles.load("mine.yaml"), "cpu") if check.name == "tokenizer"]
+    assert "texts open without BOS" in found.line
 
 
 @pytest.mark.parametrize("name", CASES)
