@@ -263,7 +263,7 @@ def summary(table: pd.DataFrame, kind: str = "cohen_d") -> str:
     best, (chance, faint) = best_features(table), FAINT[kind]
     fvu = f"mean FVU {once['fvu'].mean():.2f} against {once['fvu_random'].mean():.2f}"
     trust = f"Every SAE reconstructs better than a random dictionary of the same L0: **True** ({fvu})."
-    if len(odd := once[once["refused"] != ""]):
+    if len(odd := once[once["refused"].fillna("") != ""]):
         reasons = "; ".join(f"layer {row.layer}: {row.refused}" for row in odd.itertuples())
         trust = f"**{len(odd)} of {len(once)} SAEs cannot be believed**, and their layers are left out ({fvu}): {reasons}."
     left = (tops["matched"] - chance) / (tops["corpus"] - chance) if tops["corpus"] > chance else float("nan")

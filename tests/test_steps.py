@@ -169,8 +169,9 @@ def test_02_sums_scores_and_other_definitions(study):
             found = step.specificities(contrast, kind)
             assert len(found) == len(LAYERS) and all(v.shape == fires.shape == (48,) for v, fires in found)
     assert all(0 <= value <= 1 for values in step.best_auroc().values() for value in values)
-    assert step.dictionary(1).W_dec.shape == (48, 32) and step.rule("auroc").kind == "auroc"
-    assert torch.equal(step.dictionary(1).W_dec, step.dictionary(1).W_dec)
+    with step.dictionaries.opened() as every:
+        assert every[1].W_dec.shape == (48, 32) and torch.equal(every[1].W_dec, every[1].W_dec)
+    assert step.rule("auroc").kind == "auroc" and step.believed == [*LAYERS]
     assert len(step.top_tokens(0, 1, 3)) <= 3
 
 

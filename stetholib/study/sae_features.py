@@ -122,7 +122,7 @@ class SaeFeatures(Step):
         return found
 
     @cached_property
-    def refused(self) -> dict[int, str]:
+    def _refused(self) -> dict[int, str]:
         """Why a layer's SAE is not believed, by layer. Raises UserError where fewer than two thirds of the layers can be."""
         spec, layers = self._spec, self._world.layers
         declared = Declared.trained(layers, spec.k) if spec.release == "train" else saes.declared(spec, layers)
@@ -133,7 +133,7 @@ class SaeFeatures(Step):
     @property
     def believed(self) -> list[int]:
         """The layers that can be selected, and that the scalpel filters."""
-        return [layer for layer in range(self._world.layers) if layer not in self.refused]
+        return [layer for layer in range(self._world.layers) if layer not in self._refused]
 
     def rule(self, kind: str | None = None) -> ScoreRule:
         """How features become a layer's score."""
@@ -144,7 +144,7 @@ class SaeFeatures(Step):
     def sums(self, contrast: str) -> Input[Iterator[DocumentSums | None]]:
         """Document sums under one contrast as an input of stages: layer by layer, each read when its turn comes; None where a
         layer is refused."""
-        refused = self.refused
+        refused = self._refused
 
         def fetch() -> Iterator[DocumentSums | None]:
             with self.heard.opened() as found:
@@ -171,7 +171,7 @@ class SaeFeatures(Step):
     def table(self) -> pd.DataFrame:
         """Step 02's table."""
         heard = {contrast: self.specificities(contrast) for contrast in CONTRASTS}
-        return sae_features.measure(self.self_tests(), heard, self.refused)
+        return sae_features.measure(self.self_tests(), heard, self._refused)
 
     def top_tokens(self, layer: int, feature: int, count: int = 12) -> pd.DataFrame:
         """The surface forms on which a feature is most active, with mean activation and occurrences."""
