@@ -53,6 +53,7 @@ class Evidence:
     rank: int
     published_rung: bool
     level: float = 0.05
+    lora: str = ""  # the LoRA behind the vector, in words, where one was made here: its readers' half may say nothing of SAEs
 
     def rows(self, variant: str, metric: str, base: str = "base") -> pd.DataFrame:
         """The significance rows of a variant by one metric, by subject; `all` among them."""
@@ -126,11 +127,16 @@ def _lifted_subjects(e: Evidence) -> str:
     return f"subjects that full lifts by as much as is detected, of which five in seven are needed: {told[0]}, {told[1]}"
 
 
+def _of(e: Evidence) -> str:
+    """Which kind of vector was judged, where it is a LoRA."""
+    return f"; of a {e.lora}" if e.lora else ""
+
+
 def _discarded(e: Evidence, contrast: str) -> Finding:
     split = e.split()
     lost, random = 1 - split.retained, 1 - split.chance
     z = f" (z = {(random - lost) / split.chance_sd:+.1f})" if split.chance_sd > 0 else ""
-    above = f"keeps {split.retained / split.chance:.1f} times what a random subspace keeps{z}"
+    above = f"keeps {split.retained / split.chance:.1f} times what a random subspace keeps{z}{_of(e)}"
     measured, testable = f"{percent(lost)} discarded at rank {e.rank}; {above}", f"a random subspace discards {percent(random)}"
     if random > 0.9:
         return Finding(measured, f"{testable} at that rank, so that hardly any could fail", BUILT, BUILT)
@@ -159,7 +165,7 @@ def _misaligned(e: Evidence, contrast: str) -> Finding:
     rivals = control.loc[["scalpel", "scalpel_rescaled"], ends]
     told = [f"{change:+.2g} ({low:+.2g} to {high:+.2g})" for change, low, high in rivals.itertuples(index=False)]
     above = f"above the raw vector's loss by {told[0]} nats a token at equal energy, {told[1]} rescaled to the whole"
-    measured = f"misalignment index {whole.index:.2f} ({sides}); {above}"
+    measured = f"misalignment index {whole.index:.2f} ({sides}); {above}{_of(e)}"
     lowers = float(control["high"]["full"]) < 0
     better, worse = (rivals["high_against_rival"] < 0).any(), (rivals["low_against_rival"] > 0).all()
     strict = None if not lowers else False if better else True if worse else None

@@ -8,6 +8,7 @@ pointing elsewhere: 1 - rho = (1 - ceiling) + (ceiling - rho).
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 import pandas as pd
@@ -22,6 +23,7 @@ from stetholib.models.loading import LanguageModel
 from stetholib.models.streams import Batch, Watch, unwatched
 from stetholib.models.subspaces import Basis, LossSplit, Ranks, energy_by_rank, orthonormal, principal, project, through_gain
 from stetholib.models.weights import READERS, SIDE, WRITERS, Key, Weights
+from stetholib.profiles import FineTune
 from stetholib.sae_features import Heard, most_specific, specificities
 from stetholib.statistics import bootstrap_ratio
 
@@ -120,6 +122,47 @@ def mechanism(vector: TaskVector, sites: Sites, rank: int) -> pd.DataFrame:
                 angle = float(cosines[0].acos().rad2deg())
                 rows.append(dict(layer=layer, side=side, basis=name, overlap=float(cosines.square().mean()), angle=angle))
     return pd.DataFrame(rows).assign(chance=rank / next(iter(sites.values())).by_name["activation_pca"].shape[0])
+
+
+def lora_start(vector: TaskVector, start: Weights, sites: Sites, rank: int, random_draws: int, seed: int) -> pd.DataFrame:
+    """Do a LoRA's readers read from where its A began? One row a layer and reader; start: A as initialised, [lora_rank, d_in].
+
+    With delta W = B A and an A that starts at random and hardly moves, readers lie at chance in every basis, whatever SAEs do.
+    overlap: the share of tau's energy in the row space of that A, beside chance, lora_rank / d_in. For each basis of a site at
+    this rank, `<basis>_kept` is the share of tau's energy that it keeps and `<basis>_left` the share that it still keeps once
+    A's row space is taken out, beside basis_chance, rank / d_in, of the whole and of what is left. Rounding of tau lies anywhere.
+    """
+    rows, generator = [], torch.Generator().manual_seed(seed)
+    for (layer, matrix), delta in vector.restrict(vector.layers, READERS).deltas.items():
+        began, wide, width = torch.linalg.qr(start[layer, matrix].double().T)[0], delta.double(), delta.shape[1]
+        rest, overlap = wide - project(wide, began, "reader"), float(energy_by_rank(wide, began, "reader")[-1])
+        bases = {name: [basis[:, :rank]] for name, basis in sites[layer].by_name.items()}
+        bases["random"] = [subspaces.random_basis(width, rank, generator) for _ in range(random_draws)]
+        row: dict[str, Any] = dict(layer=layer, matrix=matrix, energy=float(wide.square().sum()))
+        row |= dict(lora_rank=began.shape[1], overlap=overlap, chance=began.shape[1] / width, basis_chance=rank / width)
+        for name, group in bases.items():
+            kept, left = (fmean(float(energy_by_rank(part, q, "reader")[-1]) for q in group) for part in (wide, rest))
+            row |= {f"{name}_kept": kept, f"{name}_left": left * (1 - overlap)}
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def lora_told(table: pd.DataFrame | None, made: FineTune) -> str:
+    """What `lora_start` says, as Markdown, or why there is no such table."""
+    if table is None and made.finetuned:
+        return (
+            "The vector lies between two checkpoints that were given: whether a LoRA is behind it, and began where, is not known."
+        )
+    if table is None:
+        return "The vector is of a full fine-tune, which has no A to start from, so that this cannot be the cause."
+    share, chance = subspaces.lora_share(table), table["chance"].mean()
+    where, said = "was drawn at random", "no basis is expected to keep more of that than chance, **whatever SAEs do**"
+    if made.lora_start not in ("kaiming", "gaussian"):
+        where = f"was put by {made.lora_start}"
+        said = "what a basis keeps of that, it shares with the start, **not with what was learnt**"
+    if share <= 0.5:
+        said = "most of it lies elsewhere, so that this cannot be the whole cause"
+    return f"The vector is a {made.lora}: **{share:.1%}** of its readers' energy lies where A {where} before training (chance {chance:.1%}); {said}."
 
 
 def directions(

@@ -37,7 +37,7 @@ def everything(profile: str) -> None:
         two.top_tokens(*at)
     two.best_auroc()
     study.keep("03_subspace_projection", three.table())
-    three.mechanism(), three.energy_or_direction(), three.rounding_of_edits()
+    three.mechanism(), three.lora_start(), three.energy_or_direction(), three.rounding_of_edits()
     planted(study.world), four.agreement(), four.relations(), study.losses.scales(four.shrunk)
     study.keep("04_layer_selection", four.table())
     study.keep("04_layer_sets", four.sets())

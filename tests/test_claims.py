@@ -206,6 +206,16 @@ def test_a_row_says_what_was_measured_and_why_it_can_be_tested():
     assert "+12.0 points (+8.0 to +16.0) against full_shrunk" in row("C6")["measured"]
 
 
+def test_the_scalpels_claims_say_where_a_lora_stands_behind_the_vector():
+    plain, lora = (
+        claims.ledger(replace(evidence(), lora=said)).set_index(["claim", "contrast"]) for said in ("", "LoRA of rank 4")
+    )
+    told = lora["measured"] != plain["measured"]
+    assert set(lora.index[told].get_level_values("claim")) == {"C1", "C3"}
+    assert (lora.loc[told, "measured"] == plain.loc[told, "measured"] + "; of a LoRA of rank 4").all()
+    assert (lora.drop(columns="measured") == plain.drop(columns="measured")).all(axis=None)
+
+
 def test_a_data_set_without_number_theory_leaves_its_claims_untold():
     others = [one for one in EVERY if one != "number_theory"]
     tables = dict(full=rows(IMPROVED, subjects=others), stethoscope=rows(IMPROVED, subjects=others))

@@ -30,6 +30,13 @@ def test_the_shipped_profiles_are_these_five_and_ask_what_they_always_asked():
     assert [name for name in DIGESTS if load(name).published_rung] == ["paper"]
 
 
+def test_where_a_lora_starts_came_later_and_only_another_start_is_another_experiment():
+    assert load("mini", {"finetune.lora_start": "eva"}).digest != DIGESTS["mini"]
+    made = load("gemma-3-1b").finetune
+    assert made.lora == "LoRA of rank 32" and dataclasses.replace(made, finetuned="mine").lora == load("mini").finetune.lora == ""
+    assert dataclasses.replace(made, lora_start="pissa").lora == "LoRA of rank 32, started by pissa"
+
+
 def changed(tmp_path, change):
     values = yaml.safe_load((profiles.FOLDER / "mini.yaml").read_text()) | {"name": "mine"}
     change(values)

@@ -13,10 +13,12 @@ from IPython.display import Markdown
 from matplotlib.figure import Figure
 
 from stetholib import calibration, plots
+from stetholib.adapters import finetuning
 from stetholib.data.mini import base as mini_base
 from stetholib.data.mini.problems import SUBJECTS
-from stetholib.models.subspaces import Ranks
+from stetholib.models.subspaces import Ranks, default_rows
 from stetholib.models.sums import CONTRASTS
+from stetholib.models.weights import READERS
 from stetholib.significance import paired_against
 from stetholib.store.tables import CONTRACTS, Workspace, WorkspaceError
 from stetholib.study import Study
@@ -185,6 +187,23 @@ def test_03_directions_and_vectors(study):
             energy[name] = vector.energy()
     assert energy["projected_rescaled"] == pytest.approx(energy["raw"], rel=1e-3) and energy["projected"] < energy["raw"]
     assert energy["raw_shrunk"] == pytest.approx(energy["projected"], rel=1e-3)
+
+
+def test_03_the_readers_of_a_lora_are_held_against_where_its_a_began(study):
+    assert study.subspace_projection.lora_start() is None and study.task_vectors.lora_start is None
+    assert not (study.task_vectors.folder / finetuning.START).exists()
+    changed = SMALL | {"finetune.method": "lora", "finetune.lora_rank": 2}
+    made = Study.open("smoke", changed, root=study.workspace.root)
+    with made.task_vectors.lora_start.opened() as start:
+        assert {a.shape[0] for a in start.values()} == {2} and len(start) == len(LAYERS) * 7
+    table, energies = made.subspace_projection.lora_start(), made.task_vectors.energies()
+    assert list(zip(table["layer"], table["matrix"], strict=True)) == [at for at in energies if at[1] in READERS]
+    assert table["overlap"].min() > 0.9 and set(table["chance"]) == {2 / 32}
+    kept = default_rows(made.subspace_projection.table()).query("rank == 1 and basis == 'sae_decoder' and side == 'reader'")
+    assert table["sae_decoder_kept"].tolist() == pytest.approx(kept["energy_retained"].tolist(), rel=1e-9)
+    said = made.significance.claims("C1", "C3", "C9").set_index("claim")["measured"].str.endswith("; of a LoRA of rank 2")
+    assert said.to_dict() == {"C1": True, "C3": True, "C9": False}
+    assert made.manifest()["finetune"] == study.manifest()["finetune"] | dict(method="lora", lora_rank=2, lora_start="kaiming")
 
 
 def test_04_scores_sets_and_losses(study):

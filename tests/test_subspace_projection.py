@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -7,7 +9,8 @@ from stetholib import subspace_projection as sp
 from stetholib.editing import TaskVector
 from stetholib.errors import UserError
 from stetholib.models import subspaces
-from stetholib.models.weights import MATRICES, SIDE
+from stetholib.models.weights import MATRICES, READERS, SIDE
+from stetholib.profiles import load
 from stetholib.subspace_projection import Directions, Ranks
 
 D, HIDDEN = 24, 40
@@ -254,6 +257,71 @@ def test_the_mechanism_finds_planted_gradients_and_activations():
     assert mean["reader", "gradient_pca"] < 0.5 and mean["writer", "activation_pca"] < 0.5
     angles = found.groupby(["side", "basis"])["angle"].mean()
     assert angles["reader", "activation_pca"] < 0.1 and angles["writer", "activation_pca"] > 20
+
+
+WIDE, RANK, LORA_RANK, LAYERS = 64, 5, 4, range(6)
+FULL = load("smoke").finetune
+LORA = replace(FULL, method="lora", lora_rank=LORA_RANK)
+
+
+def normal(*shape, generator):
+    return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+def started(reads_from, seed=2):
+    """The table of a vector whose readers read from `reads_from(A, SAE directions)`, [n, width], each with an A of its own."""
+    generator, deltas, start, sites = torch.Generator().manual_seed(seed), {}, {}, {}
+    for layer in LAYERS:
+        names = ("sae_decoder", "activation_pca")
+        sites[layer] = Directions({name: subspaces.random_basis(WIDE, RANK, generator) for name in names})
+        for matrix in MATRICES:
+            start[layer, matrix] = normal(LORA_RANK, WIDE, generator=generator).float()
+            read = reads_from(start[layer, matrix], sites[layer].by_name["sae_decoder"].T).double()
+            deltas[layer, matrix] = (normal(HIDDEN, len(read), generator=generator) @ read).float()
+    return sp.lora_start(TaskVector(deltas), start, sites, RANK, random_draws=4, seed=0)
+
+
+def near(values, expected):
+    """Whether the mean of many measurements is what is expected, to three standard errors."""
+    return abs(values.mean() - expected) < 3 * values.std() / len(values) ** 0.5
+
+
+def test_readers_of_a_lora_whose_a_stays_read_from_where_it_began_and_every_basis_is_at_chance():
+    table = started(lambda a, sae: a)
+    assert list(zip(table["layer"], table["matrix"], strict=True)) == [(n, m) for n in LAYERS for m in READERS]
+    assert table["overlap"].to_numpy() == pytest.approx(1, abs=1e-9) and set(table["chance"]) == {LORA_RANK / WIDE}
+    assert set(table["lora_rank"]) == {LORA_RANK} and set(table["basis_chance"]) == {RANK / WIDE}
+    for basis in ("sae_decoder", "activation_pca", "random"):
+        assert near(table[f"{basis}_kept"], RANK / WIDE) and table[f"{basis}_left"].max() < 1e-9
+    means = subspaces.lora_means(table)
+    assert set(means.index) == {"sae_decoder", "activation_pca", "random"} and means["kept_of_rest"].isna().all()
+    said = sp.lora_told(table, LORA)
+    assert "LoRA of rank 4" in said and "**100.0%**" in said and "(chance 6.2%)" in said and "whatever SAEs do" in said
+
+
+def test_readers_that_read_from_the_saes_directions_owe_nothing_to_where_a_began():
+    table = started(lambda a, sae: sae)
+    assert near(table["overlap"], LORA_RANK / WIDE) and table["sae_decoder_kept"].to_numpy() == pytest.approx(1)
+    means = subspaces.lora_means(table)
+    assert means.loc["sae_decoder", "kept"] == pytest.approx(1) and means.loc["sae_decoder", "kept_of_rest"] > 0.85
+    assert means.loc["activation_pca", "kept_of_rest"] < 0.2 and (means["chance"] == RANK / WIDE).all()
+    said = sp.lora_told(table, LORA)
+    assert "whatever SAEs do" not in said and "most of it lies elsewhere" in said
+
+
+def test_what_training_adds_beside_the_start_is_seen_once_the_start_is_taken_out():
+    table = started(lambda a, sae: torch.cat([a.double(), 0.8 * sae]))
+    means, share = subspaces.lora_means(table), 1 - (table["energy"] * (1 - table["overlap"])).sum() / table["energy"].sum()
+    assert 0.9 < share < 1 and means.loc["sae_decoder", "kept"] < 0.2 and means.loc["sae_decoder", "kept_of_rest"] > 0.8
+    said = sp.lora_told(table, replace(LORA, lora_start="eva"))
+    assert f"LoRA of rank 4, started by eva: **{share:.1%}**" in said and "not with what was learnt" in said
+    assert "SAEs" not in said
+
+
+def test_a_vector_that_is_no_lora_is_said_to_be_none_and_of_a_given_one_nothing_is_known():
+    full, given = sp.lora_told(None, FULL), sp.lora_told(None, replace(LORA, finetuned="mine/finetuned"))
+    assert full.count(".") == 1 and "full fine-tune" in full and "cannot be the cause" in full
+    assert given.count(".") == 1 and "not known" in given and "full fine-tune" not in given
 
 
 def test_the_mechanism_test_follows_the_table_whichever_way_it_falls():

@@ -1,7 +1,8 @@
 """The fine-tune behind the task vector: transformers' Trainer, full or LoRA, on worked solutions.
 
 Loss counts on solutions only. Embeddings, norms and everything else outside the seven matrices of each block stay
-frozen, so that theta_0 + tau is the fine-tuned model itself. Training goes on from its last whole checkpoint.
+frozen, so that theta_0 + tau is the fine-tuned model itself. Training goes on from its last whole checkpoint. Where a LoRA's
+readers read from is mostly where its A began, so A as training started from it is kept beside the model.
 """
 
 import json
@@ -15,18 +16,24 @@ from typing import Any
 
 import pandas as pd
 import torch
+from safetensors.torch import save_file
 
 from stetholib.data.prompts import prompt, target
 from stetholib.editing import Lazy, TaskVector, rounded, survival
+from stetholib.errors import UserError
 from stetholib.models.loading import LanguageModel
 from stetholib.models.streams import Watch, tokenize, unwatched
-from stetholib.models.weights import Weights, edit_weights, weight_names
+from stetholib.models.weights import WEIGHTS, Weights, edit_weights, weight_names
 from stetholib.profiles import FineTune
 from stetholib.store.files import atomic, file_hash
 
 SAVE_EVERY = 300.0  # seconds
 WHOLE = "whole.json"
-ORDERS = "order-*.json"
+START = "lora_start"  # the folder of A as initialised, [lora_rank, d_in] under the name of the weight that it reads for
+BESIDE = ("order-*.json", f"{START}/{WEIGHTS}")  # files that a checkpoint stands on and does not hold
+SCALING = 2  # alpha over rank
+RESIDUAL = ("pissa", "olora")  # starts that move a part of each weight out of the base, into B A
+EVA_BATCHES = 200
 
 
 class Examples(torch.utils.data.Dataset):
@@ -54,17 +61,49 @@ def collate(rows: Sequence[Mapping[str, list[int]]]) -> dict[str, torch.Tensor]:
     return dict(input_ids=pad("input_ids", 0), labels=pad("labels", -100), attention_mask=mask)
 
 
-def trainable(base: LanguageModel, spec: FineTune) -> Any:
-    """The model with gradients on the seven matrices of each block only, or on LoRA factors beside them."""
+def trainable(base: LanguageModel, spec: FineTune, examples: Examples) -> Any:
+    """The model with gradients on the seven matrices of each block only, or on LoRA factors beside them, which begin as
+    `lora_start` says. Raises UserError where `eva` finds no directions for that rank."""
     model = base.model.requires_grad_(False)
     if spec.method == "lora":
-        from peft import LoraConfig, get_peft_model
+        from peft import EvaConfig, LoraConfig, get_peft_model
 
-        targets = [name.removesuffix(".weight") for name in weight_names(dict(model.named_parameters())).values()]
-        return get_peft_model(model, LoraConfig(r=spec.lora_rank, lora_alpha=2 * spec.lora_rank, target_modules=targets))
+        eva, names = spec.lora_start == "eva", weight_names(dict(model.named_parameters()))
+        how: Any = True if spec.lora_start == "kaiming" else spec.lora_start
+        config = LoraConfig(
+            r=spec.lora_rank,
+            lora_alpha=SCALING * spec.lora_rank,
+            target_modules=[name.removesuffix(".weight") for name in names.values()],
+            init_lora_weights=how,
+            eva_config=EvaConfig(rho=1.0) if eva else None,  # the same rank everywhere
+        )
+        adapted = get_peft_model(model, config, low_cpu_mem_usage=eva)
+        if eva:
+            _begin_on_activations(adapted, spec, examples)
+        return adapted
     for weight in edit_weights(model).values():
         weight.requires_grad_(True)
     return model
+
+
+def _begin_on_activations(model: Any, spec: FineTune, examples: Examples) -> None:
+    """EVA (arXiv 2410.07170): A begins on the principal directions of what each matrix reads where a solution is."""
+    from peft import initialize_lora_eva_weights
+
+    left, width = iter(range(EVA_BATCHES)), min(a.shape[1] for _, a in lora_factors(model).values())
+    if spec.lora_rank > width:
+        raise UserError(f"finetune.lora_rank: {spec.lora_rank} is above the width {width}, where eva has no direction; lower it")
+
+    def forward(model: Any, batch: Mapping[str, torch.Tensor]) -> None:
+        if next(left, None) is None:  # peft would go on for ever
+            raise UserError(
+                f"finetune.lora_start: eva finds no steady {spec.lora_rank} directions in {EVA_BATCHES} batches; "
+                "lower finetune.lora_rank, or take another start"
+            )
+        model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], logits_to_keep=1)
+
+    loader = torch.utils.data.DataLoader(examples, spec.batch_size * spec.gradient_accumulation, collate_fn=collate)
+    initialize_lora_eva_weights(model, loader, forward_fn=forward, show_progress_bar=False)
 
 
 @dataclass(frozen=True)
@@ -93,27 +132,33 @@ def finetune(
     from transformers import PrinterCallback, set_seed
 
     set_seed(seed)
-    weights = edit_weights(base.model)
-    before = {where: weight.detach().cpu().float().clone() for where, weight in weights.items()} if spec.method == "full" else {}
-    model = trainable(base, spec)
+    lora, weights, examples = spec.method == "lora", edit_weights(base.model), Examples(base, rows, spec.target, max_tokens)
+    moved = weights if not lora or spec.lora_start in RESIDUAL else {}
+    before = {where: weight.detach().to("cpu", copy=True) for where, weight in moved.items()}
+    model = trainable(base, spec, examples)
+    taken = lora_deltas(model) if lora and before else None
     trainer = _trainer(
         unfinished,
         model=model,
         args=_arguments(spec, unfinished, seed, base.device.type == "cpu"),
-        train_dataset=Examples(base, rows, spec.target, max_tokens),
+        train_dataset=examples,
         data_collator=collate,
         callbacks=[*callbacks, _saving(unfinished, save_every)],
     )
     trainer.remove_callback(PrinterCallback)
-    trainer.train(resume_from_checkpoint=_goes_on_from(unfinished))
-    if spec.method == "lora":
-        exact = lora_deltas(model)
+    last = _goes_on_from(unfinished)
+    if lora:
+        _keep_start(model, unfinished / START / WEIGHTS)
+    trainer.train(resume_from_checkpoint=last)
+    if lora:
+        exact = lora_deltas(model) - taken if taken else lora_deltas(model)
         model.unload()
         with torch.no_grad():  # in float32 and rounded once, which peft's own merge into bfloat16 is not
             for where, delta in exact.deltas.items():
-                weights[where].copy_(weights[where].float() + delta.to(base.device))
+                whole = before.get(where, weights[where]).to(base.device)
+                weights[where].copy_(whole.float() + delta.to(base.device))
     else:
-        exact = TaskVector(Lazy(before, lambda where: weights[where].detach().cpu().float() - before[where]))
+        exact = TaskVector(Lazy(before, lambda where: weights[where].detach().cpu().float() - before[where].float()))
     base.model.eval().requires_grad_(False)
     curve = [(entry["step"], entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
     return FineTuned(exact, pd.DataFrame(curve, columns=["step", "loss"]))
@@ -174,13 +219,30 @@ def _arguments(spec: FineTune, unfinished: Path, seed: int, cpu: bool) -> Any:
     return arguments
 
 
-def lora_deltas(model: torch.nn.Module) -> TaskVector:
-    """B A, scaled, of every adapted matrix, in float32: what LoRA adds before any rounding."""
+def lora_factors(model: Any) -> dict[str, tuple[torch.Tensor, ...]]:
+    """Copies of B [d_out, lora_rank] and A [lora_rank, d_in] as they are now, in float32, by the name of the weight beside them."""
     from peft.tuners.lora import LoraLayer
 
-    names: dict[str, Any] = {f"{name}.weight": part for name, part in model.named_modules() if isinstance(part, LoraLayer)}
-    layers = {where: names[name] for where, name in weight_names(names).items()}
-    return TaskVector(Lazy(layers, lambda where: layers[where].get_delta_weight("default").detach().float().cpu()))
+    found = {}
+    for name, part in model.get_base_model().named_modules():
+        if isinstance(part, LoraLayer):
+            sides = (getattr(part, side)["default"].weight for side in ("lora_B", "lora_A"))
+            found[f"{name}.weight"] = tuple(side.detach().float().clone() for side in sides)
+    return found
+
+
+def lora_deltas(model: Any) -> TaskVector:
+    """B A, scaled, of every adapted matrix as its factors are now, in float32: what LoRA adds before any rounding."""
+    factors = lora_factors(model)
+    names = weight_names(factors)
+    return TaskVector(Lazy(names, lambda where: (factors[names[where]][0] @ factors[names[where]][1] * SCALING).cpu()))
+
+
+def _keep_start(model: Any, path: Path) -> None:
+    """Write A as training starts from it; where training goes on, it is there."""
+    if not path.is_file():
+        start = {name: a.cpu().contiguous() for name, (_, a) in lora_factors(model).items()}
+        atomic(path, lambda draft: save_file(start, draft))
 
 
 def _saving(unfinished: Path, every: float) -> Any:
@@ -197,23 +259,27 @@ def _saving(unfinished: Path, every: float) -> Any:
             self.last = time.monotonic()
             folder = unfinished / f"checkpoint-{state.global_step}"
             hashes = {path.name: file_hash(path) for path in sorted(folder.iterdir())}
-            hashes |= {f"../{path.name}": file_hash(path) for path in sorted(unfinished.glob(ORDERS))}
+            hashes |= {f"../{path.relative_to(unfinished)}": file_hash(path) for path in _beside(unfinished)}
             atomic(folder / WHOLE, lambda draft: draft.write_text(json.dumps(hashes), encoding="utf-8"))
 
     return Saving()
 
 
+def _beside(unfinished: Path) -> list[Path]:
+    return [path for pattern in BESIDE for path in sorted(unfinished.glob(pattern))]
+
+
 def _goes_on_from(unfinished: Path) -> str | None:
     """The last whole checkpoint, the only one that is kept; what else there is cannot be relied on.
-    Orders of examples that it does not vouch for are drawn again, and are the same."""
+    Orders of examples, and the A of a LoRA, that it does not vouch for are drawn again, and are the same."""
     found = last_whole(unfinished)
     known = json.loads(Path(found, WHOLE).read_text(encoding="utf-8")) if found else {}
     for checkpoint in unfinished.glob("checkpoint-*"):
         if str(checkpoint) != found:
             shutil.rmtree(checkpoint)
-    for order in unfinished.glob(ORDERS):
-        if f"../{order.name}" not in known:
-            order.unlink()
+    for path in _beside(unfinished):
+        if f"../{path.relative_to(unfinished)}" not in known:
+            path.unlink()
     return found
 
 
@@ -248,13 +314,15 @@ def finetuned(
     unfinished: Path,
     watch: Watch = unwatched,
 ) -> Report:
-    """theta_1, saved in `folder` in `dtype`, and how much of the exact change is left of it there.
+    """theta_1, saved in `folder` in `dtype`, with the A that a LoRA began with, and how much of the exact change is left there.
     base: theta_0, which is trained in place; before: its weights as they are stored."""
     tuned = finetune(base, rows, spec, unfinished, seed, max_tokens, [_progress("01 fine-tune", watch)])
     kept = getattr(torch, dtype)
     stored = survival(tuned.exact, rounded(before, tuned.exact, kept))
     base.model.to(kept).save_pretrained(folder)
     base.tokenizer.save_pretrained(folder)
+    if spec.method == "lora":
+        atomic(folder / START / WEIGHTS, lambda draft: shutil.copy(unfinished / START / WEIGHTS, draft))  # beside no weights
     return Report(tuned.curve, stored)
 
 

@@ -193,6 +193,22 @@ def splits_by_side(table: pd.DataFrame, energies: Mapping[Key, float], rank: int
     return {name: split_loss(table, energies, rank, side) for name, side in named.items()}
 
 
+def lora_share(table: pd.DataFrame) -> float:
+    """Of `lora_start`: the share of all readers' energy that lies where their A began."""
+    return float((table["energy"] * table["overlap"]).sum() / table["energy"].sum())
+
+
+def lora_means(table: pd.DataFrame) -> pd.DataFrame:
+    """Of `lora_start` over all readers, each weighing by its energy, one row a basis: the share it keeps of the whole and, once
+    where A began is taken out, of the rest (NaN where that is nothing), beside chance for both."""
+    weights, rest = table["energy"] / table["energy"].sum(), 1 - lora_share(table)
+    names = [name.removesuffix("_kept") for name in map(str, table) if name.endswith("_kept")]
+    rows = {name: [(weights * table[f"{name}_{part}"]).sum() for part in ("kept", "left")] for name in names}
+    found = pd.DataFrame.from_dict(rows, orient="index", columns=["kept", "kept_of_rest"]).rename_axis("basis")
+    found["kept_of_rest"] = found["kept_of_rest"] / rest if rest > 1e-9 else float("nan")
+    return found.assign(chance=table["basis_chance"].iloc[0])
+
+
 PREDICTED = {"reader": ("activation_pca", "gradient_pca"), "writer": ("gradient_pca", "activation_pca")}
 
 

@@ -53,12 +53,19 @@ class FineTune:
     finetuned_revision: str | None = key()
     method: str = key(choices=("full", "lora"))
     lora_rank: int = key(1)
+    lora_start: str = key(choices=("kaiming", "gaussian", "pissa", "olora", "eva"))
     target: str = key(choices=("minerva", "plain"))
     epochs: float = key(0.0)
     learning_rate: float = key(0.0)
     batch_size: int = key(1)
     gradient_accumulation: int = key(1)
     gradient_checkpointing: bool = key()
+
+    @property
+    def lora(self) -> str:
+        """The LoRA that is made here, as tables call it; empty where none is."""
+        start = "" if self.lora_start == "kaiming" else f", started by {self.lora_start}"
+        return "" if self.finetuned or self.method != "lora" else f"LoRA of rank {self.lora_rank}{start}"
 
 
 @dataclass(frozen=True)
@@ -159,5 +166,8 @@ class Profile:
     @property
     def digest(self) -> str:
         """A short hash of every value: two profiles with one digest run the same experiment."""
-        text = json.dumps(dataclasses.asdict(self), sort_keys=True)
+        values = dataclasses.asdict(self)
+        if self.finetune.lora_start == "kaiming":  # the key came later: what asks as it always did keeps its hash
+            del values["finetune"]["lora_start"]
+        text = json.dumps(values, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -99,9 +99,9 @@ class Study:
         """What is stable about this run."""
         p, made, d_sae = self.profile, self.profile.finetune, int(self.sae_features.self_tests()["d_sae"].max())
         fetched = saes.commit_of(self.world.store.folder, p.sae)
-        how: dict[str, Any] = dict(method=None, lora_rank=None)
-        if not made.finetuned:
-            how = dict(method=made.method, lora_rank=made.lora_rank if made.method == "lora" else None)
+        how: dict[str, Any] = dict(method=None if made.finetuned else made.method, lora_rank=None)
+        if made.lora:
+            how |= dict(lora_rank=made.lora_rank, lora_start=made.lora_start)
         run = dict(profile=p.name, profile_hash=p.digest, seed=p.seed, threads=p.threads, device=self.device)
         return run | dict(
             libraries=library_versions(),

@@ -65,6 +65,7 @@ class Significance(Step):
             against=cache(self._against),
             checks=self._answers.checks,
             rank=self._scalpel.ranks.default,
+            lora=self._profile.finetune.lora,
             published_rung=self._profile.published_rung,
             level=self._profile.significance.level,
         )

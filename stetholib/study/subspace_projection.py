@@ -81,6 +81,14 @@ class SubspaceProjection(Step):
         inputs = (self._tau, self._directions, self.ranks.default)
         return self._store.made(subspace_projection.mechanism, *inputs).value
 
+    def lora_start(self) -> pd.DataFrame | None:
+        """How much of a LoRA's readers lies where its A began, and what each basis keeps beside that; None where none was made here."""
+        start, draws, seed = self._vectors.lora_start, self._profile.projection.random_draws, self._world.seed("random subspaces")
+        if start is None:
+            return None
+        inputs = (self._vectors.tau, start, self._directions, self.ranks.default, draws, seed)
+        return self._store.made(subspace_projection.lora_start, *inputs).value
+
     def vector_of(self, name: str) -> Input[TaskVector]:
         """raw; projected (the scalpel); projected_rescaled (to the full energy); raw_shrunk (to the scalpel's): for stages."""
         if name == "raw":

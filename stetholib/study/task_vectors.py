@@ -9,8 +9,8 @@ import pandas as pd
 from stetholib import task_vectors
 from stetholib.adapters import finetuning
 from stetholib.data import hub
-from stetholib.editing import Edit, TaskVector, edited
-from stetholib.models.weights import Checkpoint, Key, weight_hash
+from stetholib.editing import Edit, TaskVector, edited, weights
+from stetholib.models.weights import Checkpoint, Key, Weights, weight_hash
 from stetholib.store.artefacts import Artefact
 from stetholib.store.files import digest_of
 from stetholib.store.values import Input
@@ -51,6 +51,15 @@ class TaskVectors(Step):
         # a fine-tune made here is stored in the model's dtype, whatever dtype the base was released in
         same_dtype = self._profile.finetune.finetuned is not None
         return self._store.derived(task_vectors.difference, self._world.checkpoint, tuned, same_dtype)
+
+    @cached_property
+    def lora_start(self) -> Input[Weights] | None:
+        """A as the LoRA that was made here began with it, [lora_rank, d_in] by layer and matrix, for stages; None where none was."""
+        made = self._made_here if self._profile.finetune.lora else None
+        if made is None:
+            return None
+        start = Input.of(f"{made.identity}/{finetuning.START}", lambda: Checkpoint(made.folder / finetuning.START))
+        return self._store.derived(weights, start)
 
     @property
     def vector(self) -> TaskVector:
