@@ -86,7 +86,7 @@ class SubspaceProjection(Step):
         start, draws, seed = self._vectors.lora_start, self._profile.projection.random_draws, self._world.seed("random subspaces")
         if start is None:
             return None
-        inputs = (self._vectors.tau, start, self._directions, self.ranks.default, draws, seed)
+        inputs = (self._tau, start, self._directions, self.ranks.default, draws, seed)
         return self._store.made(subspace_projection.lora_start, *inputs).value
 
     def vector_of(self, name: str) -> Input[TaskVector]:
