@@ -56,7 +56,7 @@ def listen(
     layers, blocks = sorted(saes), model.config.get_text_config().num_hidden_layers
     _check(model, layers, blocks, maths, general)
     base = LanguageModel(model, tokenizer)
-    dictionaries = {layer: _placed(one, base.device) for layer, one in saes.items()}
+    dictionaries = {layer: _placed(one, layer, base.device) for layer, one in saes.items()}
     corpus_of = torch.tensor([0] * len(maths) + [1] * len(general))
     doubles = {layer: seed + 2 + layer for layer in range(blocks)}
     sizes = (max_tokens, batch_tokens, matched_minimum)
@@ -93,11 +93,12 @@ def _table(
     return pd.concat(parts, ignore_index=True)
 
 
-def _placed(sae: Any, device: torch.device) -> Dictionary:
-    """The plain tensors of an SAE on a device."""
+def _placed(sae: Any, layer: int, device: torch.device) -> Dictionary:
+    """The plain tensors of a layer's SAE on a device."""
     if not isinstance(sae, Dictionary):
         from stetholib.adapters import saes  # here, so that a `Dictionary` can be heard without SAELens
 
+        saes.check_statement(sae.cfg.metadata.to_dict(), f"of layer {layer}", layer)
         sae = saes.dictionary(sae)
     return Dictionary(**{name: tensor.to(device) for name, tensor in vars(sae).items()})
 

@@ -166,10 +166,10 @@ SPOILT = """
 
 @pytest.mark.slow
 def test_all_six_notebooks_leave_out_a_layer_whose_sae_is_noise_and_say_so(tmp_path):
-    folder, trains = runs.clone(tmp_path), "    train(heard[layer], spec, seed, folder, device)\n"
+    folder, ends = runs.clone(tmp_path), 'hook_resid_post", model_name=model)\n'
     module = folder / "stetholib" / "adapters" / "saes.py"
-    assert module.read_text().count(trains) == 1
-    module.write_text(module.read_text().replace(trains, trains + SPOILT))
+    assert module.read_text().count(ends) == 1
+    module.write_text(module.read_text().replace(ends, ends + SPOILT))
     profile = folder / "stetholib" / "profiles" / "smoke.yaml"  # two layers make two random sets
     profile.write_text(re.sub(r",? *random_3|.*- random_3\n", "", profile.read_text()))
     runs.run(folder)

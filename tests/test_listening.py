@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from copy import deepcopy
 
 import numpy as np
 import pandas as pd
@@ -111,11 +112,14 @@ def test_the_readmes_lines_run_as_they_stand(mine, table, tmp_path, monkeypatch)
 
 def test_what_cannot_be_listened_to_is_refused(mine):
     _, model, tokenizer, instruments = mine
+    elsewhere = deepcopy(instruments[0])
+    elsewhere.cfg.metadata.hook_name = "blocks.0.hook_mlp_out"
     for layers, maths, general, said in (
         ({}, MATHS, GENERAL, "SAEs are given for layers \\[\\]"),
         ({4: instruments[0]}, MATHS, GENERAL, "the model has 4"),
         (instruments, "one text", GENERAL, "maths must be a list"),
         (instruments, MATHS, ["", "a"], "general must be a list"),
+        ({0: elsewhere}, MATHS, GENERAL, "layer 0: it says that it reads blocks.0.hook_mlp_out; the output of block 0"),
         ({0: instruments[3]}, MATHS, GENERAL, "better than its own|features fire"),
     ):
         with pytest.raises(UserError, match=said):

@@ -1,12 +1,17 @@
+import json
+from copy import deepcopy
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
+from safetensors.torch import save_file
 from scipy import stats
 
 from stetholib import sae_features
 from stetholib.adapters import saes
+from stetholib.data import hub
 from stetholib.errors import UserError
 from stetholib.models import dictionary
 from stetholib.models.dictionary import Dictionary
@@ -58,8 +63,6 @@ def test_training_an_sae_twice_gives_the_same_bytes(tmp_path, trained):
 
 
 def test_unsupported_saes_are_refused(trained):
-    from copy import deepcopy
-
     sae = deepcopy(trained[0])
     with torch.no_grad():
         sae.W_dec[0, 0] = float("inf")
@@ -111,6 +114,137 @@ def test_saes_of_a_folder_are_found_by_layer(tmp_path, trained):
     assert torch.equal(found.encode(x), sae.encode(x))
     with pytest.raises(UserError, match="there is no block_3/cfg.json"):
         saes.fetch(str(tmp_path), "block_{layer}", 3)
+
+
+# what an SAE says that it reads -> whether that is the output of block 2
+SITES = {
+    "blocks.2.hook_resid_post": True,
+    "blocks.3.hook_resid_pre": True,
+    "model.layers.2": True,
+    "model.layers.2.output": True,
+    "model.language_model.layers.2": True,
+    "language_model.model.layers.2": True,
+    None: True,
+    "": True,
+    "blocks.2.hook_resid_pre": False,
+    "blocks.3.hook_resid_post": False,
+    "blocks.12.hook_resid_post": False,
+    "blocks.2.hook_resid_mid": False,
+    "blocks.2.hook_mlp_out": False,
+    "blocks.2.hook_attn_out": False,
+    "blocks.2.attn.hook_z": False,
+    "model.layers.1.output": False,
+    "model.layers.2.mlp": False,
+    "model.vision_tower.encoder.layers.2": False,
+    "model.layers.2.output\nmore": False,
+    "ln_final.hook_normalized": False,
+    "model.norm": False,
+    "hook_embed": False,
+    7: False,
+}
+
+
+def held(ok, said, *doors):
+    """Each door lets an SAE in, or refuses it in one line that says so."""
+    for door in doors:
+        if ok:
+            door()
+        else:
+            with pytest.raises(UserError, match=said) as refused:
+                door()
+            assert "\n" not in str(refused.value) and len(str(refused.value)) < 400
+
+
+@pytest.mark.parametrize("site", SITES)
+def test_an_sae_that_says_that_it_reads_another_place_is_refused_at_every_door(tmp_path, trained, monkeypatch, site):
+    one = deepcopy(trained[0])
+    one.cfg.metadata.hook_name = site
+    one.save_model(tmp_path / "block_2")
+    one.save_model(tmp_path / "old" / "block_2")
+    old = tmp_path / "old" / "block_2" / "cfg.json"
+    said = json.loads(old.read_text())
+    old.write_text(json.dumps({key: said[key] for key in said if key != "metadata"} | ({"hook_name": site} if site else {})))
+    monkeypatch.setattr(saes, "load_release", lambda *asked: one)
+    held(
+        SITES[site],
+        r"it says that it reads .*; the output of block 2 is needed \(blocks.2.hook_resid_post\)",
+        lambda: saes.fetch(str(tmp_path), "block_{layer}", 2),
+        lambda: saes.fetch(str(tmp_path / "old"), "block_{layer}", 2),
+        lambda: saes.fetch("owner/release", "block_{layer}", 2),
+        lambda: saes.check_statement({"hook_point": site}, "of block 2", 2),
+    )
+
+
+# (the model that an SAE says it is of, the base) -> whether that may be one
+MODELS = {
+    ("google/gemma-3-1b-pt", "google/gemma-3-1b-pt"): True,
+    ("google/gemma-3-1b-pt", "mirror/Gemma-3-1B-pt"): True,
+    ("google/gemma-3-1b-pt", "google/gemma-3-1b-it"): False,
+    ("google/gemma-3-1b-pt", "mini"): False,
+    ("google/gemma-3-1b-pt", "tests"): True,
+    ("google/gemma-3-1b-pt", None): True,
+    ("mistral-7b", "mistralai/Mistral-7B-v0.1"): True,
+    ("/home/me/base", "google/gemma-3-1b-it"): True,
+    (None, "google/gemma-3-1b-it"): True,
+    (7, "google/gemma-3-1b-it"): True,
+}
+
+
+@pytest.mark.parametrize(("of", "base"), MODELS)
+def test_an_sae_that_says_that_it_is_of_another_model_is_refused_where_both_have_names(tmp_path, trained, monkeypatch, of, base):
+    monkeypatch.chdir(ROOT)
+    one = deepcopy(trained[0])
+    one.cfg.metadata.model_name = of
+    one.save_model(tmp_path / "block_2")
+    held(
+        MODELS[of, base],
+        f"trained on {of}, the model is {base}",
+        lambda: saes.fetch(str(tmp_path), "block_{layer}", 2, base=base),
+    )
+
+
+def test_a_release_of_another_model_is_refused_before_it_is_fetched(tmp_path):
+    names = ("gemma-scope-2-270m-it-res-all", "layer_{layer}_width_16k_l0_small", 0, None)
+    with pytest.raises(UserError, match="trained on google/gemma-3-270m-it, the model is google/gemma-3-1b-it; mend sae.release"):
+        saes.fetched_sae(*names, "google/gemma-3-1b-it", [], folder=tmp_path)
+    with pytest.raises(UserError, match="the model is google/gemma-3-1b-it; mend sae.release"):
+        saes.files_of(replace(SPEC, release=names[0], sae_id=names[1]), "google/gemma-3-1b-it", lambda: 1)
+
+
+def test_an_sae_trained_here_states_its_place_and_its_model(tmp_path, trained):
+    spec = replace(SPEC, d_sae=32, training_tokens=1024)
+    saes.trained_sae({2: trained[1]}, 2, spec, 7, "cpu", "owner/base", folder=tmp_path / "block_2")
+    said = json.loads((tmp_path / "block_2" / "cfg.json").read_text())["metadata"]
+    assert (said["hook_name"], said["model_name"]) == ("blocks.2.hook_resid_post", "owner/base")
+    saes.train(trained[1], spec, 7, tmp_path / "silent")
+    files = [(tmp_path / name / "sae_weights.safetensors").read_bytes() for name in ("block_2", "silent")]
+    assert files[0] == files[1] and saes.fetch(str(tmp_path), "block_{layer}", 2, base="other/Base")
+    (tmp_path / "block_2").rename(tmp_path / "block_1")
+    with pytest.raises(UserError, match="it says that it reads blocks.2.hook_resid_post; the output of block 1"):
+        saes.fetch(str(tmp_path), "block_{layer}", 1)
+
+
+def test_what_gemma_scope_2_says_of_its_place_is_held_against_its_layer(tmp_path, monkeypatch):
+    tensors = dict.fromkeys(("b_enc", "b_dec", "threshold"), torch.zeros(4)) | dict(w_enc=torch.eye(4), w_dec=torch.eye(4))
+    save_file({name: tensor.clone() for name, tensor in tensors.items()}, tmp_path / "params.safetensors")
+    said = dict(architecture="jump_relu", model_name="gemma-v3-4b-it", hf_hook_point_in="model.layers.2.output")
+    monkeypatch.setattr(hub, "file", lambda repo, name, revision: tmp_path / name.rpartition("/")[2])
+    monkeypatch.setattr(hub, "checked_hash", lambda path: "")
+    for kind, there, line in (
+        ("jump_relu", 2, ""),
+        ("jump_relu", 3, "the output of block 3"),
+        ("gated", 2, "says gated, jump_relu"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(said | {"architecture": kind}))
+        held(not line, line, lambda there=there: saes.check_statement(saes.gemma_scope_2("r", f"layer_{there}_w")[0], "r", there))
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"metadata": []}', '{"metadata": 7}'])
+def test_a_statement_that_cannot_be_read_is_refused(tmp_path, trained, text):
+    trained[0].save_model(tmp_path / "block_2")
+    (tmp_path / "block_2" / "cfg.json").write_text(text)
+    with pytest.raises(UserError, match="block_2: its cfg.json cannot be read"):
+        saes.fetch(str(tmp_path), "block_{layer}", 2)
 
 
 def test_the_covariance_of_batches_is_numpys():

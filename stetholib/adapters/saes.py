@@ -18,7 +18,7 @@ from torch import Tensor
 
 from stetholib.belief import Declared
 from stetholib.data import hub
-from stetholib.data.source import Source
+from stetholib.data.source import HUB_ID, Source
 from stetholib.errors import UserError
 from stetholib.models.dictionary import Dictionary
 from stetholib.models.loading import LanguageModel
@@ -29,8 +29,11 @@ from stetholib.store.files import atomic
 COMMITS = "sae-commits.json"  # in a store: the commits that its fetched SAEs are of
 
 
-def train(activations: Float[Tensor, "token d_model"], spec: Sae, seed: int, folder: Path, device: str = "cpu") -> None:
-    """Train a BatchTopK SAE on a block's activations and save it for inference (as a JumpReLU SAE) in `folder`."""
+def train(
+    activations: Float[Tensor, "token d_model"], spec: Sae, seed: int, folder: Path, device: str = "cpu", **said: Any
+) -> None:
+    """Train a BatchTopK SAE on a block's activations and save it for inference (as a JumpReLU SAE) in `folder`.
+    said: what it shall say of itself."""
     from sae_lens import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig
     from sae_lens.config import SAETrainerConfig
     from sae_lens.training.sae_trainer import SAETrainer
@@ -43,10 +46,10 @@ def train(activations: Float[Tensor, "token d_model"], spec: Sae, seed: int, fol
         k=spec.k,
         device=device,
         normalize_activations="expected_average_only_in",
-        topk_threshold_lr=max(
-            0.01, min(1.0, 2 / steps)
-        ),  # its average starts at 0: a short run would end far below, at many times k
+        # the threshold's average starts at 0: a short run would end far below it, at many times k
+        topk_threshold_lr=max(0.01, min(1.0, 2 / steps)),
     )
+    vars(config.metadata).update(said)
     trainer = SAETrainer(
         cfg=SAETrainerConfig(
             total_training_samples=steps * spec.batch_size,
@@ -84,14 +87,52 @@ def load(folder: Path, device: str = "cpu") -> Any:
         raise UserError(f"SAE {folder}: it cannot be read ({said}); save it as safetensors with SAELens' save_model") from None
 
 
-def fetch(release: str, sae_id: str | None, layer: int, revision: str | None = None) -> Any:
-    """The SAE of one block: of a SAELens release, or of a folder that holds one folder a block, by `sae_id`."""
-    name, source = id_of(sae_id, layer), Source.of(release, revision, "sae")
-    if source.where != "folder":
-        return load_release(release, name, revision)
-    if not (source.folder() / name / "cfg.json").is_file():
-        raise UserError(f"SAE folder {release}: there is no {name}/cfg.json; save each SAE there with SAELens' save_model")
-    return load(source.folder() / name)
+def fetch(release: str, sae_id: str | None, layer: int, revision: str | None = None, base: str | None = None) -> Any:
+    """The SAE of one block: of a SAELens release, or of a folder that holds one folder a block, by `sae_id`.
+    base: the model's name. Raises UserError where the SAE says that it is of another place or model."""
+    if Source.of(release, revision, "sae").where == "folder":
+        return load(checked_folder(release, sae_id, layer, base))
+    found = load_release(release, name := id_of(sae_id, layer), revision)
+    check_statement(found.cfg.metadata.to_dict(), f"{release}/{name}", layer)  # of the model the registry speaks
+    return found
+
+
+def checked_folder(release: str, sae_id: str | None, layer: int, base: str | None = None) -> Path:
+    """One block's folder of a folder of SAEs. Raises UserError where a file is missing, or says that it is not of this block."""
+    folder = Path(release) / id_of(sae_id, layer)
+    for file in (folder / "cfg.json", folder / "sae_weights.safetensors"):
+        if not file.is_file():
+            name = file.relative_to(release)
+            raise UserError(f"SAE folder {release}: there is no {name}; save each SAE there with SAELens' save_model")
+    try:
+        said = json.loads((folder / "cfg.json").read_text(encoding="utf-8"))
+        said = said | said.get("metadata", {})
+    except (OSError, ValueError, AttributeError, TypeError):
+        raise UserError(f"SAE {folder}: its cfg.json cannot be read; save it with SAELens' save_model") from None
+    check_statement(said, str(folder), layer, base)
+    return folder
+
+
+def check_statement(said: Mapping[str, Any], name: str, layer: int, base: str | None = None) -> None:
+    """Hold an SAE to what it says of itself in its configuration or metadata: the output of its block, of the model `base`.
+    What it does not say is not held against it. Raises UserError for another place or model."""
+    output = rf"blocks\.({layer}\.hook_resid_post|{layer + 1}\.hook_resid_pre)|((language_)?model\.)*layers\.{layer}(\.output)?"
+    for site in filter(None, map(said.get, ("hook_point", "hook_name", "hf_hook_name"))):
+        if not re.fullmatch(output, str(site)):
+            needed = f"the output of block {layer} is needed (blocks.{layer}.hook_resid_post)"
+            raise UserError(
+                f"SAE {name}: it says that it reads {site}; {needed}; take the SAE of that place, or mend its cfg.json"
+            )
+    _check_model(said.get("model_name"), base, f"SAE {name}: it")
+
+
+def _check_model(of: Any, base: str | None, what: str) -> None:
+    """Hold SAEs to the model that they were trained on, by its name on the Hub; whose copy of the model it is does not matter.
+    A folder's name says nothing, nor does one without an owner, which is a library's own."""
+    theirs, ours = str(of).lower().split("/"), str(base).lower().split("/")
+    named = len(theirs) == 2 and HUB_ID.fullmatch(str(of)) and base and Source.of(base).where != "folder"
+    if named and theirs[-1] != ours[-1]:
+        raise UserError(f"{what} was trained on {of}, the model is {base}; mend sae.release or model.base")
 
 
 def id_of(sae_id: str | None, layer: int) -> str:
@@ -110,13 +151,13 @@ def declared(spec: Sae, layers: int) -> Declared:
     return Declared({layer: expected[id_of(spec.sae_id, layer)] for layer in range(layers)})
 
 
-def files_of(spec: Sae, layers: Callable[[], int]) -> tuple[Source, list[str]]:
-    """Where the SAEs are, and the patterns of their files there. Raises UserError where a block's is not in its release.
-    layers: tells how many blocks the model has; asked for a release only, since the Hub may have to tell."""
+def files_of(spec: Sae, base: str, layers: Callable[[], int]) -> tuple[Source, list[str]]:
+    """Where the SAEs are, and the patterns of their files there. Raises UserError where a release is not of the model `base`,
+    or lacks a block's. layers: tells how many blocks the model has; asked for a release only, since the Hub may have to tell."""
     source = Source.of(spec.release, spec.revision, "sae")
     if source.where != "hub":
         return source, ["**/*.safetensors"]
-    entry, names = registered(spec.release), [id_of(spec.sae_id, layer) for layer in range(layers())]
+    entry, names = registered(spec.release, base), [id_of(spec.sae_id, layer) for layer in range(layers())]
     if absent := [name for name in names if name not in entry.saes_map]:
         raise UserError(f"release {spec.release} has no {absent[0]!r}; mend sae.sae_id or model.base")
     return Source(entry.repo_id, spec.revision, "sae", "hub"), [f"{entry.saes_map[name]}/*" for name in names]
@@ -137,13 +178,15 @@ def load_release(release: str, sae_id: str, revision: str | None = None) -> Any:
         return SAE.from_pretrained(release, sae_id)
 
 
-def registered(release: str) -> Any:
-    """What SAELens' registry says of a release: repository, model, and for each id its path and expected L0."""
+def registered(release: str, base: str | None = None) -> Any:
+    """What SAELens' registry says of a release: repository, model, and for each id its path and expected L0.
+    Raises UserError where it is of another model than `base`."""
     from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
 
     directory = get_pretrained_saes_directory()
     if release not in directory:
         raise UserError(f"SAE release {release!r} is not in SAELens' registry{nearest(release, directory)}; mend sae.release")
+    _check_model(directory[release].model, base, f"SAE release {release}")
     return directory[release]
 
 
@@ -156,16 +199,12 @@ def gemma_scope_2(
     revision: str | None = None,
 ) -> tuple[dict[str, Any], dict[str, Tensor], None]:
     """(config, weights, no sparsity) of Gemma Scope 2, shapes read from the fetched file: SAELens' own asks the network for
-    them though it is cached. Raises UserError where the folder's config names another site than its block's output."""
+    them though it is cached. Raises UserError for another architecture; the place that it says is checked by `fetch`."""
     path = hub.file(repo_id, f"{folder_name}/params.safetensors", revision)
     said = json.loads(hub.file(repo_id, f"{folder_name}/config.json", revision).read_text(encoding="utf-8"))
     layer = int(re.findall(r"layer_(\d+)", folder_name)[0])
-    site = f"model.layers.{layer}.output"
-    if said.get("hf_hook_point_in") != site or said.get("architecture") != "jump_relu":
-        raise UserError(
-            f"SAE {repo_id}/{folder_name}: its config says {said.get('architecture')} at {said.get('hf_hook_point_in')}, "
-            f"a JumpReLU SAE at {site} is needed; fetch it again or mend sae.sae_id"
-        )
+    if (kind := said.get("architecture")) != "jump_relu":
+        raise UserError(f"SAE {repo_id}/{folder_name}: its config says {kind}, jump_relu is needed; mend sae.sae_id")
     hub.checked_hash(path)
     raw = load_file(path)
     names = dict(W_enc="w_enc", W_dec="w_dec", b_enc="b_enc", b_dec="b_dec", threshold="threshold")
@@ -181,7 +220,7 @@ def gemma_scope_2(
         model_name=said["model_name"],
         hook_name=f"blocks.{layer}.hook_resid_post",
         hook_head_index=None,
-        hf_hook_name=site,
+        hf_hook_name=said.get("hf_hook_point_in"),
         prepend_bos=True,
         apply_b_dec_to_input=False,
         normalize_activations="none",
@@ -228,9 +267,11 @@ def activations(
     return collected(base, kept, batch_tokens, layers, watch, "02 activations for SAEs", device="cpu")
 
 
-def trained_sae(heard: Mapping[int, Tensor], layer: int, spec: Sae, seed: int, device: str, *, folder: Path) -> None:
-    """A layer's SAE trained on its activations, in `folder` in SAELens' own format."""
-    train(heard[layer], spec, seed, folder, device)
+def trained_sae(
+    heard: Mapping[int, Tensor], layer: int, spec: Sae, seed: int, device: str, model: str | None, *, folder: Path
+) -> None:
+    """A layer's SAE trained on its activations, in `folder` in SAELens' own format; model: the base's name on the Hub."""
+    train(heard[layer], spec, seed, folder, device, hook_name=f"blocks.{layer}.hook_resid_post", model_name=model)
 
 
 def fetched_sae(
@@ -238,14 +279,9 @@ def fetched_sae(
 ) -> str | None:
     """A layer's SAE of a release or of a folder, in `folder` in SAELens' own format; returns the commit that it was fetched at.
     model: the base model's name, which the release must be of; files: hashes of the files, where they are in a folder."""
-    by_name = Source.of(release, kind="sae").where == "hub" and Source.of(model).where != "folder"
-    if by_name and (of := registered(release).model) != model:
-        raise UserError(
-            f"SAE release {release} was trained on {of}, the profile's model is {model}; mend sae.release or model.base"
-        )
-    fetch(release, sae_id, layer, revision).save_model(folder)
-    on_hub = Source.of(release, kind="sae").where == "hub"
-    return hub.resolved(registered(release).repo_id, revision) if on_hub else None
+    entry = registered(release, model) if Source.of(release, kind="sae").where == "hub" else None
+    fetch(release, sae_id, layer, revision, model).save_model(folder)
+    return hub.resolved(entry.repo_id, revision) if entry else None
 
 
 def _commits(store: Path) -> dict[str, str]:

@@ -141,7 +141,7 @@ def _sources(profile: Profile) -> dict[str, Callable[[], tuple[Source, Sequence[
     found: dict[str, Callable[[], tuple[Source, Sequence[str]]]] = {"model": lambda: (_model(profile), hub.MODEL_FILES)}
     if tuned.finetuned:
         found["finetuned"] = lambda: (Source.of(str(tuned.finetuned), tuned.finetuned_revision), hub.MODEL_FILES)
-    found["SAEs"] = lambda: saes.files_of(profile.sae, lambda: _config(profile)["num_hidden_layers"])
+    found["SAEs"] = lambda: saes.files_of(profile.sae, profile.model.base, lambda: _config(profile)["num_hidden_layers"])
     found["maths"] = lambda: (Source.of(data.maths, data.maths_revision, "dataset"), files["maths"])
     found["general"] = lambda: (Source.of(data.general, data.general_revision, "dataset"), files["general"])
     return found

@@ -54,7 +54,7 @@ def layers_of(release: str, sae_id: str, blocks: int) -> Sequence[int]:
     """The blocks that a release or folder has an SAE of."""
     names = {layer: saes.id_of(sae_id, layer) for layer in range(blocks)}
     if Source.of(release, kind="sae").where == "folder":
-        held = {name for name in names.values() if (Path(release) / name / "cfg.json").is_file()}
+        held = {name for name in names.values() if (Path(release) / name).is_dir()}
     else:
         held = set(saes.registered(release).saes_map)
     if not (layers := [layer for layer, name in names.items() if name in held]):

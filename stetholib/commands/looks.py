@@ -4,7 +4,6 @@ What ships with the package needs none, and of what is still to be fetched nothi
 
 from collections.abc import Callable, Collection, Iterator
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 
 from stetholib.adapters import harness, saes
@@ -94,8 +93,6 @@ def _prompts(profile: Profile, model: bool) -> str:
 
 
 def _sae_files(profile: Profile, layers: Callable[[], int]) -> str:
-    release, names = profile.sae.release, [saes.id_of(profile.sae.sae_id, layer) for layer in range(layers())]
-    for file in (f"{name}/{part}" for name in names for part in ("cfg.json", "sae_weights.safetensors")):
-        if not (Path(release) / file).is_file():
-            raise UserError(f"SAE folder {release}: there is no {file}; save each SAE there with SAELens' save_model")
-    return f"one for each of {len(names)} blocks"
+    for layer in range(layers()):
+        saes.checked_folder(profile.sae.release, profile.sae.sae_id, layer, profile.model.base)
+    return f"one for each of {layers()} blocks"

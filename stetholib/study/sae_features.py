@@ -13,6 +13,7 @@ from stetholib import sae_features
 from stetholib.adapters import saes
 from stetholib.belief import Declared, check_enough, refusals
 from stetholib.data import hub
+from stetholib.data.source import Source
 from stetholib.editing import Lazy
 from stetholib.models.dictionary import Dictionary
 from stetholib.models.sums import CONTRASTS, DocumentSums, sums_bytes
@@ -65,12 +66,13 @@ class SaeFeatures(Step):
 
     def _sae(self, layer: int) -> Artefact:
         """A layer's SAE in SAELens' own format."""
-        world, spec = self._world, self._spec
+        world, spec, base = self._world, self._spec, self._profile.model.base
         if spec.release == "train":
             drawn = world.seed(f"sae {spec.seed} {layer}")
-            return self._store.made(saes.trained_sae, self._activations, layer, spec, drawn, world.device)
+            named = base if Source.of(base).where == "hub" else None
+            return self._store.made(saes.trained_sae, self._activations, layer, spec, drawn, world.device, named)
         files = hub.files_key(Path(spec.release) / saes.id_of(spec.sae_id, layer), "*")
-        source = (spec.release, spec.sae_id, layer, spec.revision, self._profile.model.base, files)
+        source = (spec.release, spec.sae_id, layer, spec.revision, base, files)
         made = self._store.made(saes.fetched_sae, *source)
         saes.check_commit(self._store.folder, spec, made.value)
         return made

@@ -1,5 +1,6 @@
 """What a look tells before anything is computed: each row is one thing wrong with files of one's own, and the line it must give."""
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -41,6 +42,18 @@ def without_a_sae(values):
     shutil.rmtree("mine/saes/block_2")
 
 
+def without_its_weights(values):
+    Path("mine/saes/block_2/sae_weights.safetensors").unlink()
+
+
+def an_sae_that_says(**said):
+    def act(values):
+        path = Path("mine/saes/block_2/cfg.json")
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"metadata": said}))
+
+    return act
+
+
 # what is wrong -> (the change, the check that says so, its line)
 CASES = {
     "no task": (key("evaluation", "task", "mine/no.yaml"), "task file", "there is no file mine/no.yaml"),
@@ -58,6 +71,9 @@ CASES = {
     "a URL": (key("model", "base", "https://host/owner/name"), "model", "owner/name, no URL"),
     "a file for a folder": (key("model", "base", "mine/task.yaml"), "model", "this is a file; give the folder"),
     "SAEs of which one is missing": (without_a_sae, "SAE files", "no block_2/cfg.json"),
+    "SAEs of which one has no weights": (without_its_weights, "SAE files", "no block_2/sae_weights.safetensors"),
+    "an SAE of another block": (an_sae_that_says(hook_name="model.layers.1"), "SAE files", "block_2: it says that it reads model.layers.1; the output of block 2 is needed"),
+    "an SAE of another place": (an_sae_that_says(hook_name="blocks.2.hook_mlp_out"), "SAE files", "reads blocks.2.hook_mlp_out; the output of block 2"),
     "test problems among the training ones": (problems(lambda train, test: pd.concat([train, test.head(2)])), "problems", "2 training problems of mine/changed are in its test split as well"),
     "problems that are numbers": (problems(lambda train, test: train.assign(problem=range(len(train)))), "problems", "column 'problem' holds int64, not text"),
     "no boxed answers": (key("finetune", "target", "minerva"), "problems", "set finetune.target to plain"),
