@@ -20,7 +20,7 @@ DIGESTS = {
     "gemma-3-270m": "4cd704d2f1faeda6",
     "mini": "1414f96053ae676b",
     "paper": "415ceae8df5f6277",
-    "smoke": "22e4d15ccf3c0b21",
+    "smoke": "837fdba8bcf60590",
 }
 
 
