@@ -40,7 +40,7 @@ SHAPES = {  # of the released models' configurations
 RELEASED = "bfloat16"  # as the models are stored, whatever a profile computes in
 WITH_VISION = ("google/gemma-3-4b-it",)
 SAMPLE_TOKENS = 4096
-OFF = 0.3  # of a direction's length
+OFF, NEVER = 0.3, 1e30  # of a direction's length; a threshold that nothing reaches
 
 
 def everything(profile: Profile, folder: Path, scale: float, seed: int = 0) -> dict[str, Path]:
@@ -164,12 +164,16 @@ def gemma_scope(profile: Profile, base: Path, folder: Path, d_sae: int, seed: in
 
 def fitted(x: torch.Tensor, d_sae: int, l0: float, seed: int) -> Dictionary:
     """A dictionary that explains `x` [token, d_model] better than random directions without being trained: the directions in
-    which it varies most and their opposites, over and over, each a little off."""
-    centred = (x - x.mean(0)).double()
+    which it varies most and their opposites, each a little off. Features beyond those are there and never fire."""
+    centred, generator = (x - x.mean(0)).double(), torch.Generator().manual_seed(seed)
     most = principal(centred.T @ centred).T.float()
-    directions = torch.cat([most, -most]).repeat(-(-d_sae // (2 * len(most))), 1)[:d_sae]
-    off = torch.randn(directions.shape, generator=torch.Generator().manual_seed(seed))
-    return tied_dictionary(x, directions + OFF * off.to(x.device) / x.shape[1] ** 0.5, l0)
+    directions = torch.cat([most, -most])[:d_sae]
+    off = torch.randn(d_sae, x.shape[1], generator=generator).to(x.device) / x.shape[1] ** 0.5
+    one, silent = tied_dictionary(x, directions + OFF * off[: len(directions)], l0), off[len(directions) :]
+    b_enc, threshold = (
+        torch.cat([part, part.new_full((len(silent),), value)]) for part, value in ((one.b_enc, 0), (one.threshold, NEVER))
+    )
+    return Dictionary(torch.cat([one.W_enc, silent.T], 1), b_enc, torch.cat([one.W_dec, silent]), one.b_dec, threshold)
 
 
 def maths(data: Data, folder: Path, seed: int) -> None:
