@@ -20,11 +20,11 @@ def looks(profile: Profile, here: Collection[str], layers: Callable[[], int]) ->
     """Each look by name: it says what was found, or raises UserError. here: what needs no fetching; layers: of the model."""
     data, own_task = profile.data, profile.evaluation.task != harness.MINERVA
     yield "task file" if own_task else "subjects", partial(harness.check_task, data.subjects, profile.evaluation.task)
-    maths = "maths" in here and Source.of(data.maths, kind="dataset").where != "shipped"
+    maths = "maths" in here and data.maths != "generated"
     model = "model" in here and Source.of(profile.model.base).where != "shipped"
     if maths:
         yield "problems", partial(_problems, profile)
-    if "general" in here and Source.of(data.general, kind="dataset").where != "shipped":
+    if "general" in here and data.general != "generated":
         yield "documents", partial(_documents, profile)
     if model:
         yield "tokenizer", partial(_tokenizer, profile)

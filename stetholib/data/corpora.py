@@ -1,4 +1,4 @@
-"""Texts: problems in MATH's fields and general documents, generated or from the Hub, by split.
+"""Texts: problems in MATH's fields and general documents, generated, installed or from the Hub, by split.
 
 A fine-tune may see train; whatever is chosen or tuned sees validation; test is first asked in step 05; until then it is
 looked at only to keep its problems out of the others. On the Hub, validation is a part of the training split picked by hash, and
@@ -10,7 +10,7 @@ from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
 
-from stetholib.data import hub
+from stetholib.data import hub, installed
 from stetholib.data.mini import problems as mini_problems
 from stetholib.data.mini import stories as mini_stories
 from stetholib.data.prompts import boxed_answer
@@ -19,6 +19,7 @@ from stetholib.errors import UserError
 from stetholib.profiles import Data
 
 Row = Mapping[str, str]
+SHARES = ("train",) * 6 + ("validation",) * 2 + ("test",) * 2  # of installed packages, by the hash of their names
 
 
 def problems(spec: Data, split: str, seed: int, boxed: bool = True) -> list[Row]:
@@ -27,6 +28,8 @@ def problems(spec: Data, split: str, seed: int, boxed: bool = True) -> list[Row]
     count = {"train": spec.train_problems, "validation": spec.validation_problems}
     wanted = spec.test_problems if split == "test" else dict.fromkeys(spec.subjects, count[split])
     source = Source.of(spec.maths, spec.maths_revision, "dataset")
+    if source.name == "installed":
+        raise UserError("data.maths is installed, but packages hold general text and no problems; mend data.maths")
     if source.where == "shipped":
         if unknown := sorted(set(wanted) - set(mini_problems.SUBJECTS)):
             known = ", ".join(mini_problems.SUBJECTS)
@@ -41,14 +44,17 @@ def general(
     """General documents; splits never share one. Raises UserError where there are not so many, unless fewer do (`or_fewer`).
     key: of the profile, which wants so many."""
     source = Source.of(spec.general, spec.general_revision, "dataset")
-    if source.where == "shipped":
+    if source.name == "generated":
         return mini_stories.generate(count, seed, split)
-    order = {"train": 0, "validation": 1, "test": 2}[split]
-    rows = _parquet(source, spec.general_config, "validation", ["text"])
-    texts = [text for text in (row["text"] for row in rows) if len(text.split()) >= 40 and _bucket(text) % 3 == order]
+    if source.name == "installed":
+        texts = [text for text, package in installed.paragraphs().items() if SHARES[_bucket(package) % len(SHARES)] == split]
+    else:
+        order = {"train": 0, "validation": 1, "test": 2}[split]
+        rows = _parquet(source, spec.general_config, "validation", ["text"])
+        texts = [text for text in (row["text"] for row in rows) if len(text.split()) >= 40 and _bucket(text) % 3 == order]
     if len(texts) < count and not or_fewer:
         raise UserError(
-            f"data: {spec.general} has {len(texts)} general documents for {split}, a third of those with 40 words or more (shorter "
+            f"data: {spec.general} has {len(texts)} general documents for {split}, its share of those with 40 words or more (shorter "
             f"texts are left out), {count} are wanted; lower {key}"
         )
     return sorted(texts, key=_bucket)[:count]

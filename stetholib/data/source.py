@@ -10,8 +10,8 @@ from stetholib.data import hub
 from stetholib.data.mini import FOLDER
 from stetholib.errors import UserError
 
-# what needs no files of anyone's, by kind: it ships with the package or is made by it
-SHIPPED = {"model": ("mini", "toy"), "dataset": ("generated",), "sae": ("train",)}
+# what needs no files of anyone's, by kind: it ships with the package, is made by it or lies beside it
+SHIPPED = {"model": ("mini", "toy"), "dataset": ("generated", "installed"), "sae": ("train",)}
 HUB_ID = re.compile(r"(?!.*(--|\.\.))(?=.{1,96}$)(\w|\w[\w.-]*\w)(/(\w|\w[\w.-]*\w))?(?<!\.git)", re.ASCII)
 
 

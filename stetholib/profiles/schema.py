@@ -24,8 +24,8 @@ class Model:
 
 @dataclass(frozen=True)
 class Data:
-    """Which texts. `maths` and `general` are `generated`, data sets of the Hub, or folders laid out like them.
-    Counts are problems a subject; the subjects are those of `test_problems`."""
+    """Which texts. `maths` and `general` are `generated`, data sets of the Hub, or folders laid out like them; `general` may be
+    `installed` too: documentation of installed packages. Counts are problems a subject; the subjects are those of `test_problems`."""
 
     maths: str = key()
     maths_revision: str | None = key()

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from stetholib import plots
 from stetholib.adapters import saes
 from stetholib.commands.environment import check_imported_from
-from stetholib.data import corpora
+from stetholib.data import corpora, installed
 from stetholib.profiles import ProfileError, nearest
 from stetholib.store.files import atomic, json_lines
 from stetholib.study.layer_selection import LayerSelection
@@ -109,7 +109,8 @@ class Study:
             finetune=dict(finetuned=made.finetuned, finetuned_revision=made.finetuned_revision) | how,
             sae=dict(release=p.sae.release, id=p.sae.sae_id, revision=p.sae.revision, d_sae=d_sae) | fetched,
             data={name: getattr(p.data, name) for name in ("maths", "maths_revision", "general", "general_revision")}
-            | corpora.left_out(p.data, made.target == "minerva"),
+            | corpora.left_out(p.data, made.target == "minerva")
+            | (installed.fingerprint() if p.data.general == "installed" else {}),
         )
 
 
