@@ -161,7 +161,7 @@ def lora_told(table: pd.DataFrame | None, made: FineTune) -> str:
         where = f"was put by {made.lora_start}"
         said = "what a basis keeps of that, it shares with the start, **not with what was learnt**"
     if share <= 0.5:
-        said = "most of it lies elsewhere, so that this cannot be the whole cause"
+        said = "most of it lies elsewhere, where training or rounding put it (step 01), so that this is not the whole cause"
     return f"The vector is a {made.lora}: **{share:.1%}** of its readers' energy lies where A {where} before training (chance {chance:.1%}); {said}."
 
 
