@@ -162,7 +162,7 @@ def _value(kind: Any, value: Any, limits: Any, where: str) -> Any:
         return _text(value, limits, where)
     low, high = limits.get("low"), limits.get("high")
     if isinstance(value, int | float) and not isinstance(value, bool):
-        too_large = value > (LARGEST if high is None else high) or not math.isfinite(value)
+        too_large = value > (LARGEST if high is None else high) or (isinstance(value, float) and not math.isfinite(value))
         if too_large or (low is not None and value < low):
             allowed = f"between {low:g} and {high or LARGEST:g}" if high is not None or too_large else f"{low:g} or more"
             raise ProfileError(f"profile {where}: {_shown(value)} is out of range, it must be {allowed}")

@@ -46,12 +46,13 @@ def weights(name, act):
     return change
 
 
-def sae(layer, act):
+def sae(layers, act):
     def change(mine, values):
-        path = mine / "saes" / f"block_{layer}" / "sae_weights.safetensors"
-        tensors = load_file(path)
-        act(tensors)
-        save_file({key: value.contiguous() for key, value in tensors.items()}, path)
+        for layer in layers:
+            path = mine / "saes" / f"block_{layer}" / "sae_weights.safetensors"
+            tensors = load_file(path)
+            act(tensors)
+            save_file({key: value.contiguous() for key, value in tensors.items()}, path)
 
     return change
 
@@ -142,14 +143,14 @@ CASES = {
     "a fine-tune with NaN": (weights("finetuned", lambda t: t[GATE].fill_(float("nan"))), "01", "NaN or Inf"),
     "a fine-tune that changed nothing": (files(lambda m: shutil.copy(m / "base" / "model.safetensors", m / "finetuned")), "01", "the two models are the same"),
     "a fine-tune with a token more": (weights("finetuned", lambda t: t.update({k: torch.cat([v, v[:1]]) for k, v in t.items() if "embed" in k or "lm_head" in k})), "01", "both must be of one model"),
-    "an SAE that never fires": (sae(1, lambda t: t["threshold"].fill_(1e9)), "02", "no feature fires"),
+    "SAEs that never fire, in half of the layers": (sae([1, 2], lambda t: t["threshold"].fill_(1e9)), "02", "SAEs of 2 of 4 layers cannot be believed; layer 1: no feature fires"),
     "an sae_id with another brace": (key("sae.sae_id", "block_{layer}_{width}"), "02", "must hold {layer}"),
     "gradients that are Inf": (weights("base", lambda t: t["lm_head.weight"].mul_(1e38)), "03", "gradient at layer .* NaN or Inf"),
     "general text with a row that is empty": (parquet(GENERAL, lambda t: t.assign(text=[None, *t["text"][1:]])), "02", "some rows have no 'text'"),
     "a variant that the claims need": (key("evaluation.variants", ["base", "full", "scalpel"]), "05", "full_shrunk is not there"),
     "SAEs of which one is missing": (files(lambda m: shutil.rmtree(m / "saes" / "block_2")), "02", "no block_2/cfg.json"),
-    "SAEs of another width": (sae(1, lambda t: t.update(W_enc=torch.randn(48, 128), W_dec=torch.randn(128, 48), b_dec=torch.zeros(48))), "02", "size|width|shape"),
-    "an SAE with NaN": (sae(1, lambda t: t["W_dec"].fill_(float("nan"))), "02", "W_dec holds NaN"),
+    "SAEs of another width": (sae([1], lambda t: t.update(W_enc=torch.randn(48, 128), W_dec=torch.randn(128, 48), b_dec=torch.zeros(48))), "02", "size|width|shape"),
+    "an SAE with NaN": (sae([1], lambda t: t["W_dec"].fill_(float("nan"))), "02", "W_dec holds NaN"),
     "SAEs shifted by one block": (files(shifted), "02", "better than its own"),
     "an SAE as a pickle": (files(lambda m: to_pickle(m / "saes" / "block_1" / "sae_weights.safetensors")), "02", "safetensors"),
     "an SAE cut short": (files(lambda m: cut(m / "saes" / "block_1" / "sae_weights.safetensors")), "02", "cannot be read"),

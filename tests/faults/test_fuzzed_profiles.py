@@ -96,6 +96,7 @@ FILES = {
     "a key twice": (text() + "seed: 1\n", r"line \d+ gives the key 'seed' again"),
     "a key of a section twice": (text(sae=0).replace("sae: 0", "sae: {k: 1, k: 2}"), r"line \d+ gives the key 'k' again"),
     "a number of 400 digits": (text(seed=0).replace("seed: 0", f"seed: {BIG}"), "out of range"),
+    "a negative one": (text(seed=0).replace("seed: 0", f"seed: -{BIG}"), "out of range"),
     "a number of 400 digits for a float": (text(finetune=0).replace("finetune: 0", f"finetune: {BIG}"), "expected a section"),
     "an endless number": (text(finetune=SMOKE["finetune"] | {"epochs": float("inf")}), "inf is out of range"),
     "a billion threads": (text(threads=10**11), "between 1 and 1024"),

@@ -16,7 +16,7 @@ from stetholib.models.loading import check_stored
 from stetholib.models.weights import MATRICES, Checkpoint
 
 bent = settings(
-    max_examples=int(os.environ.get("STETHOLIB_FUZZ_EXAMPLES", "200")),
+    max_examples=int(os.environ.get("STETHOLIB_FUZZ", "200")),
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
