@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 
@@ -73,15 +74,24 @@ def test_a_wrong_sae_set_is_refused_before_any_result(tmp_path):
     saes = served["google/gemma-scope-2-270m-it"]
     part = "resid_post_all/layer_{}_width_16k_l0_small/params.safetensors"
     with Hub(served) as hub:
-        home = tmp_path / "wrong"
+        files = dict(saes.files)
+        for layer in range(5):
+            saes.files[part.format(layer)] = files[part.format(layer + 1)]  # the set shifted by one block
+        home = tmp_path / "shifted"
+        done = reproduce(home, profile, environment(home, hub.url, tmp_path / "cache"))
+        assert done.returncode == 2 and "better than its own" in done.stderr and "Traceback" not in done.stderr
+        assert not list((home / "figures").rglob("02_*"))
+        store = tmp_path / "shifted" / "runs" / "gemma-3-270m" / "store"
+        saes.files.update(files)
         made = tmp_path / "made" / "google" / "gemma-scope-2-270m-it"
-        for layer in (2, 3, 4):  # SAEs whose halves do not belong together, at the right names
+        for layer in (2, 3, 4):  # blocks of another release, at the same names: many times as many features fire
             file = made / part.format(layer)
             tensors = load_file(file)
-            tensors["w_dec"] = tensors["w_dec"].flip(0).contiguous()
+            tensors["threshold"] = tensors["threshold"] * 0
             save_file(tensors, file)
             saes.files[part.format(layer)] = file.read_bytes()
-        done = reproduce(home, profile, environment(home, hub.url, tmp_path / "cache"))
+        shutil.rmtree(store)
+        done = reproduce(home, profile, environment(home, hub.url, tmp_path / "cache2"))
         assert done.returncode == 2 and re.search(WRONG, done.stderr), done.stderr
         assert not list((home / "figures").rglob("02_*"))
 

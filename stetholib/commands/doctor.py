@@ -26,7 +26,11 @@ from stetholib.store.files import repository
 from stetholib.store.tables import Workspace
 
 GIB = hub.GIB
-THERE = {"shipped": "ships with the package, is made by it, or is installed", "folder": "in a folder of this machine", "hub": "in the cache"}
+THERE = {
+    "shipped": "ships with the package, is made by it, or is installed",
+    "folder": "in a folder of this machine",
+    "hub": "in the cache",
+}
 RUNTIME = 1.5 * GIB  # Python with PyTorch and the notebook's kernel
 
 

@@ -40,7 +40,8 @@ SHAPES = {  # of the released models' configurations
 RELEASED = "bfloat16"  # as the models are stored, whatever a profile computes in
 WITH_VISION = ("google/gemma-3-4b-it",)
 SAMPLE_TOKENS = 4096
-OFF, NEVER = 0.3, 1e30  # of a direction's length; a threshold that nothing reaches
+MOST, OFF = 0.7, 0.02  # of the width: all directions would explain any block's stream; of a direction's length
+NEVER = 1e30  # a threshold that nothing reaches
 
 
 def everything(profile: Profile, folder: Path, scale: float, seed: int = 0) -> dict[str, Path]:
@@ -163,10 +164,10 @@ def gemma_scope(profile: Profile, base: Path, folder: Path, d_sae: int, seed: in
 
 
 def fitted(x: torch.Tensor, d_sae: int, l0: float, seed: int) -> Dictionary:
-    """A dictionary that explains `x` [token, d_model] better than random directions without being trained: the directions in
-    which it varies most and their opposites, each a little off. Features beyond those are there and never fire."""
+    """A dictionary that explains `x` [token, d_model] better than random directions, and than another block's stream, without
+    being trained: the directions in which it varies most and their opposites, each a little off. Further features never fire."""
     centred, generator = (x - x.mean(0)).double(), torch.Generator().manual_seed(seed)
-    most = principal(centred.T @ centred).T.float()
+    most = principal(centred.T @ centred).T.float()[: round(MOST * x.shape[1])]
     directions = torch.cat([most, -most])[:d_sae]
     off = torch.randn(d_sae, x.shape[1], generator=generator).to(x.device) / x.shape[1] ** 0.5
     one, silent = tied_dictionary(x, directions + OFF * off[: len(directions)], l0), off[len(directions) :]
