@@ -36,6 +36,11 @@ class Declared:
         return cls(dict.fromkeys(range(layers), k), 2.0, False, mend)
 
 
+def explains(row: Any) -> bool:
+    """Whether an SAE explains more than the mean and than a random dictionary of its L0; row: its self-test."""
+    return bool(row["fvu"] < min(1, row["fvu_random"]))
+
+
 def refusals(tests: pd.DataFrame, declared: Declared) -> dict[int, str]:
     """Why a layer's SAE is not believed, by layer; empty where all are. tests: of `sae_features.hear`, one row a layer."""
     rows = tests.set_index("layer")
@@ -51,7 +56,7 @@ def _why(layer: int, row: Any, rows: Any, declared: Declared) -> str:
     if declared.fetched and row["fvu_neighbour"] < CLEARLY * row["fvu_here"]:
         unexplained = f"unexplained {row['fvu_neighbour']:.2f} against {row['fvu_here']:.2f}"
         return f"it explains a layer beside it better than its own ({unexplained}); the set is shifted or of another model"
-    if not left < min(1, chance):
+    if not explains(row):
         return (
             f"it leaves {left:.2f} of the variance unexplained, the mean leaves 1 and a random dictionary of its L0 {chance:.2f}"
         )

@@ -48,8 +48,9 @@ def listen(
     that reads the output of that block. count: m, how many layers to select, a third of those with an SAE by default.
     matched_minimum: how often a word must occur on both sides to count in the contrast of matched words. memory_gib: for sums
     over documents; layers are heard in groups that fit. Returns one row a contrast and layer: the SAE's L0 and FVU beside a
-    random dictionary's, why it is refused (its scores are then NaN, and it is not selected), score, the random dictionary's score, p_value (permuted documents), p_max (against the largest score
-    of any layer), selection_share (of document resamples) and whether the layer is selected.
+    random dictionary's, why it is refused (its scores are then NaN, and it is not selected), score, the random dictionary's
+    score, p_value (permuted documents), p_max (against the largest score of any layer), selection_share (of document resamples)
+    and whether the layer is selected.
     Raises UserError for texts, layers or SAEs that cannot be used. Source: arXiv 2605.28649, whose formula of specificity is not
     public; the README says what was chosen.
     """
@@ -67,19 +68,26 @@ def listen(
     for group in groups(tuple(layers), sums_bytes(widest, len(corpus_of), 2), memory_gib):
         heard = hear(base, listening, dictionaries, rule, group)
         tests.append(heard.tests)
+        weak = refusals(heard.tests, DECLARED)
         for contrast, parts in found.items():
-            sums = (None if layer in refusals(heard.tests, DECLARED) else heard.sums[f"{contrast}.{layer}"] for layer in group)
+            sums = (None if layer in weak else heard.sums[f"{contrast}.{layer}"] for layer in group)
             parts += drawn_scores(sums, corpus_of, rule, contrast == "matched", permutations, resamples, seed)
     every = pd.concat(tests, ignore_index=True)
-    check_enough(refusals(every, DECLARED), len(layers), DECLARED)
-    return _table(every, found, layers, count or layer_sets.layer_count(len(layers), 1 / 3), rule)
+    refused = refusals(every, DECLARED)
+    check_enough(refused, len(layers), DECLARED)
+    return _table(every, found, refused, layers, count or layer_sets.layer_count(len(layers), 1 / 3), rule)
 
 
 def _table(
-    tests: pd.DataFrame, found: Mapping[str, list[list[np.ndarray]]], layers: Sequence[int], count: int, rule: ScoreRule
+    tests: pd.DataFrame,
+    found: Mapping[str, list[list[np.ndarray]]],
+    refused: Mapping[int, str],
+    layers: Sequence[int],
+    count: int,
+    rule: ScoreRule,
 ) -> pd.DataFrame:
     """One row a contrast and layer; found: by contrast, what `drawn_scores` gives. No score of a layer that is refused is shown."""
-    parts, refused = [], refusals(tests, DECLARED)
+    parts = []
     for contrast, draws in found.items():
         by_layer = zip(layers, draws, strict=True)
         kept = [[one * np.nan for one in drawn] if layer in refused else drawn for layer, drawn in by_layer]

@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from stetholib.belief import explains
 from stetholib.errors import UserError
 from stetholib.models.dictionary import Dictionary, check_width, random_dictionary, self_test
 from stetholib.models.loading import LanguageModel, check_finite
@@ -155,9 +156,8 @@ def hear(
             moment[layer].add(x[maths])
     labels = one_hot(corpus_of, corpora)
     for layer in group:
-        explains = tests[layer]["fvu"] < min(1, tests[layer]["fvu_random"])
         for contrast in CONTRASTS:
-            if not explains:
+            if not explains(tests[layer]):
                 tests[layer][f"score_random_{contrast}"] = nan
                 continue
             baseline = rule.score(sums["random", layer].sums[contrast], labels, contrast == "matched")

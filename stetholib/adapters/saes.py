@@ -284,6 +284,10 @@ def fetched_sae(
     return hub.resolved(entry.repo_id, revision) if entry else None
 
 
+def _asked(spec: Sae) -> str:
+    return f"{spec.release}@{spec.revision or 'main'}"
+
+
 def _commits(store: Path) -> dict[str, str]:
     """The commits that a store's fetched SAEs are of, by release@revision."""
     with suppress(OSError, ValueError):  # not there yet, or damaged
@@ -293,14 +297,14 @@ def _commits(store: Path) -> dict[str, str]:
 
 def commit_of(store: Path, spec: Sae) -> dict[str, str]:
     """The `commit` of the Hub that a store's SAEs were fetched at; empty where they were not fetched."""
-    found = _commits(store).get(f"{spec.release}@{spec.revision or 'main'}")
+    found = _commits(store).get(_asked(spec))
     return {"commit": found} if found else {}
 
 
 def check_commit(store: Path, spec: Sae, commit: str | None) -> None:
     """Hold fetched SAEs to the commit that a store's first ones were of: the first writes it down.
     Raises UserError where the Hub has given another since."""
-    known, name = _commits(store), f"{spec.release}@{spec.revision or 'main'}"
+    known, name = _commits(store), _asked(spec)
     if commit and name not in known:
         text = json.dumps(known | {name: commit}, indent=1)
         atomic(store / COMMITS, lambda draft: draft.write_text(text, encoding="utf-8"))
