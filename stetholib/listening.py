@@ -62,31 +62,25 @@ def listen(
     doubles = {layer: seed + 2 + layer for layer in range(blocks)}
     sizes = (max_tokens, batch_tokens, matched_minimum)
     listening = Listening([*maths, *general], corpus_of.tolist(), *sizes, seed, seed + 1, doubles)
-    widest = max(one.d_sae for one in dictionaries.values())
     tests: list[pd.DataFrame] = []
     found: dict[str, list[list[np.ndarray]]] = {contrast: [] for contrast in CONTRASTS}
-    for group in groups(tuple(layers), sums_bytes(widest, len(corpus_of), 2), memory_gib):
+    needed = sums_bytes(max(one.d_sae for one in dictionaries.values()), len(corpus_of), 2)
+    for group in groups(tuple(layers), needed, memory_gib):
         heard = hear(base, listening, dictionaries, rule, group)
         tests.append(heard.tests)
         weak = refusals(heard.tests, DECLARED)
         for contrast, parts in found.items():
             sums = (None if layer in weak else heard.sums[f"{contrast}.{layer}"] for layer in group)
             parts += drawn_scores(sums, corpus_of, rule, contrast == "matched", permutations, resamples, seed)
-    every = pd.concat(tests, ignore_index=True)
-    refused = refusals(every, DECLARED)
-    check_enough(refused, len(layers), DECLARED)
-    return _table(every, found, refused, layers, count or layer_sets.layer_count(len(layers), 1 / 3), rule)
+    return _table(pd.concat(tests, ignore_index=True), found, layers, count or layer_sets.layer_count(len(layers), 1 / 3), rule)
 
 
 def _table(
-    tests: pd.DataFrame,
-    found: Mapping[str, list[list[np.ndarray]]],
-    refused: Mapping[int, str],
-    layers: Sequence[int],
-    count: int,
-    rule: ScoreRule,
+    tests: pd.DataFrame, found: Mapping[str, list[list[np.ndarray]]], layers: Sequence[int], count: int, rule: ScoreRule
 ) -> pd.DataFrame:
     """One row a contrast and layer; found: by contrast, what `drawn_scores` gives. No score of a layer that is refused is shown."""
+    refused = refusals(tests, DECLARED)
+    check_enough(refused, len(layers), DECLARED)
     parts = []
     for contrast, draws in found.items():
         by_layer = zip(layers, draws, strict=True)
