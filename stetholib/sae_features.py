@@ -17,7 +17,15 @@ from torch import Tensor
 
 from stetholib.belief import explains
 from stetholib.errors import UserError
-from stetholib.models.dictionary import Dictionary, check_width, random_dictionary, self_test
+from stetholib.models.dictionary import (
+    OUTLIER,
+    Dictionary,
+    check_width,
+    massive_dimensions,
+    ordinary,
+    random_dictionary,
+    self_test,
+)
 from stetholib.models.loading import LanguageModel, check_finite
 from stetholib.models.streams import Tokenized, Watch, collected, residual_batches, tokenize, unwatched, up_to
 from stetholib.models.sums import CONTRASTS, Covariance, DocumentSums, FeatureSums, firing, moments, one_hot, specificity
@@ -133,6 +141,7 @@ def hear(
 ) -> Heard:
     """One pass over all documents for a group of layers: sums of their SAEs, self-tests, and moments of activations.
 
+    Outliers (`dictionary.ordinary`) are not heard: an SAE knows nothing of them, and one would drown a feature's other tokens.
     Of the random dictionaries only self-tests and layer scores are kept; the score is NaN where the SAE explains no more.
     """
     corpus_of = torch.tensor(listening.corpus_of)
@@ -148,9 +157,10 @@ def hear(
     passing = residual_batches(base, pairs, listening.batch_tokens, group, watch, "02 feature statistics")
     for batch, document, streams in passing:
         joined = torch.cat([matched[at] for at in batch.documents])
-        weights = {"corpus": torch.ones_like(joined), "matched": joined}
         maths = (corpus_of[document.cpu()] < corpora - 1).to(document.device)
         for layer, x in streams.items():
+            kept = (x.norm(dim=1) <= tests[layer]["norm_limit"]).float().cpu()
+            weights = {"corpus": kept, "matched": joined * kept}
             for name in ("sae", "random"):
                 sums[name, layer].add(instruments[name, layer].encode(x), document, weights)
             moment[layer].add(x[maths])
@@ -175,23 +185,35 @@ def _tested(
     sample = _sample(base, listening, pairs, near_group)
     generator = torch.Generator().manual_seed(listening.neighbour_seed)
     some = torch.randperm(len(sample[group[0]]), generator=generator)[:NEIGHBOUR_TOKENS].to(base.device)
+    kept = {layer: ordinary(x) for layer, x in sample.items()}
     tests, instruments, sums = {}, {}, {}
     for layer in group:
-        one, x = dictionaries[layer], sample[layer]
-        check_width(layer, one, x)
+        one, every = dictionaries[layer], sample[layer]
+        check_width(layer, one, every)
+        x = every[kept[layer]]
         found = self_test(one, x)
-        near = {at: self_test(one, sample[at][some]).fvu for at in (layer - 1, layer, layer + 1) if at in sample}
+        beside = [at for at in (layer - 1, layer, layer + 1) if at in sample]
+        near = {at: self_test(one, sample[at][some][kept[at][some]]).fvu for at in beside}
         own = near.pop(layer)
         double = random_dictionary(x, one.d_sae, found.l0, listening.dictionary_seeds[layer])
         chance = self_test(double, x)
         tests[layer] = dict(layer=layer, d_sae=one.d_sae) | asdict(found)
         tests[layer] |= {f"{name}_random": value for name, value in asdict(chance).items()}
-        tests[layer] |= dict(fvu_here=own, fvu_neighbour=min(near.values(), default=nan))
+        tests[layer] |= dict(fvu_here=own, fvu_neighbour=min(near.values(), default=nan)) | _outliers(one, every, kept[layer])
         for name, instrument, said in (("sae", one, found), ("random", double, chance)):
             check_finite({f"what the {name} dictionary of layer {layer} hears": torch.tensor(said.largest)})
             instruments[name, layer] = instrument
             sums[name, layer] = FeatureSums(one.d_sae, corpus_of, said.largest or 1.0)
     return tests, instruments, sums
+
+
+def _outliers(one: Dictionary, x: Float[Tensor, "token d_model"], kept: Bool[Tensor, " token"]) -> dict[str, Any]:
+    """What self-tests leave out: the share of outliers, the norm above which a token is one, the variance left unexplained with
+    them, and the dimensions in which activations are massive."""
+    limit = float(OUTLIER * x.norm(dim=1).median())
+    whole = self_test(one, x).fvu if not kept.all() else nan
+    massive = " ".join(map(str, massive_dimensions(x)))
+    return dict(norm_limit=limit, outliers=1 - float(kept.float().mean()), fvu_with_outliers=whole, massive=massive)
 
 
 def _sample(
@@ -228,7 +250,18 @@ def measure(
             top = int(most_specific(*one, 1)[0]) if one else -1
             about = dict(top_feature=top, top_specificity=float(one[0][top]) if one else nan, refused=refused.get(layer, ""))
             rows.append(dict(layer=layer, contrast=contrast) | about)
-    shown = ["d_sae", "l0", "fvu", "fvu_random", "alive", "l0_random", "fvu_neighbour"]
+    shown = [
+        "d_sae",
+        "l0",
+        "fvu",
+        "fvu_random",
+        "alive",
+        "l0_random",
+        "fvu_neighbour",
+        "outliers",
+        "fvu_with_outliers",
+        "massive",
+    ]
     return pd.DataFrame(rows).join(tests.set_index("layer")[shown], on="layer")
 
 

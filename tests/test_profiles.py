@@ -21,17 +21,20 @@ DIGESTS = {
     "mini": "1414f96053ae676b",
     "paper": "415ceae8df5f6277",
     "smoke": "837fdba8bcf60590",
+    "smollm2": "f2049f0bc5b41e8d",
+    "smollm2-math": "fd92c74414d552c3",
 }
 
 
-def test_the_shipped_profiles_are_these_five_and_ask_what_they_always_asked():
+def test_the_shipped_profiles_are_these_and_ask_what_they_always_asked():
     """A digest that moves is another experiment: change it here only together with what the profile is meant to say."""
     assert {name: load(name).digest for name in profiles.available()} == DIGESTS
     assert [name for name in DIGESTS if load(name).published_rung] == ["paper"]
 
 
-def test_where_a_lora_starts_came_later_and_only_another_start_is_another_experiment():
+def test_keys_that_came_later_keep_the_hash_and_only_another_value_is_another_experiment():
     assert load("mini", {"finetune.lora_start": "eva"}).digest != DIGESTS["mini"]
+    assert load("mini", {"sae.warm_up": 0.1}).digest != load("mini", {"model.notice": "ours"}).digest == DIGESTS["mini"]
     made = load("gemma-3-1b").finetune
     assert made.lora == "LoRA of rank 32" and dataclasses.replace(made, finetuned="mine").lora == load("mini").finetune.lora == ""
     assert dataclasses.replace(made, lora_start="pissa").lora == "LoRA of rank 32, started by pissa"

@@ -20,7 +20,16 @@ from stetholib.profiles import Sae
 from stetholib.sae_features import matched_weights
 
 SPEC = Sae(
-    release="train", sae_id=None, revision=None, seed=0, d_sae=48, k=4, training_tokens=60_000, batch_size=256, learning_rate=3e-3
+    release="train",
+    sae_id=None,
+    revision=None,
+    seed=0,
+    d_sae=48,
+    k=4,
+    training_tokens=60_000,
+    batch_size=256,
+    learning_rate=3e-3,
+    warm_up=0.0,
 )
 
 
@@ -60,6 +69,30 @@ def test_training_an_sae_twice_gives_the_same_bytes(tmp_path, trained):
         saes.train(x, spec, 7, tmp_path / name)
     files = [(tmp_path / name / "sae_weights.safetensors").read_bytes() for name in ("a", "b")]
     assert files[0] == files[1]
+
+
+def test_training_leaves_its_curve_and_a_warm_up_is_in_it(tmp_path, trained):
+    _, x = trained
+    curves = [saes.train(x, replace(SPEC, warm_up=share), 0, tmp_path / f"{share}") for share in (0.0, 0.5)]
+    for curve in curves:
+        last = curve.iloc[-1]
+        assert list(curve) == ["tokens", "fvu", "l0", "dead"] and 40 <= len(curve) <= 60
+        assert last["fvu"] < 0.6 * curve["fvu"].iloc[0] and SPEC.k / 2 < last["l0"] < 2 * SPEC.k and 0 <= last["dead"] <= 1
+    early = [curve.query("tokens < 5000")["fvu"].mean() for curve in curves]
+    assert early[1] > 1.1 * early[0]  # the rate had not risen yet
+    ours = dictionary.self_test(saes.dictionary(saes.load(tmp_path / "0.0")), x)
+    assert curves[0]["fvu"].iloc[-1] == pytest.approx(ours.fvu, rel=0.4)
+    assert curves[0]["l0"].iloc[-1] == pytest.approx(ours.l0, rel=0.15)
+
+
+def test_a_few_massive_tokens_are_told_from_the_others():
+    x = torch.randn(5000, 64, generator=torch.Generator().manual_seed(0)) + 1
+    assert dictionary.ordinary(x).all() and dictionary.massive_dimensions(x) == []
+    x[[7, 4000], 5] = torch.tensor([900.0, -2000.0])
+    x[9, 3] = 400.0
+    assert torch.nonzero(~dictionary.ordinary(x))[:, 0].tolist() == [7, 9, 4000]
+    assert dictionary.massive_dimensions(x) == [5, 3]
+    assert x[:, 5].var() > 0.8 * x.var(0).sum()  # which is why a plain measure speaks of them alone
 
 
 def test_unsupported_saes_are_refused(trained):

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 from jaxtyping import Float
 from safetensors import SafetensorError
@@ -20,7 +21,7 @@ from stetholib.belief import Declared
 from stetholib.data import hub
 from stetholib.data.source import HUB_ID, Source
 from stetholib.errors import UserError
-from stetholib.models.dictionary import Dictionary
+from stetholib.models.dictionary import Dictionary, ordinary
 from stetholib.models.loading import LanguageModel
 from stetholib.models.streams import Watch, collected, tokenize, unwatched, up_to
 from stetholib.profiles import Sae, nearest
@@ -31,12 +32,11 @@ COMMITS = "sae-commits.json"  # in a store: the commits that its fetched SAEs ar
 
 def train(
     activations: Float[Tensor, "token d_model"], spec: Sae, seed: int, folder: Path, device: str = "cpu", **said: Any
-) -> None:
+) -> pd.DataFrame:
     """Train a BatchTopK SAE on a block's activations and save it for inference (as a JumpReLU SAE) in `folder`.
-    said: what it shall say of itself."""
+    said: what it shall say of itself. Returns how it went, of `_watched`."""
     from sae_lens import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig
     from sae_lens.config import SAETrainerConfig
-    from sae_lens.training.sae_trainer import SAETrainer
 
     torch.manual_seed(seed)
     steps = max(1, spec.training_tokens // spec.batch_size)
@@ -50,12 +50,13 @@ def train(
         topk_threshold_lr=max(0.01, min(1.0, 2 / steps)),
     )
     vars(config.metadata).update(said)
-    trainer = SAETrainer(
+    trainer = _watched(
         cfg=SAETrainerConfig(
             total_training_samples=steps * spec.batch_size,
             train_batch_size_samples=spec.batch_size,
             lr=spec.learning_rate,
             lr_end=spec.learning_rate / 10,
+            lr_warm_up_steps=round(spec.warm_up * steps),
             lr_decay_steps=steps // 5,
             device=device,
             dead_feature_window=max(1, steps // 8),
@@ -65,6 +66,32 @@ def train(
         data_provider=_shuffled(activations, spec.batch_size, seed),
     )
     trainer.fit().save_inference_model(folder)
+    return pd.DataFrame(trainer.curve, columns=["tokens", "fvu", "l0", "dead"])
+
+
+def _watched(**arguments: Any) -> Any:
+    """SAELens' trainer, which keeps how training goes on its own batches, about forty times: the variance left unexplained, the
+    L0 that the threshold would give, and the share of features that have not fired for an eighth of the run."""
+    from sae_lens.training.sae_trainer import SAETrainer
+
+    class Watched(SAETrainer):
+        def __init__(self, **arguments: Any) -> None:
+            super().__init__(**arguments)
+            self.curve: list[tuple[float, ...]] = []
+
+        def step(self, batch: Tensor) -> Any:
+            found = super().step(batch)
+            if self.n_training_steps % max(1, self.cfg.total_training_steps // 40) == 0:
+                self.curve.append((self.n_training_samples, *self._now(found)))
+            return found
+
+        @torch.no_grad()
+        def _now(self, found: Any) -> tuple[float, ...]:
+            left = (found.sae_in - found.sae_out).square().sum() / (found.sae_in - found.sae_in.mean(0)).square().sum()
+            firing = found.hidden_pre > self.sae.topk_threshold
+            return float(left), float(firing.sum(1).float().mean()), float(self.dead_neurons.float().mean())
+
+    return Watched(**arguments)
 
 
 def _shuffled(activations: Float[Tensor, "token d_model"], batch: int, seed: int) -> Iterator[Tensor]:
@@ -258,20 +285,22 @@ def activations(
     *,
     watch: Watch = unwatched,
 ) -> dict[int, Float[Tensor, "token d_model"]]:
-    """Residual streams of at least `wanted` content tokens to train SAEs on, by layer; texts are (context, scored text).
-    Raises UserError where the texts hold fewer."""
+    """Residual streams of at least `wanted` content tokens to train SAEs on, by layer, without the outliers among them; texts are
+    (context, scored text). Raises UserError where the texts hold fewer."""
     kept, total = up_to([(ids, 1) for ids, _ in tokenize(base, texts, max_tokens)], wanted)
     if total < wanted:
         raise UserError(f"sae.training_tokens is {wanted}, but the texts to train SAEs on hold {total}; lower it")
     layers = range(base.model.config.get_text_config().num_hidden_layers)
-    return collected(base, kept, batch_tokens, layers, watch, "02 activations for SAEs", device="cpu")
+    heard = collected(base, kept, batch_tokens, layers, watch, "02 activations for SAEs", device="cpu")
+    return {layer: x if (plain := ordinary(x)).all() else x[plain] for layer, x in heard.items()}
 
 
 def trained_sae(
     heard: Mapping[int, Tensor], layer: int, spec: Sae, seed: int, device: str, model: str | None, *, folder: Path
-) -> None:
-    """A layer's SAE trained on its activations, in `folder` in SAELens' own format; model: the base's name on the Hub."""
-    train(heard[layer], spec, seed, folder, device, hook_name=f"blocks.{layer}.hook_resid_post", model_name=model)
+) -> pd.DataFrame:
+    """A layer's SAE trained on its activations, in `folder` in SAELens' own format; model: the base's name on the Hub. Returns
+    how training went."""
+    return train(heard[layer], spec, seed, folder, device, hook_name=f"blocks.{layer}.hook_resid_post", model_name=model)
 
 
 def fetched_sae(

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from math import inf
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from stetholib.errors import UserError
 
 CELLS = 2**26
+OUTLIER, MASSIVE = 10, 100
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,20 @@ def tied_dictionary(x: Float[Tensor, "token d_model"], directions: Float[Tensor,
     size = sum((guess.square().sum() for guess, _ in guesses), torch.tensor(0))
     gain = sum((guess * part).sum() for guess, part in guesses) / size.clamp(min=1e-12)
     return Dictionary(draft.W_enc, draft.b_enc, directions * gain, mean, draft.threshold)
+
+
+def ordinary(x: Float[Tensor, "token d_model"]) -> Bool[Tensor, " token"]:
+    """Which tokens have at most ten times the median norm. Attention drains into some others, whose few dimensions outweigh all
+    else (Sun et al., 2024, arXiv 2402.17762): one in 40,000 can hold half of a layer's variance."""
+    norms = x.norm(dim=1)
+    return norms <= OUTLIER * norms.median()
+
+
+def massive_dimensions(x: Float[Tensor, "token d_model"]) -> list[int]:
+    """The dimensions that somewhere reach a hundred times the median magnitude of an activation, largest first."""
+    largest = x.abs().amax(0)
+    found = torch.nonzero(largest > MASSIVE * x.abs().flatten()[:: 1 + x.numel() // CELLS].median())[:, 0]
+    return found[largest[found].argsort(descending=True)].tolist()
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@
 
 from stetholib.plots.layer_selection import effects, layer_scores, layer_sets, power, scales, score_against_effect, uniform_check
 from stetholib.plots.minerva_math import accuracies, gain_split, token_limits
-from stetholib.plots.sae_features import by_layer, self_test
+from stetholib.plots.sae_features import by_layer, self_test, training
 from stetholib.plots.significance import discordance, forest
 from stetholib.plots.style import BASES, bars_with_zero, labelled, panels, save
 from stetholib.plots.subspace_projection import energy_by_rank, loss_split, overlap_by_basis

@@ -14,12 +14,14 @@ def key(low: float | None = None, high: float | None = None, choices: tuple[str,
 
 @dataclass(frozen=True)
 class Model:
-    """Which model. `base` is `mini` (shipped), `toy` (untrained), a folder, or a Hub id."""
+    """Which model. `base` is `mini` (shipped), `toy` (untrained), a folder, or a Hub id; `notice` is what its licence, or its
+    weights' history, wants to be said wherever its numbers are shown."""
 
     base: str = key()
     revision: str | None = key()
     dtype: str = key(choices=("float32", "bfloat16"))
     attention: str = key(choices=("eager", "sdpa"))
+    notice: str | None = key()
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,7 @@ class Sae:
     training_tokens: int = key(1)
     batch_size: int = key(1)
     learning_rate: float = key(0.0)
+    warm_up: float = key(0.0, 1.0)
 
 
 @dataclass(frozen=True)
@@ -144,6 +147,10 @@ class Significance:
     bootstrap: int = key(100)
 
 
+# keys that came later, with what was done before: a profile that asks as it always did keeps its hash
+LATER = {("finetune", "lora_start"): "kaiming", ("sae", "warm_up"): 0.0}
+
+
 @dataclass(frozen=True)
 class Profile:
     """Everything a run depends on, besides the code."""
@@ -165,9 +172,11 @@ class Profile:
 
     @property
     def digest(self) -> str:
-        """A short hash of every value: two profiles with one digest run the same experiment."""
+        """A short hash of every value but what is said of the weights: two profiles with one digest run the same experiment."""
         values = dataclasses.asdict(self)
-        if self.finetune.lora_start == "kaiming":  # the key came later: what asks as it always did keeps its hash
-            del values["finetune"]["lora_start"]
+        del values["model"]["notice"]
+        for (section, name), usual in LATER.items():
+            if values[section][name] == usual:
+                del values[section][name]
         text = json.dumps(values, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]

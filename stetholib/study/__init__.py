@@ -105,13 +105,20 @@ class Study:
         run = dict(profile=p.name, profile_hash=p.digest, seed=p.seed, threads=p.threads, device=self.device)
         return run | dict(
             libraries=library_versions(),
-            model=dict(base=p.model.base, revision=p.model.revision, dtype=p.model.dtype, key=self.world.base_key),
-            finetune=dict(finetuned=made.finetuned, finetuned_revision=made.finetuned_revision) | how,
-            sae=dict(release=p.sae.release, id=p.sae.sae_id, revision=p.sae.revision, d_sae=d_sae) | fetched,
-            data={name: getattr(p.data, name) for name in ("maths", "maths_revision", "general", "general_revision")}
+            model=dict(base=named(p.model.base), revision=p.model.revision, dtype=p.model.dtype, key=self.world.base_key)
+            | (dict(notice=p.model.notice) if p.model.notice else {}),
+            finetune=dict(finetuned=named(made.finetuned), finetuned_revision=made.finetuned_revision) | how,
+            sae=dict(release=named(p.sae.release), id=p.sae.sae_id, revision=p.sae.revision, d_sae=d_sae) | fetched,
+            data=dict(maths=named(p.data.maths), maths_revision=p.data.maths_revision)
+            | dict(general=named(p.data.general), general_revision=p.data.general_revision)
             | corpora.left_out(p.data, made.target == "minerva")
             | (installed.fingerprint() if p.data.general == "installed" else {}),
         )
+
+
+def named(source: str | None) -> str | None:
+    """What a manifest calls a source: a folder by its own name, wherever it lies, since hashes say what is in it."""
+    return Path(source).name if source and Path(source).is_dir() else source
 
 
 def parameters_of(cells: list[str]) -> set[str]:

@@ -175,6 +175,13 @@ class SaeFeatures(Step):
         heard = {contrast: self.specificities(contrast) for contrast in CONTRASTS}
         return sae_features.measure(self.self_tests(), heard, self._refused)
 
+    def training(self) -> pd.DataFrame | None:
+        """How the SAEs that were trained here went: columns layer, tokens, fvu, l0, dead. None where they are fetched."""
+        if self._spec.release != "train":
+            return None
+        curves = {layer: self._sae(layer).value for layer in range(self._world.layers)}
+        return pd.concat(curves, names=["layer"]).reset_index("layer").reset_index(drop=True)
+
     def top_tokens(self, layer: int, feature: int, count: int = 12) -> pd.DataFrame:
         """The surface forms on which a feature is most active, with mean activation and occurrences."""
         inputs = (self._world.model, self.listening, self.dictionaries, layer, feature, count)

@@ -82,8 +82,9 @@ class World:
 
     @cached_property
     def base_key(self) -> str:
-        """Identity of the base model: its name and revision, and the bytes of its files."""
-        return digest_of(asdict(self.profile.model), hub.files_key(self.base_folder, *hub.MODEL_FILES))
+        """Identity of the base model: its name and revision, and the bytes of its files, whatever is said of it."""
+        model = {name: value for name, value in asdict(self.profile.model).items() if name != "notice"}
+        return digest_of(model, hub.files_key(self.base_folder, *hub.MODEL_FILES))
 
     @cached_property
     def base(self) -> LanguageModel:
@@ -178,6 +179,6 @@ class Step:
         p, changed = self._profile, self._world.overrides
         said = "".join(f"; `{key}` = {value!r}" for key, value in changed.items())
         tweaked = f" **Overridden**{said.replace(';', ':', 1)}." if changed else ""
-        return Markdown(
-            f"Numbers below are **ours, {p.title}** (profile `{p.name}`, seed {p.seed}), unless they say *Paper*.{tweaked}"
-        )
+        notice = f" Weights: {p.model.notice}." if p.model.notice else ""
+        whose = f"Numbers below are **ours, {p.title}** (profile `{p.name}`, seed {p.seed}), unless they say *Paper*."
+        return Markdown(whose + notice + tweaked)
