@@ -18,6 +18,7 @@ NUMBER_THEORY = "number_theory"
 CONTRAST_VARIANT = {"corpus": "stethoscope", "matched": "stethoscope_matched"}
 FLOOR = 0.05  # base accuracy below which a subject tells nothing
 FIVE_OF_SEVEN = 5 / 7
+CARRIED = 0.95  # cosine of the scalpel's change, as the model's weights can hold it, with the change that is meant
 DETECTABLE = 0.10  # minimum detectable effect above which it tells nothing
 PUBLISHED_GAIN = (PUBLISHED["edited_correct"] - PUBLISHED["base_correct"]) / PUBLISHED["n"]
 
@@ -50,6 +51,7 @@ class Evidence:
     chosen: Callable[[], Mapping[str, tuple[int, ...]]]  # layers by selector
     against: Callable[[str, str], pd.DataFrame]  # significance rows of a variant against another: (variant, base)
     checks: Callable[[], Mapping[str, Any]]
+    carried: Callable[[], float]  # that cosine; 1 in float32
     rank: int
     published_rung: bool
     level: float = 0.05
@@ -65,6 +67,12 @@ class Evidence:
         """What a sceptic judges by; exact_match takes the place of math_verify where a task has none."""
         known = set(self.against("full", "base")["metric"])
         return STRICT if STRICT.metric in known else STRICT._replace(metric=USUAL.metric)
+
+    @property
+    def rounded_away(self) -> str:
+        """Whether the weights' dtype cannot hold the scalpel's change, in words; empty where it can."""
+        cosine = self.carried()
+        return f"; the weights' dtype carries the scalpel's change with a cosine of {cosine:.2f}" if cosine < CARRIED else ""
 
     def counting(self, by: By) -> list[str]:
         """Subjects that `full` lifts by as much as the test detects, from a base accuracy above the floor."""
@@ -155,7 +163,9 @@ def _contained(e: Evidence, by: By) -> tuple[str, Verdict]:
 
 def _no_gain(e: Evidence, contrast: str) -> Finding:
     (usual, holds), (strict, strictly) = (_contained(e, by) for by in (USUAL, e.strict))
-    return Finding(f"{usual}; {strict}", f"{_lifted_subjects(e)}; intervals must end below the margin", holds, strictly)
+    if lost := e.rounded_away:  # another edit was tested than the one that is meant
+        holds, strictly = None, None
+    return Finding(f"{usual}; {strict}", f"{_lifted_subjects(e)}; intervals must end below the margin{lost}", holds, strictly)
 
 
 def _misaligned(e: Evidence, contrast: str) -> Finding:
@@ -168,10 +178,12 @@ def _misaligned(e: Evidence, contrast: str) -> Finding:
     measured = f"misalignment index {whole.index:.2f} ({sides}); {above}{_of(e)}"
     lowers = float(control["high"]["full"]) < 0
     better, worse = (rivals["high_against_rival"] < 0).any(), (rivals["low_against_rival"] > 0).all()
-    strict = None if not lowers else False if better else True if worse else None
+    strict = None if not lowers or e.rounded_away else False if better else True if worse else None
     open_ = ", but the scalpel's intervals leave it open" if strict is None else ""
     said = f"lowers the loss{open_}" if lowers else "does not lower the loss"
-    testable = f"the best subspace keeps {percent(whole.ceiling)}, a random one {percent(whole.chance)}; full {said}"
+    testable = (
+        f"the best subspace keeps {percent(whole.ceiling)}, a random one {percent(whole.chance)}; full {said}{e.rounded_away}"
+    )
     return Finding(measured, testable, whole.index > 0.5 if whole.ceiling - whole.chance >= 0.01 else None, strict)
 
 
@@ -262,10 +274,10 @@ CLAIMS = (
           "by construction where a random subspace of that rank discards more than 90 % as well; else more than 90 % discarded, which is then more than the random one discards",
           "03_subspace_projection", 5, _discarded),
     Claim("C2", "... and gives no statistically significant improvement over seven subjects", "0 of 7",
-          "over subjects that count (full's interval lies above 0, its gain is at least what the harness's z detects, base accuracy at least 5 %), five of seven or not testable: none improved by the harness's z, and every interval ends below the margin, else not testable; strict: the same by math_verify with Holm-corrected McNemar and what it detects",
+          "over subjects that count (full's interval lies above 0, its gain is at least what the harness's z detects, base accuracy at least 5 %), five of seven or not testable: none improved by the harness's z, and every interval ends below the margin, else not testable, as where the weights' dtype carries the scalpel's change with a cosine below 0.95; strict: the same by math_verify with Holm-corrected McNemar and what it detects",
           "06_significance", 8, _no_gain),
     Claim("C3", "The cause is a geometric misalignment between SAE directions and weight-space task vectors", "qualitative",
-          "misalignment index above 0.5 (0 the best subspace, 1 a random one), not testable where these differ by less than a point; strict: where full lowers the loss, the scalpel's loss is above the raw vector's at equal energy, and rescaled above full's; either below contradicts",
+          "misalignment index above 0.5 (0 the best subspace, 1 a random one), not testable where these differ by less than a point; strict: where full lowers the loss, the scalpel's loss is above the raw vector's at equal energy, and rescaled above full's; either below contradicts; not testable at such a cosine as in C2",
           "03_subspace_projection", 6, _misaligned),
     Claim("C4", "Injecting the raw task vector into SAE-selected layers lifts Number Theory", "29.6 % -> 39.4 %",
           "where Number Theory counts, the paired interval lies above 0 (reproduced: and holds +9.8 points); strict: where it counts by math_verify and sets of layers can be told apart, that interval too, and the one against full_shrunk, lie above 0, and the set's percentile among random sets is 95 % at its lower end",

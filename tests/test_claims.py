@@ -63,7 +63,7 @@ def placed(low=0.96):
 
 def evidence(
     full=None, scalpel=None, stethoscope=None, shrunk=None, split=None, losses=None, sets=None, apart=True, same=False, checks=(),
-    published=False,
+    published=False, carried=1.0,
 ):  # fmt: skip
     """Evidence in which every claim holds that can, but for what is given."""
     given = dict(full=full, scalpel=rows(NOTHING) if scalpel is None else scalpel, stethoscope=stethoscope)
@@ -82,6 +82,7 @@ def evidence(
         chosen=lambda: layers,
         against=against,
         checks=lambda: CHECKS | dict(checks),
+        carried=lambda: carried,
         rank=2,
         published_rung=published,
     )
@@ -101,6 +102,9 @@ CASES = [
     ("C1", dict(split=Split(0.09, 0.3, 0.12)), YES, YES),
     ("C2", {}, YES, YES),
     ("C2", dict(scalpel=rows(IMPROVED)), NO, NO),
+    ("C2", dict(scalpel=rows(IMPROVED), carried=0.94), OPEN, OPEN),
+    ("C2", dict(carried=0.96), YES, YES),
+    ("C3", dict(carried=0.94), YES, OPEN),
     ("C2", dict(scalpel=rows(NOTHING, dict(NOTHING, verdict="improved"))), YES, NO),
     ("C2", dict(scalpel=rows(dict(NOTHING, ci_high=0.08))), OPEN, OPEN),
     ("C2", dict(full=UNLIFTED), OPEN, OPEN),
@@ -226,7 +230,7 @@ def test_a_data_set_without_number_theory_leaves_its_claims_untold():
 
 @pytest.mark.parametrize(
     ("claim", "needed"),
-    [("C1", {"split"}), ("C2", {"against"}), ("C3", {"split", "control"}), ("C8", {"checks"}), ("C9", {"checks"}),
+    [("C1", {"split"}), ("C2", {"against", "carried"}), ("C3", {"split", "control", "carried"}), ("C8", {"checks"}), ("C9", {"checks"}),
      ("C5", {"against", "chosen"}), ("C4", {"against", "chosen", "sets", "tells_apart"})],
 )  # fmt: skip
 def test_one_claim_asks_only_for_what_it_needs(claim, needed):
@@ -235,7 +239,7 @@ def test_one_claim_asks_only_for_what_it_needs(claim, needed):
     def watched(name):
         return lambda *given, **where: (asked.add(name), getattr(e, name)(*given, **where))[1]
 
-    questions = ("split", "control", "sets", "tells_apart", "chosen", "against", "checks")
+    questions = ("split", "control", "sets", "tells_apart", "chosen", "against", "checks", "carried")
     claims.ledger(replace(e, **{name: watched(name) for name in questions}), [claim])
     assert asked == needed
 

@@ -1,4 +1,5 @@
 import copy
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -286,3 +287,40 @@ def test_a_tokenizer_that_cannot_pad_pads_with_its_end(toy, tokens, tmp_path):
     padless.pad_token = None
     padless.save_pretrained(tmp_path)
     assert loading.load(tmp_path).tokenizer.pad_token == tokens.eos_token
+
+
+def four_shots(count=6):
+    """Problems that open with four shots of many tokens, and their closing sentences."""
+    opening = "".join(f"Problem:\nWhat is {i} + {i + 1}?\n\nSolution: It is {2 * i + 1} and not {i}.\n\n" for i in range(4))
+    texts = [
+        (opening + prompts.prompt(f"What is {i} + {i * i}?"), prompts.target(rf"It is $\boxed{{{i + i * i}}}$."))
+        for i in range(count)
+    ]
+    return texts, [prompts.closing(text) for _, text in texts]
+
+
+@pytest.mark.parametrize("window", [None, 24])
+def test_an_opening_is_computed_once_and_changes_no_loss(toy, window, monkeypatch):
+    config = toy.model.config
+    monkeypatch.setattr(config, "sliding_window", window or config.sliding_window)
+    model = toy if window is None else replace(toy, model=type(toy.model)(config).eval())
+    if window:
+        model.model.load_state_dict(toy.model.state_dict())
+    texts, ends = four_shots()
+    pools = [streams.pool_of(model, texts, 1000, 300, ends, share=share) for share in (True, False)]
+    assert len(pools[0][0].opening) >= streams.OPENING and pools[1][0].opening == ()
+    held = {index: int(batch.attention_mask[row].sum()) for batch in pools[0] for row, index in enumerate(batch.documents)}
+    whole = {index: int(batch.attention_mask[row].sum()) for batch in pools[1] for row, index in enumerate(batch.documents)}
+    assert all(whole[i] == held[i] + len(pools[0][0].opening) for i in held)
+    once, plain = (streams.document_losses(model.model, pool) for pool in pools)
+    for part in ("solution", "closing", "total"):
+        assert np.allclose(once.nats(part), plain.nats(part), rtol=2e-5), part
+    assert np.array_equal(once.tokens, plain.tokens)
+
+
+def test_an_opening_is_no_part_of_what_is_cut_and_a_short_one_is_none(toy):
+    texts, ends = four_shots()
+    (width,) = {batch.input_ids.shape[1] for batch in streams.pool_of(toy, texts, 12, 10_000, ends)}
+    assert width == 12
+    short = [(prompts.prompt(f"What is {i}?"), " So what?") for i in range(3)]
+    assert streams.pool_of(toy, short, 256, 1000)[0].opening == ()

@@ -2,8 +2,10 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from copy import deepcopy
+from dataclasses import dataclass, replace
 from functools import partial
+from sys import maxsize
 from typing import Any
 
 import numpy as np
@@ -24,16 +26,20 @@ def unwatched(items: Sequence[Any], label: str) -> Iterable[Any]:
     return items
 
 
+OPENING = 64  # tokens: what is shorter is not worth a cache of its own
+
+
 @dataclass(frozen=True)
 class Batch:
     """Left-aligned token ids with their mask; `scored` marks the tokens whose loss, or features, count, and `closing` those
-    of them that belong to the closing sentence."""
+    of them that belong to the closing sentence. opening: the tokens that come before each row, the same for all of a pool."""
 
     documents: tuple[int, ...]
     input_ids: Int[Tensor, "doc seq"]
     attention_mask: Int[Tensor, "doc seq"]
     scored: Int[Tensor, "doc seq"]
     closing: Int[Tensor, "doc seq"]
+    opening: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -85,10 +91,14 @@ def _shared(model: LanguageModel, opening: str, ids: Sequence[int]) -> int:
 
 
 def batches(
-    pairs: Tokenized, batch_tokens: int, device: torch.device | str, closing_from: Mapping[int, int] | None = None
+    pairs: Tokenized,
+    batch_tokens: int,
+    device: torch.device | str,
+    closing_from: Mapping[int, int] | None = None,
+    opening: tuple[int, ...] = (),
 ) -> list[Batch]:
     """Padded batches of at most `batch_tokens` tokens, texts of like length together; order is by length, then index.
-    closing_from: where the closing sentence begins, in tokens, by the index of each text that has one."""
+    closing_from: where the closing sentence begins, in tokens, by the index of each text that has one; opening: see `Batch`."""
     order = sorted(range(len(pairs)), key=lambda i: (len(pairs[i][0]), i))
     groups: list[list[int]] = []
     for index in order:
@@ -96,7 +106,7 @@ def batches(
             groups[-1].append(index)
         else:
             groups.append([index])
-    return [_batch(pairs, group, device, closing_from or {}) for group in groups]
+    return [replace(_batch(pairs, group, device, closing_from or {}), opening=opening) for group in groups]
 
 
 def _batch(pairs: Tokenized, group: list[int], device: torch.device | str, closing_from: Mapping[int, int]) -> Batch:
@@ -112,19 +122,41 @@ def _batch(pairs: Tokenized, group: list[int], device: torch.device | str, closi
     return Batch(tuple(group), ids.to(device), mask.to(device), scored.to(device), closing.to(device))
 
 
-def token_losses(model: nn.Module, batch: Batch) -> Float[Tensor, "doc seq"]:
-    """Cross-entropy of each scored token, in nats; zero elsewhere. Position t is the loss of predicting token t."""
-    logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
+def token_losses(model: nn.Module, batch: Batch, opened: Any = None) -> Float[Tensor, "doc seq"]:
+    """Cross-entropy of each scored token, in nats; zero elsewhere. Position t is the loss of predicting token t.
+    opened: the cache of the batch's opening, of `opening_cache`, where it has one."""
+    inputs: dict[str, Any] = dict(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+    if opened is not None:
+        rows, width, held = *batch.input_ids.shape, len(batch.opening)
+        cache = deepcopy(opened)
+        cache.batch_repeat_interleave(rows)
+        positions = held + torch.arange(width, device=batch.input_ids.device).expand(rows, width)
+        mask = nn.functional.pad(batch.attention_mask, (held, 0), value=1)
+        inputs |= dict(attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True)
+    logits = model(**inputs).logits
     losses = nn.functional.cross_entropy(logits[:, :-1].float().transpose(1, 2), batch.input_ids[:, 1:], reduction="none")
     return nn.functional.pad(losses, (1, 0)) * batch.scored
+
+
+def opening_cache(model: nn.Module, opening: Sequence[int], device: torch.device) -> Any:
+    """Keys and values of what all rows of a pool open with, computed once; None where that is nothing."""
+    if not opening:
+        return None
+    from transformers import DynamicCache  # here, so that what runs no model starts without transformers
+
+    config: Any = model.config
+    cache = DynamicCache(config=config)
+    model(input_ids=torch.tensor([opening], device=device), past_key_values=cache, use_cache=True, logits_to_keep=1)
+    return cache
 
 
 @torch.no_grad()
 def document_losses(model: nn.Module, pool: Sequence[Batch]) -> DocumentLosses:
     """The losses of every document, in document order."""
     found = torch.zeros(3, sum(len(batch.documents) for batch in pool), dtype=torch.float64)
+    opened = opening_cache(model, pool[0].opening, pool[0].input_ids.device) if pool else None
     for batch in pool:
-        losses = token_losses(model, batch).double()
+        losses = token_losses(model, batch, opened).double()
         closing = (losses * batch.closing).sum(1)
         parts = torch.stack([losses.sum(1) - closing, closing, batch.scored.sum(1)])
         found[:, torch.tensor(batch.documents)] = parts.cpu()
@@ -186,7 +218,7 @@ def gradient_moments(
     base: LanguageModel, texts: Texts, max_tokens: int, batch_tokens: int, *, watch: Watch = unwatched
 ) -> dict[int, Float[Tensor, "d_model d_model"]]:
     """Second moments of the loss gradient at each layer's output, in float64; texts are (prompt, scored solution)."""
-    pool = pool_of(base, texts, max_tokens, batch_tokens)
+    pool = pool_of(base, texts, max_tokens, batch_tokens, share=False)
     moments: dict[int, Tensor] = {}
     embedding = base.model.get_input_embeddings().weight
     embedding.requires_grad_(True)
@@ -210,12 +242,28 @@ def text_loss(base: LanguageModel, texts: Sequence[str], max_tokens: int, batch_
 
 
 def pool_of(
-    base: LanguageModel, texts: Texts, max_tokens: int, batch_tokens: int, closings: Sequence[str] | None = None
+    base: LanguageModel,
+    texts: Texts,
+    max_tokens: int,
+    batch_tokens: int,
+    closings: Sequence[str] | None = None,
+    share: bool = True,
 ) -> list[Batch]:
     """Texts, each (context, scored text), in batches on the model's device. closings: the closing sentence that each scored text
-    ends with, or an empty string."""
-    pairs, starts = tokenize(base, texts, max_tokens), {}
+    ends with, or an empty string. Where contexts open with the same 64 tokens or more, as with four shots, these are the batches' opening,
+    computed once for all (`share`); `max_tokens` does not count them."""
+    every = tokenize(base, texts, maxsize)
+    held = _common([ids[: max(0, context - 1)] for ids, context in every])
+    held = held if share and held >= OPENING else 0
+    opening = tuple(every[0][0][:held]) if held else ()
+    pairs, starts = [(ids[held:][:max_tokens], min(context - held, max_tokens)) for ids, context in every], {}
     for index, ((context, text), end) in enumerate(zip(texts, closings or [""] * len(texts), strict=True)):
         if end:
-            starts[index] = _shared(base, context + text.removesuffix(end), pairs[index][0])
-    return batches(pairs, batch_tokens, base.device, starts)
+            starts[index] = _shared(base, context + text.removesuffix(end), every[index][0]) - held
+    return batches(pairs, batch_tokens, base.device, starts, opening)
+
+
+def _common(rows: Sequence[Sequence[int]]) -> int:
+    """How many tokens all rows open with."""
+    shortest = min(map(len, rows), default=0)
+    return next((at for at in range(shortest) if len({row[at] for row in rows}) > 1), shortest)

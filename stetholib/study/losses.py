@@ -40,8 +40,8 @@ class Losses:
 
     @cached_property
     def pool(self) -> Input[list[Batch]]:
-        """Validation problems with gold solutions, in batches, as an input of stages."""
-        texts = self._world.solved(self._problems)
+        """Validation problems with gold solutions, asked as the test asks, in batches, as an input of stages."""
+        texts = self._world.solved_as_tested(self._problems)
         return self._batches(texts, [closing(text) for _, text in texts])
 
     @cached_property

@@ -21,7 +21,7 @@ from stetholib.models.answering import Answer, Limits, answer_all, answer_some, 
 from stetholib.models.loading import LanguageModel
 from stetholib.models.streams import text_loss
 from stetholib.store.code import code_of
-from stetholib.store.files import file_hash, held
+from stetholib.store.files import held
 from stetholib.store.progress import progress
 from stetholib.store.values import Input, hashed
 from stetholib.study.layer_selection import LayerSelection
@@ -84,14 +84,11 @@ class MinervaMath(Step):
 
     @cached_property
     def _tasks(self) -> Input[Tasks]:
-        p = self._profile.evaluation
-        files = [f"{file.name} {file_hash(file)}" for file in harness.task_files(p.task)]
-        return self._store.derived(harness.tasks_on, self._problems, p.num_fewshot, p.task, files)
+        return self._world.tasks_on(self._problems)
 
     @cached_property
     def _asked(self) -> Asked:
-        chat = self._world.model if self._profile.evaluation.chat_template else None
-        return self._store.made(harness.asked, self._tasks, chat).value
+        return self._world.asked(self._tasks)
 
     @cached_property
     def _chunks(self) -> list[list[str]]:

@@ -54,6 +54,12 @@ class Significance(Step):
     def _split(self, **where: str) -> LossSplit:
         return split_loss(self._scalpel.table(), self._vectors.energies(), self._scalpel.ranks.default, **where)
 
+    def _carried(self) -> float:
+        """Cosine of the scalpel's change, as the model's weights hold it, with the one that is meant."""
+        if self._profile.model.dtype == "float32":
+            return 1.0
+        return float(self._scalpel.rounding_of_edits().set_index("vector")["cosine"]["projected"])
+
     def claims(self, *names: str) -> pd.DataFrame:
         """The ledger of the paper's nine claims, or of some by name (`C4`): only what these need is measured."""
         evidence = claims.Evidence(
@@ -64,6 +70,7 @@ class Significance(Step):
             chosen=lambda: {name: layers for name, (_, layers) in self._stethoscope.chosen().items()},
             against=cache(self._against),
             checks=self._answers.checks,
+            carried=cache(self._carried),
             rank=self._scalpel.ranks.default,
             lora=self._profile.finetune.lora,
             published_rung=self._profile.published_rung,

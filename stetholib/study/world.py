@@ -13,9 +13,10 @@ import torch
 from IPython.display import Markdown
 
 from stetholib.adapters import harness
+from stetholib.adapters.harness import Asked, Tasks
 from stetholib.commands.environment import LIBRARIES
 from stetholib.data import corpora, hub, source
-from stetholib.data.prompts import prompt, target
+from stetholib.data.prompts import problem_id, prompt, target
 from stetholib.editing import weights
 from stetholib.models.loading import LanguageModel, check_room, load
 from stetholib.models.weights import Checkpoint, Weights, weight_names
@@ -23,7 +24,7 @@ from stetholib.profiles import Profile, ProfileError
 from stetholib.profiles import load as load_profile
 from stetholib.store.artefacts import Store
 from stetholib.store.code import code_of
-from stetholib.store.files import digest_of
+from stetholib.store.files import digest_of, file_hash
 from stetholib.store.tables import Workspace
 from stetholib.store.values import Input, hashed
 
@@ -159,6 +160,24 @@ class World:
     def solved(self, rows: Sequence[corpora.Row]) -> list[tuple[str, str]]:
         """(prompt, gold solution) of problems, as a fine-tune sees them."""
         return [(prompt(row["problem"]), target(row["solution"], self.profile.finetune.target)) for row in rows]
+
+    def tasks_on(self, rows: Sequence[corpora.Row]) -> Input[Tasks]:
+        """The harness's tasks on some problems, as an input of stages."""
+        p = self.profile.evaluation
+        files = [f"{file.name} {file_hash(file)}" for file in harness.task_files(p.task)]
+        return self.store.derived(harness.tasks_on, rows, p.num_fewshot, p.task, files)
+
+    def asked(self, tasks: Input[Tasks]) -> Asked:
+        """What is asked: the test's prompts, with its shots and its chat template, and its stop strings."""
+        chat = self.model if self.profile.evaluation.chat_template else None
+        return self.store.made(harness.asked, tasks, chat).value
+
+    def solved_as_tested(self, rows: Sequence[corpora.Row]) -> list[tuple[str, str]]:
+        """(prompt, gold solution) of problems, each asked as the test asks."""
+        ids = [problem_id(row["subject"], row["problem"]) for row in rows]
+        # no prompt shows its solution, and the harness wants a boxed one, which not every training problem has
+        prompts = self.asked(self.tasks_on([{**row, "solution": r"$\boxed{0}$"} for row in rows])).prompts
+        return [(prompts[name], gold) for name, (_, gold) in zip(ids, self.solved(rows), strict=True)]
 
     def general(
         self, split: str, count: int, purpose: str = "general", or_fewer: bool = False, key: str = "data.general_documents"
