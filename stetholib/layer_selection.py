@@ -25,7 +25,7 @@ class Scores:
     """Layer scores with what they are worth; every array has one entry a layer.
 
     p_value: (1 + #) / (1 + B) over permutations of the documents' labels; p_max: against the largest score of any
-    layer; selection_share: how often the layer is among the top m when documents are resampled. All three are NaN for
+    layer; selection_share: how often the layer is among the top m when articles of documents are resampled. All three are NaN for
     AUROC, whose histograms are kept by corpus and not by document, so that nothing can be drawn again.
     """
 
@@ -46,13 +46,14 @@ def score_layers(
     permutations: int,
     resamples: int,
     seed: int,
+    article_of: Int[Tensor, " doc"] | None = None,
 ) -> Scores:
     """Score every layer, one at a time, and calibrate the scores; `count` is m, the number of layers to select.
 
     The matched contrast's token weights are those of the true labels in every permutation: a document carries its
     weighted sums with it. The null is then balanced in words only on average, which is stated, not hidden.
     """
-    return calibrated(drawn_scores(sums, corpus_of, rule, pool_subjects, permutations, resamples, seed), rule, count)
+    return calibrated(drawn_scores(sums, corpus_of, rule, pool_subjects, permutations, resamples, seed, article_of), rule, count)
 
 
 def drawn_scores(
@@ -63,13 +64,14 @@ def drawn_scores(
     permutations: int,
     resamples: int,
     seed: int,
+    article_of: Int[Tensor, " doc"] | None = None,
 ) -> list[list[np.ndarray]]:
     """The scores of each layer as its documents are labelled [1], under permuted labels [permutation] and on documents drawn
-    again [resample]; the same draws for every layer. NaN where a layer is refused (None)."""
+    again, by article [resample]; the same draws for every layer. NaN where a layer is refused (None)."""
     corpora = int(corpus_of.max()) + 1
     observed = one_hot(corpus_of, corpora)
     shuffled = one_hot(shuffled_labels(corpus_of, permutations, seed), corpora)
-    redrawn = resampled(corpus_of, corpora, resamples, seed + 1)
+    redrawn = resampled(corpus_of, corpora, resamples, seed + 1, article_of)
     drawn = (observed, shuffled, redrawn)
     return [
         [rule.score(s, labels, pool_subjects).numpy() if s else np.full(len(labels), np.nan) for labels in drawn] for s in sums

@@ -63,6 +63,18 @@ def test_shuffled_labels_keep_the_corpora_and_resamples_keep_their_sizes():
     assert redrawn[:, 0, 2:].sum() == 0
 
 
+def test_paragraphs_of_an_article_are_drawn_together():
+    corpus_of, article_of = torch.tensor([0, 0, 1, 1, 1, 1, 1]), torch.tensor([0, 1, 2, 2, 2, 5, 6])
+    drawn = resampled(corpus_of, 2, 300, 0, article_of)
+    assert (drawn[:, 1, 2] == drawn[:, 1, 3]).all() and (drawn[:, 1, 2] == drawn[:, 1, 4]).all()
+    articles = drawn[:, 1, [2, 5, 6]]
+    assert (articles.sum(1) == 3).all() and set(articles[:, 0].tolist()) == {0, 1, 2, 3}
+    alone = torch.arange(7)
+    assert torch.equal(resampled(corpus_of, 2, 9, 0, alone), resampled(corpus_of, 2, 9, 0))  # each its own: as without
+    paragraph = lambda **how: resampled(corpus_of, 2, 300, 0, **how)[:, 1, 2:].matmul(torch.tensor([1.0, 1, 1, 0, 0])).var()  # noqa: E731
+    assert paragraph(article_of=article_of) > 2 * paragraph()  # three that are alike count as one that is drawn or not
+
+
 def test_selection_takes_the_largest_with_ties_to_the_earlier():
     assert layer_sets.select([1.0, 3.0, 3.0, 2.0], 2) == (1, 2)
     assert layer_sets.select([1.0, 1.0, 1.0], 2) == (0, 1)

@@ -16,13 +16,13 @@ def test_every_shipped_profile_is_valid_and_bears_its_own_name(name):
 
 
 DIGESTS = {
-    "gemma-3-1b": "5505624247294612",
-    "gemma-3-270m": "4cd704d2f1faeda6",
+    "gemma-3-1b": "a1b2fe010b724493",
+    "gemma-3-270m": "418e9c15c5658afb",
     "mini": "1414f96053ae676b",
-    "paper": "415ceae8df5f6277",
+    "paper": "9f8bb1703a837ded",
     "smoke": "837fdba8bcf60590",
     "smollm2": "f2049f0bc5b41e8d",
-    "smollm2-math": "fd92c74414d552c3",
+    "smollm2-math": "c49bc9af9a453ce2",
 }
 
 

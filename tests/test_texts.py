@@ -1,3 +1,4 @@
+import re
 import shutil
 from dataclasses import replace
 from importlib.metadata import distributions
@@ -64,6 +65,12 @@ def test_general_text_is_paragraphs_and_its_parts_never_share_one(spec):
     parts = {split: corpora.general(spec, split, 10, 0) for split in ("train", "validation", "test")}
     assert all(len(text.split()) >= 40 for part in parts.values() for text in part)
     assert len(set().union(*parts.values())) == 30
+    whole = {split: set(corpora.articles(spec, part)) for split, part in parts.items()}
+    assert not whole["train"] & whole["validation"] and not whole["test"] & (whole["train"] | whole["validation"])
+    assert all(re.fullmatch(r" = Tale \d+ = \n", article) for article in set().union(*whole.values()))
+    every = corpora.articles(spec, corpora.general(spec, "train", 10_000, 0, or_fewer=True))
+    assert max(map(every.count, every)) == 3  # of an article, none of which is in another part
+    assert corpora.articles(OURS, ["one", "two"]) == ["one", "two"]
 
 
 def test_too_little_general_text_and_a_missing_split_say_which_key_to_mend(spec, tmp_path):

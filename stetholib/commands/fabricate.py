@@ -202,9 +202,10 @@ def _shortest(split: str, wanted: Mapping[str, int], seed: int) -> pd.DataFrame:
 
 
 def general(data: Data, folder: Path, seed: int) -> None:
-    """WikiText's config in parquet: paragraphs between headings and empty lines, as there."""
+    """WikiText's config in parquet: articles of three paragraphs between headings and empty lines, as there."""
     texts = stories.generate(6 * data.general_documents + 60, seed, "validation")
-    lines = [line for text in texts for line in ("", f" = {text.split()[0]} = \n", f" {text} \n")]
+    heads = [f" = = Part {at % 3} = = \n" if at % 3 else f" = Tale {at // 3} = \n" for at in range(len(texts))]
+    lines = [line for head, text in zip(heads, texts, strict=True) for line in ("", head, f" {text} \n")]
     _parquet(pd.DataFrame({"text": lines}), folder / str(data.general_config) / "validation-00000-of-00001.parquet")
     for other in (f"{data.general_config}/train-00000-of-00002", "another-config/validation-00000-of-00001"):
         _parquet(pd.DataFrame({"text": ["what no run reads"]}), folder / f"{other}.parquet")

@@ -4,6 +4,7 @@ A fine-tune may see train; whatever is chosen or tuned sees validation; test is 
 looked at only to keep its problems out of the others. On the Hub, validation is a part of the training split picked by hash, and
 kept out of the fine-tune."""
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import suppress
@@ -19,6 +20,8 @@ from stetholib.errors import UserError
 from stetholib.profiles import Data
 
 Row = Mapping[str, str]
+SPLITS = ("train", "validation", "test")
+HEADING = re.compile(r"\s*= [^=]+ =\s*")  # WikiText's, of the first order
 SHARES = ("train",) * 6 + ("validation",) * 2 + ("test",) * 2  # of installed packages, by the hash of their names
 
 
@@ -46,18 +49,36 @@ def general(
     source = Source.of(spec.general, spec.general_revision, "dataset")
     if source.name == "generated":
         return mini_stories.generate(count, seed, split)
-    if source.name == "installed":
-        texts = [text for text, package in installed.paragraphs().items() if SHARES[_bucket(package) % len(SHARES)] == split]
-    else:
-        order = {"train": 0, "validation": 1, "test": 2}[split]
-        rows = _parquet(source, spec.general_config, "validation", ["text"])
-        texts = [text for text in (row["text"] for row in rows) if len(text.split()) >= 40 and _bucket(text) % 3 == order]
+    shares = SHARES if source.name == "installed" else SPLITS
+    texts = [text for text, article in _articles(source, spec).items() if shares[_bucket(article) % len(shares)] == split]
     if len(texts) < count and not or_fewer:
         raise UserError(
             f"data: {spec.general} has {len(texts)} general documents for {split}, its share of those with 40 words or more (shorter "
             f"texts are left out), {count} are wanted; lower {key}"
         )
     return sorted(texts, key=_bucket)[:count]
+
+
+def articles(spec: Data, texts: Sequence[str]) -> list[str]:
+    """What each general document is a part of: a package, an article of WikiText, or nothing but itself."""
+    source = Source.of(spec.general, spec.general_revision, "dataset")
+    known = {} if source.name == "generated" else _articles(source, spec)
+    return [known.get(text, text) for text in texts]
+
+
+def _articles(source: Source, spec: Data) -> Mapping[str, str]:
+    """General documents, those with 40 words or more, each with what it is a part of; what follows a heading of the first order
+    is its article's."""
+    if source.name == "installed":
+        return installed.paragraphs()
+    found: dict[str, str] = {}
+    article = ""
+    for text in (row["text"] for row in _parquet(source, spec.general_config, "validation", ["text"])):
+        if HEADING.fullmatch(text):
+            article = text
+        elif len(text.split()) >= 40:
+            found.setdefault(text, article or text)
+    return found
 
 
 def _picked_problems(source: Source, spec: Data, split: str, wanted: Mapping[str, int], boxed: bool) -> list[Row]:

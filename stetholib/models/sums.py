@@ -155,12 +155,16 @@ def shuffled_labels(corpus_of: Int[Tensor, " doc"], draws: int, seed: int) -> In
     return torch.stack([corpus_of[torch.randperm(len(corpus_of), generator=generator)] for _ in range(draws)])
 
 
-def resampled(corpus_of: Int[Tensor, " doc"], corpora: int, draws: int, seed: int) -> Float[Tensor, "draw corpus doc"]:
-    """Multiplicities of documents drawn with replacement within each corpus."""
+def resampled(
+    corpus_of: Int[Tensor, " doc"], corpora: int, draws: int, seed: int, article_of: Int[Tensor, " doc"] | None = None
+) -> Float[Tensor, "draw corpus doc"]:
+    """Multiplicities of documents drawn with replacement within each corpus; all documents of an article are drawn together,
+    since paragraphs of one are alike (without `article_of` each is an article of its own)."""
     rng = np.random.default_rng(seed)
     out = torch.zeros(draws, corpora, len(corpus_of))
     for corpus in range(corpora):
         where = torch.nonzero(corpus_of == corpus)[:, 0]
-        counts = rng.multinomial(len(where), np.full(len(where), 1 / len(where)), size=draws)
-        out[:, corpus, where] = torch.from_numpy(counts).float()
+        articles, of = (where if article_of is None else article_of[where]).unique(return_inverse=True)
+        counts = rng.multinomial(len(articles), np.full(len(articles), 1 / len(articles)), size=draws)
+        out[:, corpus, where] = torch.from_numpy(counts).float()[:, of]
     return out

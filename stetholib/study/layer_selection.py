@@ -43,7 +43,7 @@ class LayerSelection(Step):
         """Layer scores under one contrast, with permutations and resamples."""
         p, features = self._profile.selection, self._features
         inputs = (features.sums(contrast), torch.tensor(features.listening.corpus_of), features.rule(), contrast == "matched")
-        sizes = (self.selected_count, p.permutations, p.resamples, self._world.seed("permutations"))
+        sizes = (self.selected_count, p.permutations, p.resamples, self._world.seed("permutations"), features.article_of)
         return self._store.made(layer_selection.score_layers, *inputs, *sizes).value
 
     def plain_scores(self, contrast: str, kind: str | None = None, features: SaeFeatures | None = None) -> list[float]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from stetholib import sae_features
 from stetholib.adapters import saes
 from stetholib.belief import Declared, check_enough, refusals
-from stetholib.data import hub
+from stetholib.data import corpora, hub
 from stetholib.data.source import Source
 from stetholib.editing import Lazy
 from stetholib.models.dictionary import Dictionary
@@ -53,6 +53,14 @@ class SaeFeatures(Step):
             neighbour_seed=world.seed("neighbours"),
             dictionary_seeds={layer: world.seed(f"random dictionary {layer}") for layer in range(world.layers)},
         )
+
+    @property
+    def article_of(self) -> Tensor:
+        """What each text that is heard is a part of, by index: an article of general text, or nothing but itself."""
+        texts = self.listening.texts
+        wholes = corpora.articles(self._profile.data, texts)
+        first = {whole: at for at, whole in reversed([*enumerate(wholes)])}
+        return torch.tensor([first[whole] for whole in wholes])
 
     @cached_property
     def _activations(self) -> Input[dict[int, Tensor]]:
