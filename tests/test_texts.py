@@ -169,6 +169,19 @@ def test_installed_text_is_the_same_in_any_order_of_packages_and_its_hash_tells_
     assert told["general_words"] - installed.fingerprint()["general_words"] == 3 * len(PROSE.format(1, "here").split())
 
 
+def test_formal_text_is_what_holds_signs_of_code_or_formulas(site):
+    formal = "\n".join([f">>> x_{i} = f({i}) + {i}" for i in range(12)])
+    (site / "pack_3" / "code.md").write_text(f"{PROSE.format(3, 'code')}\n\n{formal}\n\n{formal[:60]}\n")
+    record = site / "pack_3-1.0.dist-info" / "RECORD"
+    record.write_text(record.read_text() + "pack_3/code.md,,\n")
+    assert dict(installed.paragraphs(True)) == {" ".join(formal.split()): "pack-3"}
+    spec = replace(DATA, general="installed_formal")
+    found = {split: corpora.general(spec, split, 9, 0, or_fewer=True) for split in SPLITS}
+    assert sorted(map(len, found.values())) == [0, 0, 1] and installed.fingerprint(True)["general_words"] == len(formal.split())
+    with pytest.raises(UserError, match="data.maths is installed_formal, but packages hold"):
+        corpora.problems(replace(DATA, maths="installed_formal"), "train", 0)
+
+
 def test_too_little_installed_text_and_installed_problems_are_refused(site):
     with pytest.raises(UserError, match=r"data: installed has \d+ general documents for test, .*lower data.general_documents"):
         corpora.general(INSTALLED, "test", 10_000, 0)

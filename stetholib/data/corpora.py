@@ -20,6 +20,7 @@ from stetholib.errors import UserError
 from stetholib.profiles import Data
 
 Row = Mapping[str, str]
+INSTALLED = ("installed", FORMAL := "installed_formal")
 SPLITS = ("train", "validation", "test")
 HEADING = re.compile(r"\s*= [^=]+ =\s*")  # WikiText's, of the first order
 SHARES = ("train",) * 6 + ("validation",) * 2 + ("test",) * 2  # of installed packages, by the hash of their names
@@ -31,8 +32,8 @@ def problems(spec: Data, split: str, seed: int, boxed: bool = True) -> list[Row]
     count = {"train": spec.train_problems, "validation": spec.validation_problems}
     wanted = spec.test_problems if split == "test" else dict.fromkeys(spec.subjects, count[split])
     source = Source.of(spec.maths, spec.maths_revision, "dataset")
-    if source.name == "installed":
-        raise UserError("data.maths is installed, but packages hold general text and no problems; mend data.maths")
+    if source.name in INSTALLED:
+        raise UserError(f"data.maths is {source.name}, but packages hold general text and no problems; mend data.maths")
     if source.where == "shipped":
         if unknown := sorted(set(wanted) - set(mini_problems.SUBJECTS)):
             known = ", ".join(mini_problems.SUBJECTS)
@@ -49,7 +50,7 @@ def general(
     source = Source.of(spec.general, spec.general_revision, "dataset")
     if source.name == "generated":
         return mini_stories.generate(count, seed, split)
-    shares = SHARES if source.name == "installed" else SPLITS
+    shares = SHARES if source.name in INSTALLED else SPLITS
     texts = [text for text, article in _articles(source, spec).items() if shares[_bucket(article) % len(shares)] == split]
     if len(texts) < count and not or_fewer:
         raise UserError(
@@ -69,8 +70,8 @@ def articles(spec: Data, texts: Sequence[str]) -> list[str]:
 def _articles(source: Source, spec: Data) -> Mapping[str, str]:
     """General documents, those with 40 words or more, each with what it is a part of; what follows a heading of the first order
     is its article's."""
-    if source.name == "installed":
-        return installed.paragraphs()
+    if source.name in INSTALLED:
+        return installed.paragraphs(source.name == FORMAL)
     found: dict[str, str] = {}
     article = ""
     for text in (row["text"] for row in _parquet(source, spec.general_config, "validation", ["text"])):

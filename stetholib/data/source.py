@@ -11,7 +11,7 @@ from stetholib.data.mini import FOLDER
 from stetholib.errors import UserError
 
 # what needs no files of anyone's, by kind: it ships with the package, is made by it or lies beside it
-SHIPPED = {"model": ("mini", "toy"), "dataset": ("generated", "installed"), "sae": ("train",)}
+SHIPPED = {"model": ("mini", "toy"), "dataset": ("generated", "installed", "installed_formal"), "sae": ("train",)}
 HUB_ID = re.compile(r"(?!.*(--|\.\.))(?=.{1,96}$)(\w|\w[\w.-]*\w)(/(\w|\w[\w.-]*\w))?(?<!\.git)", re.ASCII)
 
 

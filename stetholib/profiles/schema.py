@@ -27,7 +27,8 @@ class Model:
 @dataclass(frozen=True)
 class Data:
     """Which texts. `maths` and `general` are `generated`, data sets of the Hub, or folders laid out like them; `general` may be
-    `installed` too: documentation of installed packages. Counts are problems a subject; the subjects are those of `test_problems`."""
+    `installed` too, the prose in the documentation of installed packages, or `installed_formal`, its code and formulas. Counts are
+    problems a subject; the subjects are those of `test_problems`."""
 
     maths: str = key()
     maths_revision: str | None = key()

@@ -112,7 +112,7 @@ class Study:
             data=dict(maths=named(p.data.maths), maths_revision=p.data.maths_revision)
             | dict(general=named(p.data.general), general_revision=p.data.general_revision)
             | corpora.left_out(p.data, made.target == "minerva")
-            | (installed.fingerprint() if p.data.general == "installed" else {}),
+            | (installed.fingerprint(p.data.general == corpora.FORMAL) if p.data.general in corpora.INSTALLED else {}),
         )
 
 

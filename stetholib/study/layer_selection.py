@@ -8,6 +8,8 @@ import pandas as pd
 import torch
 
 from stetholib import calibration, layer_selection, layer_sets
+from stetholib.data import corpora
+from stetholib.errors import UserError
 from stetholib.layer_selection import Scores
 from stetholib.layer_sets import LayerSet, PlannedSet
 from stetholib.models.sums import CONTRASTS
@@ -72,6 +74,22 @@ class LayerSelection(Step):
                 found = layer_selection.stability(ours, theirs, self.selected_count)
                 rows.append(dict(contrast=contrast, sae_seed=seed) | found)
         return pd.DataFrame(rows, columns=["contrast", "sae_seed", "rho", "layers", "common", "chance"])
+
+    def formal_text(self) -> pd.DataFrame:
+        """Layer scores against code and formulas instead of the profile's general text: does the score hear mathematics, or the
+        look of it? Columns contrast, rho, layers, common and chance, as of `sae_stability`. No rows where general text is
+        generated: the model that is made for it knows no other words."""
+        rows: list[dict[str, object]] = []
+        other = SaeFeatures(self._world, general=corpora.FORMAL, refused=self._features.refused)
+        for contrast in CONTRASTS if self._profile.data.general not in ("generated", corpora.FORMAL) else ():
+            try:  # a control of what was measured stops nothing
+                theirs = self.plain_scores(contrast, features=other)
+            except UserError as error:
+                rows.append(dict(contrast=contrast, layers=str(error)))
+                continue
+            found = layer_selection.stability(self.plain_scores(contrast), theirs, self.selected_count)
+            rows.append(dict(contrast=contrast) | found)
+        return pd.DataFrame(rows, columns=["contrast", "rho", "layers", "common", "chance"])
 
     @cached_property
     def _layer_energy(self) -> np.ndarray:

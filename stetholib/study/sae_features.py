@@ -1,6 +1,7 @@
 """Step 02 wired to a world: SAEs, and one pass over all documents."""
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import cached_property
 from math import nan
 from pathlib import Path
@@ -27,10 +28,15 @@ from stetholib.study.world import Step, World
 class SaeFeatures(Step):
     """The instrument, and what it hears."""
 
-    def __init__(self, world: World, spec: Sae | None = None) -> None:
-        """spec: other SAEs than the profile's."""
+    def __init__(
+        self, world: World, spec: Sae | None = None, general: str | None = None, refused: dict[int, str] | None = None
+    ) -> None:
+        """spec: other SAEs than the profile's; general: other general text to hear; refused: verdicts on the SAEs, if known."""
         super().__init__(world)
-        self._spec = spec or world.profile.sae
+        if refused is not None:
+            self.refused = refused
+        self._spec, data = spec or world.profile.sae, world.profile.data
+        self._data = replace(data, general=general, general_config=None, general_revision=None) if general else data
 
     @property
     def _corpora(self) -> tuple[str, ...]:
@@ -40,9 +46,9 @@ class SaeFeatures(Step):
     @cached_property
     def listening(self) -> Listening:
         """The texts that features are heard on, of the validation split only, and how they are heard."""
-        data, world = self._profile.data, self._world
+        data, world = self._data, self._world
         rows = world.per_subject("validation", data.feature_problems)
-        general = world.general("validation", data.general_documents)
+        general = corpora.general(data, "validation", data.general_documents, world.seed("general"))
         return Listening(
             texts=[row["problem"] + "\n\n" + row["solution"] for row in rows] + general,
             corpus_of=[self._corpora.index(row["subject"]) for row in rows] + [len(self._corpora) - 1] * len(general),
@@ -58,7 +64,7 @@ class SaeFeatures(Step):
     def article_of(self) -> Tensor:
         """What each text that is heard is a part of, by index: an article of general text, or nothing but itself."""
         texts = self.listening.texts
-        wholes = corpora.articles(self._profile.data, texts)
+        wholes = corpora.articles(self._data, texts)
         first = {whole: at for at, whole in reversed([*enumerate(wholes)])}
         return torch.tensor([first[whole] for whole in wholes])
 
@@ -132,7 +138,7 @@ class SaeFeatures(Step):
         return found
 
     @cached_property
-    def _refused(self) -> dict[int, str]:
+    def refused(self) -> dict[int, str]:
         """Why a layer's SAE is not believed, by layer. Raises UserError where fewer than two thirds of the layers can be."""
         spec, layers = self._spec, self._world.layers
         declared = Declared.trained(layers, spec.k) if spec.release == "train" else saes.declared(spec, layers)
@@ -143,7 +149,7 @@ class SaeFeatures(Step):
     @property
     def believed(self) -> list[int]:
         """The layers that can be selected, and that the scalpel filters."""
-        return [layer for layer in range(self._world.layers) if layer not in self._refused]
+        return [layer for layer in range(self._world.layers) if layer not in self.refused]
 
     def rule(self, kind: str | None = None) -> ScoreRule:
         """How features become a layer's score."""
@@ -154,7 +160,7 @@ class SaeFeatures(Step):
     def sums(self, contrast: str) -> Input[Iterator[DocumentSums | None]]:
         """Document sums under one contrast as an input of stages: layer by layer, each read when its turn comes; None where a
         layer is refused."""
-        refused = self._refused
+        refused = self.refused
 
         def fetch() -> Iterator[DocumentSums | None]:
             with self.heard.opened() as found:
@@ -181,7 +187,7 @@ class SaeFeatures(Step):
     def table(self) -> pd.DataFrame:
         """Step 02's table."""
         heard = {contrast: self.specificities(contrast) for contrast in CONTRASTS}
-        return sae_features.measure(self.self_tests(), heard, self._refused)
+        return sae_features.measure(self.self_tests(), heard, self.refused)
 
     def training(self) -> pd.DataFrame | None:
         """How the SAEs that were trained here went: columns layer, tokens, fvu, l0, dead. None where they are fetched."""
