@@ -292,7 +292,12 @@ def activations(
         raise UserError(f"sae.training_tokens is {wanted}, but the texts to train SAEs on hold {total}; lower it")
     layers = range(base.model.config.get_text_config().num_hidden_layers)
     heard = collected(base, kept, batch_tokens, layers, watch, "02 activations for SAEs", device="cpu")
-    return {layer: x if (plain := ordinary(x)).all() else x[plain] for layer, x in heard.items()}
+    return {layer: _ordinary(heard.pop(layer)) for layer in [*heard]}
+
+
+def _ordinary(x: Float[Tensor, "token d_model"]) -> Float[Tensor, "token d_model"]:
+    kept = ordinary(x)
+    return x if kept.all() else x[kept]
 
 
 def trained_sae(

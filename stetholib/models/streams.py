@@ -211,7 +211,7 @@ def collected(
     for _, _, streams in residual_batches(base, pairs, batch_tokens, found, watch, label):
         for layer, x in streams.items():
             found[layer].append(x.to(device or x.device))
-    return {layer: torch.cat(parts) for layer, parts in found.items()}
+    return {layer: torch.cat(found.pop(layer)) for layer in [*found]}  # one at a time, since all of it may fill the memory
 
 
 def gradient_moments(
