@@ -23,7 +23,8 @@ LIBRARIES = (
 def everything(profile: str) -> None:
     """All that the notebooks ask, and write."""
     from stetholib import Study, plots, sae_features, significance, task_vectors
-    from stetholib.study.layer_selection import planted
+    from stetholib.study.layer_selection import formal_text, planted
+    from stetholib.study.sae_features import training
 
     study = Study.open(profile)
     one, two, three, four = study.task_vectors, study.sae_features, study.subspace_projection, study.layer_selection
@@ -35,10 +36,10 @@ def everything(profile: str) -> None:
     study.keep("02_sae_features", two.table())
     for at in sae_features.best_features(two.table()).values():
         two.top_tokens(*at)
-    two.best_auroc()
+    two.best_auroc(), training(two)
     study.keep("03_subspace_projection", three.table())
     three.mechanism(), three.lora_start(), three.energy_or_direction(), three.rounding_of_edits()
-    planted(study.world), four.agreement(), four.relations(), study.losses.scales(four.shrunk)
+    planted(study.world), formal_text(four), four.agreement(), four.relations(), study.losses.scales(four.shrunk)
     study.keep("04_layer_selection", four.table())
     study.keep("04_layer_sets", four.sets())
     study.keep("04_reliability", four.reliability())

@@ -19,6 +19,7 @@ FIGURES = {"panels", "labelled", "save"}
 NAMES = {"base": "base", "full": "whole vector", "stethoscope": "stethoscope", "my_own": "a variant of one's own"}
 
 
+CURVES = pd.DataFrame(dict(layer=[0, 0, 1, 1], tokens=[100, 200] * 2, fvu=[0.9, 0.4, 0.8, 0.3], l0=[2.0, 8, 3, 7], dead=0.1))
 LAYERS = pd.DataFrame(dict(layer=[0, 1], contrast="corpus", closing_alone=[0.1, 0.2], closing_left_out=[0.0, 0.1]))
 SCALES = pd.DataFrame([(0.01, -0.1, -0.2, 0.0), (1.0, -0.5, -0.6, 0.1)], columns=["energy", "solution", "closing", "general"])
 SETS = pd.DataFrame(
@@ -42,6 +43,7 @@ def draw(name, ax):
         "matrix_heatmap": lambda f: f(table("01_task_vectors"), "relative", "change", ax),
         "layer_bars": lambda f: f([0.1, 0.3], "share", ax, even=0.2),
         "self_test": lambda f: f(table("02_sae_features").query("contrast == 'corpus'"), ax),
+        "training": lambda f: f(CURVES, 8, [ax, *ax.figure.subplots(1, 2)])[0],
         "by_layer": lambda f: f(table("02_sae_features"), "top_specificity", "d", ax),
         "energy_by_rank": lambda f: f(energies(), 64, ax),
         "loss_split": lambda f: f({"all": LossSplit(0.05, 0.2, 0.03, 0.01), "readers": LossSplit(0.06, 0.3, 0.03, 0.01)}, ax),

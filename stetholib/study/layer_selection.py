@@ -15,7 +15,7 @@ from stetholib.layer_sets import LayerSet, PlannedSet
 from stetholib.models.sums import CONTRASTS
 from stetholib.store.progress import progress
 from stetholib.study.losses import Losses
-from stetholib.study.sae_features import SaeFeatures
+from stetholib.study.sae_features import SaeFeatures, against
 from stetholib.study.task_vectors import TaskVectors
 from stetholib.study.world import Step, World
 
@@ -45,8 +45,15 @@ class LayerSelection(Step):
         """Layer scores under one contrast, with permutations and resamples."""
         p, features = self._profile.selection, self._features
         inputs = (features.sums(contrast), torch.tensor(features.listening.corpus_of), features.rule(), contrast == "matched")
-        sizes = (self.selected_count, p.permutations, p.resamples, self._world.seed("permutations"), features.article_of)
-        return self._store.made(layer_selection.score_layers, *inputs, *sizes).value
+        sizes = (self.selected_count, p.permutations, p.resamples, self._world.seed("permutations"))
+        return self._store.made(layer_selection.score_layers, *inputs, *sizes, self._article_of).value
+
+    @cached_property
+    def _article_of(self) -> torch.Tensor:
+        """What each text that is heard is a part of, by index: an article of general text, or nothing but itself."""
+        wholes = corpora.articles(self._profile.data, self._features.listening.texts)
+        first = {whole: at for at, whole in reversed([*enumerate(wholes)])}
+        return torch.tensor([first[whole] for whole in wholes])
 
     def plain_scores(self, contrast: str, kind: str | None = None, features: SaeFeatures | None = None) -> list[float]:
         """Layer scores alone, under any definition of specificity, or with other SAEs."""
@@ -74,22 +81,6 @@ class LayerSelection(Step):
                 found = layer_selection.stability(ours, theirs, self.selected_count)
                 rows.append(dict(contrast=contrast, sae_seed=seed) | found)
         return pd.DataFrame(rows, columns=["contrast", "sae_seed", "rho", "layers", "common", "chance"])
-
-    def formal_text(self) -> pd.DataFrame:
-        """Layer scores against code and formulas instead of the profile's general text: does the score hear mathematics, or the
-        look of it? Columns contrast, rho, layers, common and chance, as of `sae_stability`. No rows where general text is
-        generated: the model that is made for it knows no other words."""
-        rows: list[dict[str, object]] = []
-        other = SaeFeatures(self._world, general=corpora.FORMAL, refused=self._features.refused)
-        for contrast in CONTRASTS if self._profile.data.general not in ("generated", corpora.FORMAL) else ():
-            try:  # a control of what was measured stops nothing
-                theirs = self.plain_scores(contrast, features=other)
-            except UserError as error:
-                rows.append(dict(contrast=contrast, layers=str(error)))
-                continue
-            found = layer_selection.stability(self.plain_scores(contrast), theirs, self.selected_count)
-            rows.append(dict(contrast=contrast) | found)
-        return pd.DataFrame(rows, columns=["contrast", "rho", "layers", "common", "chance"])
 
     @cached_property
     def _layer_energy(self) -> np.ndarray:
@@ -133,3 +124,19 @@ class LayerSelection(Step):
     def relations(self) -> pd.DataFrame:
         """How layer scores go with effects over layers: Spearman with an interval, and given depth and |tau_l|."""
         return layer_selection.relations(self.table(), self._layer_energy, self._world.seed("spearman"))
+
+
+def formal_text(step: LayerSelection) -> pd.DataFrame:
+    """Layer scores against code and formulas instead of the profile's general text: does the score hear mathematics, or the look
+    of it? Columns contrast, rho, layers, common and chance, as of `sae_stability`. No rows where general text is generated: the
+    model that is made for it knows no other words."""
+    rows: list[dict[str, object]] = []
+    other = against(step._features, corpora.FORMAL)
+    for contrast in CONTRASTS if step._profile.data.general not in ("generated", corpora.FORMAL) else ():
+        try:  # a control of what was measured stops nothing
+            theirs = step.plain_scores(contrast, features=other)
+        except UserError as error:
+            rows.append(dict(contrast=contrast, layers=str(error)))
+            continue
+        rows.append(dict(contrast=contrast) | layer_selection.stability(step.plain_scores(contrast), theirs, step.selected_count))
+    return pd.DataFrame(rows, columns=["contrast", "rho", "layers", "common", "chance"])

@@ -28,13 +28,9 @@ from stetholib.study.world import Step, World
 class SaeFeatures(Step):
     """The instrument, and what it hears."""
 
-    def __init__(
-        self, world: World, spec: Sae | None = None, general: str | None = None, refused: dict[int, str] | None = None
-    ) -> None:
-        """spec: other SAEs than the profile's; general: other general text to hear; refused: verdicts on the SAEs, if known."""
+    def __init__(self, world: World, spec: Sae | None = None, general: str | None = None) -> None:
+        """spec: other SAEs than the profile's; general: other general text to hear."""
         super().__init__(world)
-        if refused is not None:
-            self.refused = refused
         self._spec, data = spec or world.profile.sae, world.profile.data
         self._data = replace(data, general=general, general_config=None, general_revision=None) if general else data
 
@@ -59,14 +55,6 @@ class SaeFeatures(Step):
             neighbour_seed=world.seed("neighbours"),
             dictionary_seeds={layer: world.seed(f"random dictionary {layer}") for layer in range(world.layers)},
         )
-
-    @property
-    def article_of(self) -> Tensor:
-        """What each text that is heard is a part of, by index: an article of general text, or nothing but itself."""
-        texts = self.listening.texts
-        wholes = corpora.articles(self._data, texts)
-        first = {whole: at for at, whole in reversed([*enumerate(wholes)])}
-        return torch.tensor([first[whole] for whole in wholes])
 
     @cached_property
     def _activations(self) -> Input[dict[int, Tensor]]:
@@ -138,7 +126,7 @@ class SaeFeatures(Step):
         return found
 
     @cached_property
-    def refused(self) -> dict[int, str]:
+    def _refused(self) -> dict[int, str]:
         """Why a layer's SAE is not believed, by layer. Raises UserError where fewer than two thirds of the layers can be."""
         spec, layers = self._spec, self._world.layers
         declared = Declared.trained(layers, spec.k) if spec.release == "train" else saes.declared(spec, layers)
@@ -149,7 +137,7 @@ class SaeFeatures(Step):
     @property
     def believed(self) -> list[int]:
         """The layers that can be selected, and that the scalpel filters."""
-        return [layer for layer in range(self._world.layers) if layer not in self.refused]
+        return [layer for layer in range(self._world.layers) if layer not in self._refused]
 
     def rule(self, kind: str | None = None) -> ScoreRule:
         """How features become a layer's score."""
@@ -160,7 +148,7 @@ class SaeFeatures(Step):
     def sums(self, contrast: str) -> Input[Iterator[DocumentSums | None]]:
         """Document sums under one contrast as an input of stages: layer by layer, each read when its turn comes; None where a
         layer is refused."""
-        refused = self.refused
+        refused = self._refused
 
         def fetch() -> Iterator[DocumentSums | None]:
             with self.heard.opened() as found:
@@ -187,16 +175,24 @@ class SaeFeatures(Step):
     def table(self) -> pd.DataFrame:
         """Step 02's table."""
         heard = {contrast: self.specificities(contrast) for contrast in CONTRASTS}
-        return sae_features.measure(self.self_tests(), heard, self.refused)
-
-    def training(self) -> pd.DataFrame | None:
-        """How the SAEs that were trained here went: columns layer, tokens, fvu, l0, dead. None where they are fetched."""
-        if self._spec.release != "train":
-            return None
-        curves = {layer: self._sae(layer).value for layer in range(self._world.layers)}
-        return pd.concat(curves, names=["layer"]).reset_index("layer").reset_index(drop=True)
+        return sae_features.measure(self.self_tests(), heard, self._refused)
 
     def top_tokens(self, layer: int, feature: int, count: int = 12) -> pd.DataFrame:
         """The surface forms on which a feature is most active, with mean activation and occurrences."""
         inputs = (self._world.model, self.listening, self.dictionaries, layer, feature, count)
         return self._store.made(sae_features.top_tokens, *inputs).value
+
+
+def training(step: SaeFeatures) -> pd.DataFrame | None:
+    """How the SAEs that were trained here went: columns layer, tokens, fvu, l0, dead. None where they are fetched."""
+    if step._spec.release != "train":
+        return None
+    curves = {layer: step._sae(layer).value for layer in range(step._world.layers)}
+    return pd.concat(curves, names=["layer"]).reset_index("layer").reset_index(drop=True)
+
+
+def against(step: SaeFeatures, general: str) -> SaeFeatures:
+    """The same SAEs, believed or not as they were, on the same problems and other general text."""
+    other = SaeFeatures(step._world, step._spec, general)
+    other._refused = step._refused
+    return other
