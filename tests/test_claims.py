@@ -1,10 +1,12 @@
 """Each rule of the ledger is fed evidence in which its claim holds, fails, and cannot be told; and what is made of the words."""
 
 import io
+import re
 from dataclasses import replace
 
 import pandas as pd
 import pytest
+from conftest import ROOT
 
 from stetholib import claims
 from stetholib.__main__ import main
@@ -284,3 +286,13 @@ def test_the_readmes_ledger_counts_worlds_and_only_verdicts_of_their_own():
     assert told[("**C1**",)].endswith("| by construction | by construction | -, strictly - |")
     assert told[("**C7**",)].endswith("| as corpus | as corpus | 2 of 2, strictly 2 of 2 |")
     assert readme.in_worlds(pd.Series([claims.SAME] * 3)) == "-" and readme.in_worlds(pd.Series([NO, OPEN])) == "0 of 2"
+
+
+def test_the_readme_says_what_the_committed_tables_of_real_weights_say():
+    text = (ROOT / "README.md").read_text()
+    assert readme.with_real_weights(text, ROOT) == text, "run: make readme"
+    assert "@@" not in text
+    row = next(line for line in readme.real_weights(ROOT).splitlines() if line.startswith("| energy that the scalpel keeps"))
+    said = pd.read_csv(ROOT / "figures" / "mini" / "06_claims.csv").set_index("claim").loc["C1", "measured"]
+    kept, lost = (float(re.search(rf"([\d.]+) % {what}", one)[1]) for one, what in ((row, "at rank"), (said, "discarded")))
+    assert kept == pytest.approx(100 - lost, abs=0.11)  # the ledger's own figure, rounded as well
