@@ -83,7 +83,7 @@ def facts(folder: Path) -> dict[str, str]:
 def _scalpel(vectors: pd.DataFrame, kept: pd.DataFrame) -> dict[str, str]:
     """What the scalpel keeps of a vector's energy; its rank is the second of the grid."""
     energies = dict(zip(zip(vectors["layer"], vectors["matrix"], strict=True), vectors["delta_norm"] ** 2, strict=True))
-    rank = sorted(kept["rank"].unique())[1]
+    rank = int(sorted(kept["rank"].unique())[1])
     whole, *sides = (split_loss(kept, energies, rank, side) for side in (None, "reader", "writer"))
     ends = f"{percent(whole.retained)} at rank {rank}; {percent(whole.chance)}; {percent(whole.ceiling)}"
     return {
