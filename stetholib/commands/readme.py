@@ -1,7 +1,6 @@
 """Write the generated parts of the README, from committed tables: the ledger of the miniature, what real weights say beside it,
 and the table of `make bench`."""
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +102,7 @@ def _effects(layers: Any, sets: Any) -> dict[str, str]:
     }
 
 
-def _sets(sets: Any, told: Mapping[Any, Any]) -> dict[str, str]:
+def _sets(sets: Any, told: Any) -> dict[str, str]:
     """Of how many random sets each rule's set is better, with intervals."""
 
     def beaten(name: str) -> str:
