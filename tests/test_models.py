@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from stetholib.data import prompts
 from stetholib.data.mini import tokenizer
+from stetholib.errors import UserError
 from stetholib.models import loading, streams, weights
 from stetholib.models.weights import ModelError
 
@@ -318,9 +319,14 @@ def test_an_opening_is_computed_once_and_changes_no_loss(toy, window, monkeypatc
     assert np.array_equal(once.tokens, plain.tokens)
 
 
-def test_an_opening_is_no_part_of_what_is_cut_and_a_short_one_is_none(toy):
+def test_an_opening_is_no_part_of_what_is_cut_and_a_short_one_is_none(toy, monkeypatch):
     texts, ends = four_shots()
     (width,) = {batch.input_ids.shape[1] for batch in streams.pool_of(toy, texts, 12, 10_000, ends)}
     assert width == 12
+    monkeypatch.setattr(toy.model.config, "max_position_embeddings", 90)
+    with pytest.raises(
+        UserError, match="tokens of opening and a problem make .*, the model's context is 90; lower evaluation.num_fewshot"
+    ):
+        streams.pool_of(toy, texts, 200, 10_000, ends)
     short = [(prompts.prompt(f"What is {i}?"), " So what?") for i in range(3)]
     assert streams.pool_of(toy, short, 256, 1000)[0].opening == ()

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from stetholib.errors import UserError
 from stetholib.models.loading import LanguageModel, check_finite, token_ids
 from stetholib.models.weights import decoder_blocks
 
@@ -256,6 +257,12 @@ def pool_of(
     held = _common([ids[: max(0, context - 1)] for ids, context in every])
     held = held if share and held >= OPENING else 0
     opening = tuple(every[0][0][:held]) if held else ()
+    longest = held + min(max_tokens, max(len(ids) for ids, _ in every) - held)
+    if base.context is not None and held and longest > base.context:
+        raise UserError(
+            f"evaluation: {held} tokens of opening and a problem make {longest}, the model's context is {base.context}; "
+            "lower evaluation.num_fewshot or data.max_tokens"
+        )
     pairs, starts = [(ids[held:][:max_tokens], min(context - held, max_tokens)) for ids, context in every], {}
     for index, ((context, text), end) in enumerate(zip(texts, closings or [""] * len(texts), strict=True)):
         if end:
