@@ -33,6 +33,8 @@ def training(curves: pd.DataFrame, k: float, axes: Sequence[Axes]) -> Sequence[A
         ax.set(xlabel="tokens", ylabel=label, ylim=(0, None))
     axes[0].set_ylim(0, 1.12)
     axes[1].axhline(k, color=BLACK, lw=0.8, label=f"k = {k:g}")
+    axes[1].set(yscale="log", ylim=(k / 4, None))
+    axes[1].yaxis.set_major_formatter("{x:g}")
     axes[1].legend()
     percent(axes[2].yaxis)
     return axes
