@@ -93,9 +93,9 @@ IN_SMOKE = {
     "a side table of step 06": (code("significance.py", "index=index).astype(float)", "index=index).astype(float).round(9)"), {"pairs_table"}),
     "docstrings and comments everywhere": (prose, set()),
     "the scorer": (code("adapters/harness.py", 'exact_match=int(sample["exact_match"])', 'exact_match=int(bool(sample["exact_match"]))'), {"asked", "records", "verdicts"}),
-    "the prompt": (PROMPT, {"toy", "finetuned", "trained_sae", "dictionary_of", "hear", "gradient_moments", "rounding", "scored_tokens", "losses", "general_losses", "top_tokens", "token_limits", "repetition", "pairs_table"} | OF_SCORES | OF_DIRECTIONS | OF_EDITED),
+    "the prompt": (PROMPT, {"toy", "finetuned", "trained_sae", "dictionary_of", "hear", "gradient_moments", "rounding", "losses", "general_losses", "top_tokens", "token_limits", "repetition", "pairs_table"} | OF_SCORES | OF_DIRECTIONS | OF_EDITED),
 }  # fmt: skip
-OWN_PROMPT = {"gradient_moments", "scored_tokens", "losses"} | OF_DIRECTIONS | OF_EDITED
+OWN_PROMPT = {"gradient_moments"} | OF_DIRECTIONS | OF_EDITED  # losses are those under the task's own prompt
 IN_OWN = {
     "the prompt, with a fine-tune and SAEs of one's own": (PROMPT, OWN_PROMPT),
     "a stop string": (text("mine/task.yaml", '"Q:"]', '"Q:", "A:"]'), {"asked", "answers", "records", "answer_some", "verdicts", "repetition"}),
