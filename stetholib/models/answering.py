@@ -22,6 +22,7 @@ import torch
 from stetholib.data.prompts import STOP
 from stetholib.errors import UserError
 from stetholib.models.loading import LanguageModel, token_ids
+from stetholib.models.streams import common, no_cache
 
 CHUNK = 512  # problems: many more than slots, few enough that a kill loses little
 Cache = Any  # transformers' DynamicCache
@@ -103,13 +104,12 @@ class Rows:
 @torch.no_grad()
 def _answered(model: LanguageModel, ids: Mapping[str, list[int]], limits: Limits, ends: "Ends") -> dict[str, list[int]]:
     """New tokens of every problem of a chunk, by problem id; ids: of the prompts, in the order that they take slots."""
-    alike = (at for at, column in enumerate(zip(*ids.values(), strict=False)) if len(set(column)) > 1)
-    shared = min(next(alike, min(map(len, ids.values()))), min(map(len, ids.values())) - 1)
-    opening = _no_cache(model)
+    shared = min(common([*ids.values()]), min(map(len, ids.values())) - 1)
+    opening = no_cache(model.model)
     if shared:
         _forward(model, opening, [next(iter(ids.values()))[:shared]], 0)
     found: dict[str, list[int]] = {}
-    waiting, rows = list(ids), Rows(_no_cache(model), [], [], [], [])
+    waiting, rows = list(ids), Rows(no_cache(model.model), [], [], [], [])
     while waiting or rows.names:
         if REFILL * sum(rows.done) >= len(rows.done):
             found |= {name: new for name, new, done in zip(rows.names, rows.new, rows.done, strict=True) if done}
@@ -120,12 +120,6 @@ def _answered(model: LanguageModel, ids: Mapping[str, list[int]], limits: Limits
         if rows.names:
             _step(model, rows, ends)
     return found
-
-
-def _no_cache(model: LanguageModel) -> Cache:
-    from transformers import DynamicCache  # here, so that what answers nothing starts without transformers
-
-    return DynamicCache(config=model.model.config)
 
 
 def _read(
@@ -166,7 +160,7 @@ def _joined(model: LanguageModel, rows: Rows, stay: list[int], read: Sequence[Ro
     if stay:
         old.cache.batch_select_indices(torch.tensor(stay, device=model.device))
     parts = [part for part in (old, *read) if part.names]
-    width, cache = max((length for part in parts for length in part.lengths), default=0), _no_cache(model)
+    width, cache = max((length for part in parts for length in part.lengths), default=0), no_cache(model.model)
     layer: Any
     for index, layer in enumerate(cache.layers if parts else ()):
         kept: list[Any] = [part.cache.layers[index] for part in parts]

@@ -139,14 +139,19 @@ def token_losses(model: nn.Module, batch: Batch, opened: Any = None) -> Float[Te
     return nn.functional.pad(losses, (1, 0)) * batch.scored
 
 
+def no_cache(model: nn.Module) -> Any:
+    """Keys and values of nothing yet, as transformers keeps them for this model."""
+    from transformers import DynamicCache  # here, so that what runs no model starts without transformers
+
+    config: Any = model.config
+    return DynamicCache(config=config)
+
+
 def opening_cache(model: nn.Module, opening: Sequence[int], device: torch.device) -> Any:
     """Keys and values of what all rows of a pool open with, computed once; None where that is nothing."""
     if not opening:
         return None
-    from transformers import DynamicCache  # here, so that what runs no model starts without transformers
-
-    config: Any = model.config
-    cache = DynamicCache(config=config)
+    cache = no_cache(model)
     model(input_ids=torch.tensor([opening], device=device), past_key_values=cache, use_cache=True, logits_to_keep=1)
     return cache
 
@@ -254,7 +259,7 @@ def pool_of(
     ends with, or an empty string. Where contexts open with the same 64 tokens or more, as with four shots, these are the batches' opening,
     computed once for all (`share`); `max_tokens` does not count them."""
     every = tokenize(base, texts, maxsize)
-    held = _common([ids[: max(0, context - 1)] for ids, context in every])
+    held = common([ids[: max(0, context - 1)] for ids, context in every])
     held = held if share and held >= OPENING else 0
     opening = tuple(every[0][0][:held]) if held else ()
     longest = held + min(max_tokens, max(len(ids) for ids, _ in every) - held)
@@ -270,7 +275,7 @@ def pool_of(
     return batches(pairs, batch_tokens, base.device, starts, opening)
 
 
-def _common(rows: Sequence[Sequence[int]]) -> int:
+def common(rows: Sequence[Sequence[int]]) -> int:
     """How many tokens all rows open with."""
     shortest = min(map(len, rows), default=0)
     return next((at for at in range(shortest) if len({row[at] for row in rows}) > 1), shortest)
