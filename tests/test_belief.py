@@ -161,15 +161,16 @@ SPOILT = """
 
         tensors = load_file(folder / "sae_weights.safetensors")
         save_file(tensors | {"W_dec": tensors["W_dec"].flip(0).contiguous()}, folder / "sae_weights.safetensors")
+    return curve
 """
 
 
 @pytest.mark.slow
 def test_all_six_notebooks_leave_out_a_layer_whose_sae_is_noise_and_say_so(tmp_path):
-    folder, ends = runs.clone(tmp_path), 'hook_resid_post", model_name=model)\n'
+    folder, starts, ends = runs.clone(tmp_path), "return train(heard[layer]", 'hook_resid_post", model_name=model)\n'
     module = folder / "stetholib" / "adapters" / "saes.py"
-    assert module.read_text().count(ends) == 1
-    module.write_text(module.read_text().replace(ends, ends + SPOILT))
+    assert module.read_text().count(starts) == module.read_text().count(ends) == 1
+    module.write_text(module.read_text().replace(starts, starts.replace("return", "curve =")).replace(ends, ends + SPOILT))
     profile = folder / "stetholib" / "profiles" / "smoke.yaml"  # two layers make two random sets
     profile.write_text(re.sub(r",? *random_3|.*- random_3\n", "", profile.read_text()))
     runs.run(folder)
