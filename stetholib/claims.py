@@ -119,8 +119,9 @@ def _lifted(e: Evidence, by: By) -> str:
     """Whether `full` lifts Number Theory by as much as a test detects, in words."""
     row = e.rows("full", by.metric).loc[NUMBER_THEORY]
     told = f"{100 * row['difference']:+.1f} points by {by.metric}, the {by.test} detects {100 * row[by.detectable]:.1f}"
-    low = f", from a base of {percent(row['base_accuracy'])}" if row["base_accuracy"] < FLOOR else ""
-    return f"full {'lifts' if NUMBER_THEORY in e.counting(by) else 'does not lift'} Number Theory: {told}{low}"
+    risen = row["ci_low"] > 0 and row["difference"] >= row[by.detectable]
+    low = f", but from a base of {percent(row['base_accuracy'])}, too low to count" if row["base_accuracy"] < FLOOR else ""
+    return f"full {'lifts' if risen else 'does not lift'} Number Theory: {told}{low}"
 
 
 def _where(e: Evidence, by: By, holds: Any) -> Verdict:

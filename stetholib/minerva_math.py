@@ -192,6 +192,15 @@ def enough_tokens(limits: pd.DataFrame, share: float = 0.99) -> int:
     return int(limits[limits["accuracy"] >= share * best].groupby("variant")["limit"].min().max())
 
 
+def limit_title(limits: pd.DataFrame, truncated: float) -> str:
+    """The finding of the figure of token limits: how many are enough, or that more might be wanted; truncated: the largest share
+    of a variant's answers that the limit cuts."""
+    enough, used = enough_tokens(limits), int(limits["limit"].max())
+    if enough < used:
+        return f"{enough} tokens are enough; at most {truncated:.1%} of a variant's answers are truncated"
+    return f"{used} tokens may be too few: up to {truncated:.0%} of a variant's answers are cut"
+
+
 def overall(table: pd.DataFrame, variants: Sequence[str]) -> pd.DataFrame:
     """The rows over all subjects, by variant, in this order."""
     return table[table["subject"] == "all"].set_index("variant").loc[list(variants)]

@@ -50,8 +50,8 @@ def test_01_says_the_tables_numbers():
     moved, energy, ranks, *_ = lines(text := task_vectors.summary(table, rounding(), RESTORED))
     top = table.sort_values("relative").iloc[-1]
     assert moved == (
-        f"- The fine-tune moves every matrix, by {table['relative'].median():.0%} of its norm in the median; "
-        f"most in {top['matrix']} of layer {top['layer']} ({top['relative']:.0%})."
+        f"- The fine-tune moves every matrix, by {table['relative'].median():.1%} of its norm in the median; "
+        f"most in {top['matrix']} of layer {top['layer']} ({top['relative']:.1%})."
     )
     readers = table[table["matrix"].isin(["q", "k", "v", "gate", "up"])]["energy_share"].sum()
     layers = [rows["energy_share"].sum() for _, rows in table.groupby("layer")]
@@ -574,6 +574,9 @@ def test_05_enough_tokens_are_enough_for_every_variant():
     rows = [(name, limit, value) for name, values in curve.items() for limit, value in zip((8, 16, 32), values, strict=True)]
     limits = pd.DataFrame(rows, columns=["variant", "limit", "accuracy"])
     assert minerva_math.enough_tokens(limits) == 16 and minerva_math.enough_tokens(limits, share=1.0) == 32
+    assert minerva_math.limit_title(limits, 0.001).startswith("16 tokens are enough")
+    rising = limits[limits["limit"] < 32]
+    assert minerva_math.limit_title(rising, 0.5) == "16 tokens may be too few: up to 50% of a variant's answers are cut"
 
 
 def test_05_the_price_is_beside_the_base():

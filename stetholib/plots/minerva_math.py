@@ -44,5 +44,5 @@ def token_limits(table: pd.DataFrame, names: Mapping[str, str], ax: Axes) -> Axe
     ax.axvline(table["limit"].max(), color=BLACK, lw=0.8, ls=":", label="the limit that was used")
     ax.set(xlabel="limit on new tokens", ylabel="accuracy (exact match)", ylim=(0, None))
     percent(ax.yaxis)
-    ax.legend(loc="lower right")
+    ax.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0))
     return ax
