@@ -75,6 +75,7 @@ def facts(folder: Path) -> dict[str, str]:
         | _scalpel(table["01_task_vectors"], table["03_subspace_projection"])
         | _effects(table["04_layer_selection"], table["04_layer_sets"])
         | _sets(named_sets(table["04_layer_sets"]), table["04_reliability"].set_index(["what", "loss"]).loc[("sets", "solution")])
+        | _answers(table.get("05_minerva_math"))
         | {"verdicts (strictly)": _verdicts(table.get("06_claims"))}
     )
 
@@ -118,6 +119,15 @@ def _sets(sets: Any, told: Any) -> dict[str, str]:
             f"{said} {sets.loc[name, 'percentile']:.0%}" for name, said in rivals.items()
         ),
     }
+
+
+def _answers(table: Any) -> dict[str, str]:
+    """Accuracy by math_verify, which asks for no closing sentence, of the main variants."""
+    named = {"base": "base", "full": "whole", "stethoscope": "stethoscope", "full_shrunk": "whole, shrunk", "scalpel": "scalpel"}
+    told = {"number_theory": "Number Theory by `math_verify`", "all": "all subjects by `math_verify`"}
+    rows = None if table is None else table.set_index(["subject", "variant"])["math_verify"]
+    said = lambda subject: "; ".join(f"{title} {rows[subject, name]:.0%}" for name, title in named.items())  # noqa: E731
+    return {title: "not run" if rows is None else said(subject) for subject, title in told.items()}
 
 
 def _verdicts(ledger: Any) -> str:
