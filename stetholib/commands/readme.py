@@ -125,9 +125,11 @@ def _answers(table: Any) -> dict[str, str]:
     """Accuracy by math_verify, which asks for no closing sentence, of the main variants."""
     named = {"base": "base", "full": "whole", "stethoscope": "stethoscope", "full_shrunk": "whole, shrunk", "scalpel": "scalpel"}
     told = {"number_theory": "Number Theory by `math_verify`", "all": "all subjects by `math_verify`"}
-    rows = None if table is None else table.set_index(["subject", "variant"])["math_verify"]
+    if table is None:
+        return dict.fromkeys(told.values(), "not run")
+    rows = table.set_index(["subject", "variant"])["math_verify"]
     said = lambda subject: "; ".join(f"{title} {rows[subject, name]:.0%}" for name, title in named.items())  # noqa: E731
-    return {title: "not run" if rows is None else said(subject) for subject, title in told.items()}
+    return {title: said(subject) for subject, title in told.items()}
 
 
 def _verdicts(ledger: Any) -> str:
