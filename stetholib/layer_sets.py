@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
+from stetholib import selectors
 from stetholib.errors import UserError
 from stetholib.models.streams import DocumentLosses, Watch, unwatched
 from stetholib.models.weights import Key
@@ -22,7 +23,7 @@ from stetholib.statistics import Values
 
 LayerSet = tuple[int, ...]
 LossOf = Callable[[LayerSet, float], DocumentLosses]  # (layers, alpha) -> losses with the vector injected there
-SETS_OF_MANY = ("random", "only", "without")
+SETS_OF_MANY = ("random", "only", "without", "window", "stethoscope_shifted", "stethoscope_rise_shifted")
 IN_ALL = ("full", "full_shrunk")
 SEEING = ("greedy", "small_step")  # rules that see losses, so they choose on one half of the problems and are judged on the other
 RELIABLE, RESOLVED = 0.5, 0.1  # what `tells_apart` asks of two halves, fixed before any result
@@ -62,20 +63,23 @@ def greedy(loss_of: Callable[[LayerSet], float], layers: int, count: int) -> Lay
     return chosen
 
 
-def fixed_selectors(scores: Mapping[str, Values], energies: Values, count: int) -> dict[str, tuple[str, LayerSet]]:
-    """Every rule that picks `count` layers without trying them out, as selector -> (contrast, layers). scores: layer scores by
-    contrast; energies: |tau_l|^2."""
-    depth = len(energies)
-    before = (depth - count) // 2
-    return {
-        "stethoscope": ("corpus", select(scores["corpus"], count)),
-        "stethoscope_matched": ("matched", select(scores["matched"], count)),
-        "least_specific": ("corpus", select([-s for s in scores["corpus"]], count)),
-        "largest_norm": ("-", select(energies, count)),
-        "first": ("-", tuple(range(count))),
-        "middle": ("-", tuple(range(before, before + count))),
-        "last": ("-", tuple(range(depth - count, depth))),
+Rules = Mapping[str, tuple[str, Values]]  # selector -> (contrast, a score for each layer)
+
+
+def fixed_rules(scores: Mapping[str, Values], energies: Values) -> dict[str, tuple[str, Values]]:
+    """The rules that the ledger knows. scores: layer scores by contrast; energies: |tau_l|^2."""
+    found: dict[str, tuple[str, Values]] = {
+        "stethoscope": ("corpus", scores["corpus"]),
+        "stethoscope_matched": ("matched", scores["matched"]),
+        "least_specific": ("corpus", -np.asarray(scores["corpus"], float)),
+        "largest_norm": ("-", energies),
     }
+    return found | {name: ("-", score) for name, score in selectors.place(len(energies)).items()}
+
+
+def chosen_sets(rules: Rules, count: int) -> dict[str, tuple[str, LayerSet]]:
+    """What each rule picks: selector -> (contrast, its `count` layers)."""
+    return {name: (contrast, select(score, count)) for name, (contrast, score) in rules.items()}
 
 
 def layer_energies(energies: Mapping[Key, float]) -> np.ndarray:
@@ -123,6 +127,64 @@ def planned_sets(
     plan += [PlannedSet(name, 0, contrast, layers) for name, (contrast, layers) in chosen.items()]
     drawn = sampled_sets(eligible, len(stethoscope), random_sets, seed)
     return plan + [PlannedSet("random", draw, "-", layers) for draw, layers in enumerate(drawn)]
+
+
+def rival_sets(rivals: Mapping[str, tuple[str, LayerSet]]) -> list[PlannedSet]:
+    """The sets of rules that came after the ledger's own: no part of what says whether a world tells sets apart."""
+    return [PlannedSet(name, 0, contrast, layers) for name, (contrast, layers) in rivals.items()]
+
+
+def smooth_sets(chosen: Mapping[str, LayerSet], layers: int, at_most: int = 12) -> list[PlannedSet]:
+    """The null of a smooth score, which picks neighbours: windows of as many layers as the sets have, and circular shifts of
+    each set, as a profile shifted round the depth would pick; evenly spaced where there are more than `at_most`."""
+    count = len(next(iter(chosen.values())))
+    plan = [PlannedSet("window", at, "-", tuple(range(at, at + count))) for at in _spaced(0, layers - count + 1, at_most)]
+    for name, one in chosen.items():
+        for step in _spaced(1, layers, at_most):
+            plan.append(PlannedSet(f"{name}_shifted", step, "-", tuple(sorted((at + step) % layers for at in one))))
+    return plan
+
+
+def _spaced(start: int, stop: int, at_most: int) -> list[int]:
+    """At most so many of range(start, stop), evenly."""
+    return sorted({int(at) for at in np.linspace(start, stop - 1, min(at_most, stop - start)).round()})
+
+
+def smooth_null(sets: pd.DataFrame) -> pd.DataFrame:
+    """How the sets of smooth scores stand among windows and among their own circular shifts: columns selector, null, n and better,
+    the share of those that are worse, equals counted half. Chance is .5. sets: the table of sets of layers."""
+    change, rows = sets.groupby("selector")["loss_change"], []
+    for name in ("stethoscope", "stethoscope_rise"):
+        own = float(change.get_group(name).iloc[0])
+        for null in ("window", f"{name}_shifted"):
+            theirs = change.get_group(null).to_numpy()
+            better = float((np.sign((theirs - own).round(9)) / 2 + 0.5).mean())
+            rows.append(dict(selector=name, null=null.removeprefix(f"{name}_"), n=len(theirs), better=better))
+    return pd.DataFrame(rows)
+
+
+def additivity(sets: pd.DataFrame, layers: int, seed: int) -> pd.DataFrame:
+    """Do layers add up? R^2 of random sets' solution loss as predicted by what layers do alone (not fitted), by a sum over layers
+    and by a sum over layers and pairs, both fitted by ridge regression and cross-validated in ten parts, as sparse interactions
+    are looked for in arXiv 2502.13870. Where a sum fails, no score by layer can be right."""
+    from sklearn.linear_model import RidgeCV
+    from sklearn.model_selection import KFold, cross_val_predict
+
+    random, alone = sets[sets["selector"] == "random"], sets[sets["selector"] == "only"].set_index("draw")["loss_change"]
+    y = random["loss_change"].to_numpy()
+    x = np.array(
+        [[layer in row for layer in range(layers)] for row in (set(map(int, s.split())) for s in random["layers"])], float
+    )
+    pairs = np.column_stack([x, *(x[:, i] * x[:, j] for i, j in combinations(range(layers), 2))])
+    parts = KFold(min(10, len(y)), shuffle=True, random_state=seed)
+    fitted = {
+        name: cross_val_predict(RidgeCV(np.logspace(-3, 3, 13)), of, y, cv=parts)
+        for name, of in (("layers", x), ("pairs", pairs))
+    }
+    spread = ((y - y.mean()) ** 2).sum()
+    told = {"alone": x @ alone.reindex(range(layers)).to_numpy(), **fitted}
+    r2 = [1 - ((y - one) ** 2).sum() / spread if spread else np.nan for one in told.values()]
+    return pd.DataFrame(dict(model=[*told], n=len(y), r2=r2))
 
 
 def seeing_sets(

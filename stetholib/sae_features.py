@@ -6,7 +6,7 @@ model reads each text once and nothing is stored per token.
 
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from math import nan
 from typing import Any, TypeVar
 
@@ -28,7 +28,7 @@ from stetholib.models.dictionary import (
 )
 from stetholib.models.loading import LanguageModel, check_finite
 from stetholib.models.streams import Tokenized, Watch, collected, residual_batches, tokenize, unwatched, up_to
-from stetholib.models.sums import CONTRASTS, Covariance, DocumentSums, FeatureSums, firing, moments, one_hot, specificity
+from stetholib.models.sums import CONTRASTS, DRAWN, Covariance, DocumentSums, FeatureSums, firing, moments, one_hot, specificity
 
 SELF_TEST_TOKENS = 20_000
 NEIGHBOUR_TOKENS = 2_000
@@ -224,6 +224,41 @@ def _sample(
     random.Random(listening.sample_seed).shuffle(order)
     kept, _ = up_to((pairs[index] for index in order), SELF_TEST_TOKENS)
     return collected(base, kept, listening.batch_tokens, layers)
+
+
+def hear_again(
+    tuned: LanguageModel,
+    listening: Listening,
+    dictionaries: Mapping[int, Dictionary],
+    tests: pd.DataFrame,
+    group: Sequence[int],
+    *,
+    watch: Watch = unwatched,
+) -> dict[int, DocumentSums]:
+    """What theta_0's SAEs hear of theta_1 on the same mathematics, by layer: sums over all tokens of each of its documents. tests:
+    of `hear`, for the norm above which a token is an outlier."""
+    corpus_of, known = torch.tensor(listening.corpus_of), tests.set_index("layer")
+    texts = [text for text, corpus in zip(listening.texts, listening.corpus_of, strict=True) if corpus < corpus_of.max()]
+    pairs = [(ids, 1) for ids, _ in tokenize(tuned, [("", text) for text in texts], listening.max_tokens)]
+    every = torch.zeros(len(texts), dtype=torch.long)
+    sums = {layer: FeatureSums(dictionaries[layer].d_sae, every, float(known["largest"][layer]) or 1.0) for layer in group}
+    passing = residual_batches(tuned, pairs, listening.batch_tokens, group, watch, "04 features after the fine-tune")
+    for _, document, streams in passing:
+        for layer, x in streams.items():
+            kept = (x.norm(dim=1) <= known["norm_limit"][layer]).float().cpu()
+            sums[layer].add(dictionaries[layer].encode(x), document, dict.fromkeys(CONTRASTS, kept))
+    return {layer: one.sums["corpus"] for layer, one in sums.items()}
+
+
+def change_score(before: DocumentSums, after: DocumentSums, maths: Bool[Tensor, " doc"], rule: ScoreRule) -> float:
+    """The layer score of theta_1 against theta_0 on the same mathematics: the stethoscope that listens to the fine-tune. before:
+    sums of all documents under theta_0; after: of those of mathematics (`maths`) under theta_1. AUROC, whose histograms know
+    no such corpora, gives way to Cohen's d."""
+    names = ("weight", "total", "squares", "fires")
+    joined = {name: torch.cat([getattr(after, name), getattr(before, name)[maths]]) for name in names}
+    labels = torch.tensor([0] * len(after.weight) + [1] * int(maths.sum()))
+    same = rule if rule.kind in DRAWN else replace(rule, kind="cohen_d")
+    return float(same.score(DocumentSums(**joined, histogram=after.histogram), one_hot(labels, 2), True)[0])
 
 
 def specificities(

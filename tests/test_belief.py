@@ -1,6 +1,7 @@
 """An instrument is believed only after a test that it could have failed: what is noise, or of another place, is refused."""
 
 import re
+from copy import deepcopy
 from dataclasses import asdict, replace
 from functools import cache
 from math import nan
@@ -20,7 +21,7 @@ from stetholib.layer_selection import plain_scores, score_layers, spearman
 from stetholib.layer_sets import planned_sets, select
 from stetholib.minerva_math import NEEDED, variants
 from stetholib.models import loading, streams
-from stetholib.sae_features import Listening, ScoreRule, hear
+from stetholib.sae_features import Listening, ScoreRule, change_score, hear, hear_again
 
 SOUND = dict(fvu=0.09, fvu_random=0.5, l0=9.0, largest=3.0, fvu_here=0.2, fvu_neighbour=0.3)
 TRAINED, FETCHED = Declared.trained(6, 8), Declared(dict.fromkeys(range(6), 8.0))
@@ -93,7 +94,27 @@ def heard(tmp_path_factory):
     def one(change=lambda own, _: own):
         return hear(base, listening, found | {2: change(found[2], found)}, ScoreRule(minimum=3), range(4))
 
+    one.known = base, listening, found
     return one
+
+
+def test_what_saes_hear_of_the_same_model_again_is_the_same_and_of_a_changed_one_its_change(heard):
+    (base, listening, found), rule, maths = heard.known, ScoreRule(minimum=3), torch.arange(120) < 60
+    before, tests = heard(), heard().tests
+    same = hear_again(base, listening, found, tests, range(4))
+    for layer in range(4):
+        known = before.sums[f"corpus.{layer}"]
+        assert torch.allclose(same[layer].total, known.total[:60], atol=1e-3)
+        assert change_score(known, same[layer], maths, rule) == pytest.approx(0, abs=1e-3)
+    tuned = deepcopy(base)
+    with torch.no_grad():
+        tuned.model.model.layers[2].mlp.down_proj.weight.add_(0.5 * torch.randn(32, 64))
+    scores = [
+        change_score(before.sums[f"corpus.{layer}"], one, maths, rule)
+        for layer, one in hear_again(tuned, listening, found, tests, range(4)).items()
+    ]
+    assert scores[0] == pytest.approx(0, abs=1e-3) and scores[1] == pytest.approx(0, abs=1e-3) and min(scores[2:]) > 0.1
+    assert change_score(known, same[3], maths, replace(rule, kind="auroc")) == pytest.approx(0, abs=1e-3)
 
 
 NOISE = {

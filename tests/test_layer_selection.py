@@ -109,9 +109,9 @@ def test_greedy_finds_the_best_set_of_an_additive_loss():
     assert layer_sets.greedy(lambda chosen: -sum(worth[x] for x in chosen), 4, 2) == (0, 2)
 
 
-def test_every_fixed_selector_picks_as_many_layers():
+def test_every_fixed_rule_picks_as_many_layers():
     scores = {"corpus": [1, 2, 3, 4, 5, 6], "matched": [6, 5, 4, 3, 2, 1]}
-    found = layer_sets.fixed_selectors(scores, energies=[1, 9, 1, 9, 1, 1], count=2)
+    found = layer_sets.chosen_sets(layer_sets.fixed_rules(scores, energies=[1, 9, 1, 9, 1, 1]), count=2)
     assert {name: layers for name, (_, layers) in found.items()} == {
         "stethoscope": (4, 5),
         "stethoscope_matched": (0, 1),
@@ -121,6 +121,40 @@ def test_every_fixed_selector_picks_as_many_layers():
         "middle": (2, 3),
         "last": (4, 5),
     }
+    assert [found[name][0] for name in ("stethoscope", "stethoscope_matched", "last")] == ["corpus", "matched", "-"]
+
+
+def test_windows_and_shifts_are_the_sets_that_smooth_profiles_pick():
+    plan = layer_sets.smooth_sets({"stethoscope": (1, 2), "stethoscope_rise": (0, 3)}, layers=5)
+    by = {name: [one.layers for one in plan if one.selector == name] for name in {one.selector for one in plan}}
+    assert by["window"] == [(0, 1), (1, 2), (2, 3), (3, 4)]
+    assert by["stethoscope_shifted"] == [(2, 3), (3, 4), (0, 4), (0, 1)]
+    assert by["stethoscope_rise_shifted"] == [(1, 4), (0, 2), (1, 3), (2, 4)] and set(by) < {*layer_sets.SETS_OF_MANY}
+    many = layer_sets.smooth_sets({"stethoscope": tuple(range(10))}, layers=34)
+    assert len(many) == 24 and many[0].layers[0] == 0 and many[11].layers[-1] == 33
+
+
+def test_the_null_of_smooth_scores_counts_windows_and_shifts_that_are_worse():
+    rows = [("stethoscope", -3.0), ("stethoscope_rise", -1.0), *[("window", x) for x in (-4.0, -3.0, -2.0, 0.0)]]
+    rows += [("stethoscope_shifted", -2.0), ("stethoscope_rise_shifted", -2.0)]
+    found = layer_sets.smooth_null(pd.DataFrame(rows, columns=["selector", "loss_change"])).set_index(["selector", "null"])
+    assert (
+        found.loc[("stethoscope", "window"), "better"] == 2.5 / 4 and found.loc[("stethoscope_rise", "window"), "better"] == 1 / 4
+    )
+    assert found.loc[("stethoscope", "shifted"), "better"] == 1.0 and found.loc[("stethoscope_rise", "shifted"), "better"] == 0.0
+
+
+@pytest.mark.parametrize(("pairs", "best"), [(0.0, "layers"), (1.0, "pairs")], ids=["a sum over layers", "interactions"])
+def test_additivity_is_perfect_where_effects_add_up_and_not_where_they_interact(pairs, best):
+    worth, rng = np.arange(8.0), np.random.default_rng(0)
+    meet = np.triu(rng.normal(size=(8, 8)), 1) * 6 * pairs
+    loss = lambda one: -worth[list(one)].sum() - sum(meet[i, j] for i, j in combinations(one, 2))  # noqa: E731
+    drawn = [one for size in (3, 4, 5) for one in combinations(range(8), size)]
+    rows = [("only", layer, str(layer), loss((layer,))) for layer in range(8)]
+    rows += [("random", at, " ".join(map(str, one)), loss(one)) for at, one in enumerate(drawn)]
+    table = pd.DataFrame(rows, columns=["selector", "draw", "layers", "loss_change"])
+    found = layer_sets.additivity(table, 8, seed=0).set_index("model")["r2"]
+    assert found["pairs"] > 0.99 and (found["layers"] > 0.99) == (best == "layers") == (found["alone"] > 0.999)
 
 
 WORTH = np.array([[3.0, 0.0], [1.0, 1.0], [0.0, 4.0], [1.0, 1.0]])  # of each layer, on the first and the last three problems

@@ -350,3 +350,15 @@ def test_directions_that_cannot_span_their_rank_are_refused():
         subspaces.orthonormal(torch.randn(5, 4))
     with pytest.raises(UserError, match="linearly dependent"):
         subspaces.orthonormal(torch.ones(2, 4))
+
+
+def test_energy_outside_the_principal_subspaces_is_that_of_a_whole_decomposition():
+    generator = torch.Generator().manual_seed(0)
+    for shape in ((12, 20), (20, 12)):
+        weight, delta = (torch.randn(shape, generator=generator) for _ in range(2))
+        u, s, vh = np.linalg.svd(weight.double().numpy(), full_matrices=False)
+        k = 1 + int((np.cumsum(s**2) < 0.5 * (s**2).sum()).sum())
+        inside = u[:, :k] @ u[:, :k].T @ delta.double().numpy() @ vh[:k].T @ vh[:k]
+        assert subspaces.outside_principal(delta, weight) == pytest.approx(float(((delta.numpy() - inside) ** 2).sum()), rel=1e-6)
+        assert subspaces.outside_principal(weight, weight, share=1.0) == pytest.approx(0.0, abs=1e-8 * s[0] ** 2)
+        assert subspaces.outside_principal(delta, torch.zeros(shape)) == pytest.approx(float(delta.square().sum()))

@@ -68,6 +68,20 @@ def singular_energies(delta: Float[Tensor, "d_out d_in"]) -> Float[Tensor, " ran
     return torch.linalg.eigvalsh(gram).flip(0).clamp(min=0).cpu()
 
 
+def outside_principal(delta: Float[Tensor, "d_out d_in"], weight: Float[Tensor, "d_out d_in"], share: float = 0.5) -> float:
+    """Energy of a change outside U_k ... V_k', the weight's principal subspaces: the fewest singular directions, on both sides, that
+    hold this share of its energy. From the smaller Gram matrix, in float64; nothing is inside where the weight is zero."""
+    wide, change = (one.double() if one.shape[0] <= one.shape[1] else one.double().T for one in (weight, delta))
+    values, u = torch.linalg.eigh(wide @ wide.T)
+    energies = values.flip(0).clamp(min=0)
+    k = 1 + int((energies.cumsum(0) < share * energies.sum()).sum())
+    if not energies[0]:
+        return float(change.square().sum())
+    u = u.flip(1)[:, :k]
+    v = wide.T @ u / energies[:k].sqrt()
+    return float(change.square().sum() - (u.T @ change @ v).square().sum())
+
+
 def principal_cosines(one: Basis, other: Basis) -> Float[Tensor, " rank"]:
     """Cosines of the principal angles between two subspaces, largest first. Their mean square is the overlap: 1 for the same
     subspace, rank / d for a random pair."""

@@ -13,8 +13,10 @@ from stetholib.errors import UserError
 from stetholib.layer_selection import Scores
 from stetholib.layer_sets import LayerSet, PlannedSet
 from stetholib.models.sums import CONTRASTS
+from stetholib.statistics import Values
 from stetholib.store.progress import progress
 from stetholib.study.losses import Losses
+from stetholib.study.rivals import rivals
 from stetholib.study.sae_features import SaeFeatures, against
 from stetholib.study.task_vectors import TaskVectors
 from stetholib.study.world import Step, World
@@ -86,10 +88,19 @@ class LayerSelection(Step):
     def _layer_energy(self) -> np.ndarray:
         return layer_sets.layer_energies(self._vectors.energies())
 
-    def chosen(self) -> dict[str, tuple[str, LayerSet]]:
-        """selector -> (contrast, layers) for every rule that picks m layers without sight of a loss."""
+    def _rules(self) -> dict[str, tuple[str, Values]]:
+        """A score for each layer by every rule of the ledger."""
         scores = {contrast: self.scores(contrast).score for contrast in CONTRASTS}
-        return layer_sets.fixed_selectors(scores, self._layer_energy, self.selected_count)
+        return layer_sets.fixed_rules(scores, self._layer_energy)
+
+    def chosen(self) -> dict[str, tuple[str, LayerSet]]:
+        """selector -> (contrast, layers) for every rule of the ledger that picks m layers without sight of a loss."""
+        return layer_sets.chosen_sets(self._rules(), self.selected_count)
+
+    @cached_property
+    def _rivals(self) -> dict[str, tuple[str, Values]]:
+        """A score for each layer by every rule beside the ledger's."""
+        return rivals(self._world, self._vectors, self._features, self._losses, {c: self.scores(c).score for c in CONTRASTS})
 
     @property
     def shrunk(self) -> float:
@@ -104,6 +115,9 @@ class LayerSelection(Step):
         """Step 04's table of sets of layers, each scored by validation loss after injection."""
         p, losses, plan = self._profile.selection, self._losses, self._plan()
         half = layer_sets.halving(losses.subjects, self._world.seed("halves"))
+        plan += layer_sets.rival_sets(layer_sets.chosen_sets(self._rivals, self.selected_count))
+        smooth = {one.selector: one.layers for one in plan if one.selector in ("stethoscope", "stethoscope_rise")}
+        plan += layer_sets.smooth_sets(smooth, self._world.layers)
         sizes = (self._world.layers, self.selected_count, p.small_step, p.greedy)
         for draw, seen in enumerate((half, ~half)):
             plan += layer_sets.seeing_sets(losses.of, seen, draw, *sizes)
@@ -114,6 +128,10 @@ class LayerSelection(Step):
         """Step 04's table of whether losses on two halves of the problems rank layers, and sets of layers, alike."""
         subjects, seed = self._losses.subjects, self._world.seed("reliability")
         return layer_sets.reliability(self._plan(), self._losses.of, subjects, seed)
+
+    def additivity(self) -> pd.DataFrame:
+        """Whether what layers do adds up: columns model, n, r2, of `layer_sets.additivity`."""
+        return layer_sets.additivity(self.sets(), self._world.layers, self._world.seed("additivity"))
 
     def table(self) -> pd.DataFrame:
         """Step 04's table of layers."""

@@ -16,6 +16,7 @@ from stetholib.data import corpora
 from stetholib.data.prompts import closing
 from stetholib.editing import Edit, losses_by_document
 from stetholib.models.streams import Batch, DocumentLosses, Texts, pool_of, scored_tokens
+from stetholib.probes import losses_skipping
 from stetholib.store.artefacts import Ledger
 from stetholib.store.values import Input
 from stetholib.study.task_vectors import TaskVectors
@@ -88,6 +89,11 @@ class Losses:
     def general(self, layers: Sequence[int], alpha: float = 1.0) -> float:
         """Mean loss of general validation texts, nats a token, with `alpha` times the raw vector in these layers."""
         return self._known("general", self._general, layers, alpha)["loss"]
+
+    def skipped(self) -> list[DocumentLosses]:
+        """Losses of the pool's solutions under the unedited model without one layer, for each layer."""
+        store, world = self._world.store, self._world
+        return [store.made(losses_skipping, world.model, layer, self.pool).value for layer in range(world.layers)]
 
     def scales(self, shrunk: float) -> pd.DataFrame:
         """Changes of the losses by the whole vector over alpha, `shrunk` among them: columns alpha, energy (a share of that at

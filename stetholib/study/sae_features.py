@@ -17,6 +17,7 @@ from stetholib.data import corpora, hub
 from stetholib.data.source import Source
 from stetholib.editing import Lazy
 from stetholib.models.dictionary import Dictionary
+from stetholib.models.loading import LanguageModel
 from stetholib.models.sums import CONTRASTS, DocumentSums, sums_bytes
 from stetholib.profiles import Sae
 from stetholib.sae_features import GENERAL, Heard, Listening, ScoreRule
@@ -196,3 +197,13 @@ def against(step: SaeFeatures, general: str) -> SaeFeatures:
     other = SaeFeatures(step._world, step._spec, general)
     other._refused = step._refused
     return other
+
+
+def again(step: SaeFeatures, tuned: Input[LanguageModel]) -> Iterator[DocumentSums]:
+    """What the same SAEs hear of another model on the same mathematics, layer by layer: sums of all tokens of each document."""
+    tests = step.self_tests()
+    for group in step._groups:
+        rows = tests[tests["layer"].isin(group)].reset_index(drop=True)
+        inputs = (tuned, step.listening, step._of(group), rows, list(group))
+        found = step._store.made(sae_features.hear_again, *inputs).value
+        yield from (found[layer] for layer in group)
