@@ -61,6 +61,8 @@ def load(name: str, overrides: typing.Mapping[Any, Any] | None = None) -> Profil
         check_free(profile.name, f"profile {path.stem}.name")
     if profile.sae.release == "train" and profile.sae.k > profile.sae.d_sae:
         raise ProfileError(f"profile {path.stem}.sae.k: {profile.sae.k} is above d_sae, {profile.sae.d_sae}; lower it")
+    if profile.finetune.blocks and (profile.finetune.finetuned or profile.finetune.method != "full"):
+        raise ProfileError(f"profile {path.stem}.finetune.blocks: they learn in a full fine-tune made here; set method to full")
     return profile
 
 

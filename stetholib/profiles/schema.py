@@ -50,7 +50,9 @@ class Data:
 
 @dataclass(frozen=True)
 class FineTune:
-    """Where the task vector comes from: a second checkpoint (`finetuned`), or a fine-tune made in step 01."""
+    """Where the task vector comes from: a second checkpoint (`finetuned`), or a fine-tune made in step 01. Where `blocks` are named,
+    these alone learn mathematics; the others learn a second task apart from it, general text told twice, and both changes are
+    added, so that it is known which layers of the vector are mathematics."""
 
     finetuned: str | None = key()
     finetuned_revision: str | None = key()
@@ -63,6 +65,9 @@ class FineTune:
     batch_size: int = key(1)
     gradient_accumulation: int = key(1)
     gradient_checkpointing: bool = key()
+    blocks: tuple[int, ...] | None = key(0)
+    aside_documents: int = key(1)
+    aside_learning_rate: float = key(0.0)
 
     @property
     def lora(self) -> str:
@@ -149,7 +154,13 @@ class Significance:
 
 
 # keys that came later, with what was done before: a profile that asks as it always did keeps its hash
-LATER = {("finetune", "lora_start"): "kaiming", ("sae", "warm_up"): 0.0}
+LATER = {
+    ("finetune", "lora_start"): "kaiming",
+    ("finetune", "blocks"): None,
+    ("finetune", "aside_documents"): 1,
+    ("finetune", "aside_learning_rate"): 0.0,
+    ("sae", "warm_up"): 0.0,
+}
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pandas as pd
 
 from stetholib import task_vectors
-from stetholib.adapters import finetuning
+from stetholib.adapters import finetuning, two_tasks
 from stetholib.data import hub
 from stetholib.editing import Edit, TaskVector, edited, weights
 from stetholib.models.weights import Checkpoint, Key, Weights, weight_hash
@@ -28,8 +28,12 @@ class TaskVectors(Step):
             return None
         dtype = "float32" if p.finetune.method == "full" else None  # full updates would be lost in bfloat16
         model = world.other(world.base_key, lambda: world.base_folder, dtype)
-        inputs = (model, world.weights, world.problems("train"), p.finetune, p.model.dtype)
-        return self._store.made(finetuning.finetuned, *inputs, world.seed("finetune"), p.data.max_tokens)
+        how = (p.finetune, p.model.dtype, world.seed("finetune"), p.data.max_tokens)
+        if p.finetune.blocks:
+            texts = world.solved(world.problems("train"))
+            general = world.general("train", p.finetune.aside_documents, "told twice", key="finetune.aside_documents")
+            return self._store.made(two_tasks.two_tasks, model, world.weights, texts, general, *how)
+        return self._store.made(finetuning.finetuned, model, world.weights, world.problems("train"), *how)
 
     @cached_property
     def folder(self) -> Path:

@@ -13,7 +13,7 @@ teach as well: procedures whose arithmetic other families train, since a new *ar
 
 import argparse
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -117,7 +117,8 @@ class Muon(torch.optim.Muon):
         for group in self.param_groups:
             by_shape: dict[torch.Size, list[torch.Tensor]] = {}
             for matrix in group["params"]:
-                by_shape.setdefault(matrix.shape, []).append(matrix)
+                if matrix.grad is not None:  # as of a block that learns nothing from this batch
+                    by_shape.setdefault(matrix.shape, []).append(matrix)
             for shape, matrices in by_shape.items():
                 grads = torch.stack([one.grad for one in matrices if one.grad is not None])
                 kept = [self.state[one].setdefault("momentum_buffer", torch.zeros_like(one)) for one in matrices]
@@ -141,12 +142,31 @@ def orthogonalised(matrices: torch.Tensor, coefficients: tuple[float, float, flo
     return x.mT if tall else x
 
 
+Routed = tuple[torch.Tensor, Sequence[int] | None]  # a batch, and the blocks that learn from it (None: all of them)
+
+
 def train(recipe: Recipe, device: str, folder: Path) -> None:
     """Train from nothing, or from the last checkpoint in `folder`/checkpoint, and save model and provenance."""
     torch.manual_seed(recipe.seed)
-    torch.set_num_threads(recipe.threads)
     tokens = tokenizer.build()
-    model: Any = Gemma3ForCausalLM(config(vocab_size=len(tokens)))
+    model = Gemma3ForCausalLM(config(vocab_size=len(tokens)))
+    fit(model, ((batch, None) for batch in batches(recipe, tokens)), recipe, device, folder)
+    save(model, tokens, recipe, folder)
+
+
+def save(model: Any, tokens: PreTrainedTokenizerFast, recipe: Recipe, folder: Path) -> None:
+    """A trained model with its tokenizer and where it came from."""
+    model.save_pretrained(folder)
+    tokens.save_pretrained(folder)
+    (folder / "provenance.json").write_text(
+        json.dumps({"recipe": asdict(recipe), "torch": torch.__version__.split("+")[0]}, indent=1) + "\n"
+    )
+
+
+def fit(model: Any, source: Iterator[Routed], recipe: Recipe, device: str, folder: Path) -> None:
+    """Train a model in place on `recipe.tokens` tokens, or go on from the last checkpoint of the same recipe in
+    `folder`/checkpoint. Embeddings and the final norm learn from every batch, blocks from those that name them."""
+    torch.set_num_threads(recipe.threads)
     model.to(device)
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
     others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
@@ -157,8 +177,10 @@ def train(recipe: Recipe, device: str, folder: Path) -> None:
     steps = recipe.tokens // recipe.batch_tokens
     schedule = [torch.optim.lr_scheduler.LambdaLR(o, lambda step: _rate(step, steps, recipe.warmup)) for o in optimizers]
     done = _resume(folder / "checkpoint", recipe, model, optimizers, schedule)
-    bar = tqdm(islice(batches(recipe, tokens), done, steps), total=steps, initial=done, mininterval=5, unit="step")
-    for step, batch in enumerate(bar, start=done + 1):
+    bar = tqdm(islice(source, done, steps), total=steps, initial=done, mininterval=5, unit="step")
+    for step, (batch, learning) in enumerate(bar, start=done + 1):
+        for at, block in enumerate(model.model.layers):
+            block.requires_grad_(learning is None or at in learning)
         loss = _loss(model, batch.to(device))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -171,11 +193,6 @@ def train(recipe: Recipe, device: str, folder: Path) -> None:
             bar.set_postfix_str(f"loss {loss.item():.3f}")
         if step % recipe.checkpoint_every == 0:
             _save_checkpoint(folder / "checkpoint", recipe, step, model, optimizers)
-    model.save_pretrained(folder)
-    tokens.save_pretrained(folder)
-    (folder / "provenance.json").write_text(
-        json.dumps({"recipe": asdict(recipe), "torch": torch.__version__.split("+")[0]}, indent=1) + "\n"
-    )
 
 
 def _rate(step: int, steps: int, warmup: float) -> float:
