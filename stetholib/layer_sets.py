@@ -150,6 +150,14 @@ def _spaced(start: int, stop: int, at_most: int) -> list[int]:
     return sorted({int(at) for at in np.linspace(start, stop - 1, min(at_most, stop - start)).round()})
 
 
+def rules_title(sets: pd.DataFrame, reliability: pd.DataFrame) -> str:
+    """The finding of the figure of rules: which does best, where this world can tell."""
+    shares: Any = named_sets(sets)["percentile"].drop(list(IN_ALL), errors="ignore").dropna()
+    best = shares.drop(["known"], errors="ignore").idxmax()
+    told = f"{str(best).replace('_', ' ')} beats {shares[best]:.0%} of random sets, the stethoscope's {shares['stethoscope']:.0%}"
+    return told if tells_apart(reliability) else f"This world cannot tell rules apart ({told})"
+
+
 def smooth_null(sets: pd.DataFrame) -> pd.DataFrame:
     """How the sets of smooth scores stand among windows and among their own circular shifts: columns selector, null, n and better,
     the share of those that are worse, equals counted half. Chance is .5. sets: the table of sets of layers."""

@@ -3,7 +3,16 @@
 `style` holds what all share; one file a step draws that step's figures, and `worlds` those over many worlds.
 """
 
-from stetholib.plots.layer_selection import effects, layer_scores, layer_sets, power, scales, score_against_effect, uniform_check
+from stetholib.plots.layer_selection import (
+    effects,
+    layer_scores,
+    layer_sets,
+    power,
+    rules,
+    scales,
+    score_against_effect,
+    uniform_check,
+)
 from stetholib.plots.minerva_math import accuracies, gain_split, token_limits
 from stetholib.plots.sae_features import by_layer, self_test, training
 from stetholib.plots.significance import discordance, forest

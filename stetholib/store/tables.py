@@ -28,6 +28,7 @@ CONTRACTS: dict[str, tuple[list[str], list[str]]] = {
             "contrast layers alpha energy loss_change closing_change general_change "
             "percentile percentile_low percentile_high closing_percentile",
         ),
+        ("04_known_layers", "selector", "contrast layers auroc overlap exact share percentile percentile_low percentile_high"),
         ("04_reliability", "what loss", "n reliability r_held_out r_in_sample"),
         (
             "05_minerva_math",

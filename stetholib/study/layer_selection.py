@@ -8,6 +8,7 @@ import pandas as pd
 import torch
 
 from stetholib import calibration, layer_selection, layer_sets
+from stetholib import known_layers as known
 from stetholib.data import corpora
 from stetholib.errors import UserError
 from stetholib.layer_selection import Scores
@@ -107,6 +108,11 @@ class LayerSelection(Step):
         """The alpha at which the whole vector has the energy of the stethoscope's layers (all tokens)."""
         return layer_sets.shrunk_to(self._layer_energy, self.chosen()["stethoscope"][1])
 
+    @property
+    def _known(self) -> tuple[int, ...]:
+        """The layers that mathematics was put into, where that is known."""
+        return self._profile.finetune.blocks or ()
+
     def _plan(self) -> list[PlannedSet]:
         random_sets, seed = self._profile.selection.random_sets, self._world.seed("random sets")
         return layer_sets.planned_sets(self.chosen(), self._layer_energy, self._features.believed, random_sets, seed)
@@ -115,6 +121,7 @@ class LayerSelection(Step):
         """Step 04's table of sets of layers, each scored by validation loss after injection."""
         p, losses, plan = self._profile.selection, self._losses, self._plan()
         half = layer_sets.halving(losses.subjects, self._world.seed("halves"))
+        plan += known.planned(self._known, self._world.layers) if self._known else []
         plan += layer_sets.rival_sets(layer_sets.chosen_sets(self._rivals, self.selected_count))
         smooth = {one.selector: one.layers for one in plan if one.selector in ("stethoscope", "stethoscope_rise")}
         plan += layer_sets.smooth_sets(smooth, self._world.layers)
@@ -158,3 +165,8 @@ def formal_text(step: LayerSelection) -> pd.DataFrame:
             continue
         rows.append(dict(contrast=contrast) | layer_selection.stability(step.plain_scores(contrast), theirs, step.selected_count))
     return pd.DataFrame(rows, columns=["contrast", "rho", "layers", "common", "chance"])
+
+
+def known_layers(step: LayerSelection) -> pd.DataFrame | None:
+    """How every rule does where the layers of mathematics are known, of `known_layers.measure`; None where they are not."""
+    return known.measure(step._rules() | step._rivals, step.sets(), step._known) if step._known else None

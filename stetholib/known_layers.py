@@ -1,0 +1,58 @@
+"""Where the truth is known: does a rule find the layers that a vector's mathematics was put into?
+
+That a vector is local is a construction (`adapters.two_tasks`), and no finding. What it can show is whether a rule is right where
+there is something to be right about; an instrument that has never been right cannot be said to have failed.
+"""
+
+from collections.abc import Sequence
+
+import pandas as pd
+
+from stetholib import selectors
+from stetholib.layer_sets import PlannedSet, Rules, named_sets, reliability_of_sets
+
+RELIABILITY, HELD_OUT, AHEAD = 0.8, 0.3, 0.95  # what such a world must show, fixed before any score was seen
+
+
+def planned(known: Sequence[int], layers: int) -> list[PlannedSet]:
+    """The known layers, and all the others."""
+    rest = tuple(layer for layer in range(layers) if layer not in known)
+    return [PlannedSet("known", 0, "-", tuple(known)), PlannedSet("outside", 0, "-", rest)]
+
+
+def measure(rules: Rules, sets: pd.DataFrame, known: Sequence[int]) -> pd.DataFrame:
+    """One row a rule. Columns selector, contrast, layers, auroc (of a known layer's score against another's; .5 is chance),
+    overlap (how many of its layers are known ones), exact, share (of the whole vector's fall of the solution's loss that its set
+    brings), and percentile among random sets with its interval. sets: the table of sets of layers."""
+    named = named_sets(sets)
+    rows = []
+    for name, (contrast, score) in rules.items():
+        row = named.loc[name]
+        layers = {int(layer) for layer in row["layers"].split()}
+        found = dict(selector=name, contrast=contrast, layers=row["layers"], auroc=selectors.auroc(score, known))
+        found |= dict(overlap=len(layers & {*known}), exact=layers == {*known})
+        rows.append(found | dict(share=row["loss_change"] / named["loss_change"]["full"]))
+    ends = ["percentile", "percentile_low", "percentile_high"]
+    return pd.DataFrame(rows).join(named[ends], on="selector")
+
+
+def holds(sets: pd.DataFrame, reliability: pd.DataFrame) -> bool:
+    """Whether this world can test a rule at all: it ranks sets of layers, and the known ones are better than chance."""
+    told, ahead = reliability_of_sets(reliability), named_sets(sets)["percentile"]["known"]
+    return bool(told["reliability"] >= RELIABILITY and told["r_held_out"] >= HELD_OUT and ahead > AHEAD)
+
+
+def summary(table: pd.DataFrame, sets: pd.DataFrame, reliability: pd.DataFrame) -> str:
+    """What the rules find, as Markdown; the tables of `measure`, of sets, and of reliability."""
+    change, told = named_sets(sets)["loss_change"], reliability_of_sets(reliability)
+    shares = {name: change[name] / change["full"] for name in ("known", "outside")}
+    known = named_sets(sets)["layers"]["known"].replace(" ", ", ")
+    exact, best = table[table["exact"]]["selector"], table.sort_values("auroc", ascending=False)
+    said = lambda names: ", ".join(f"`{name}`" for name in names) or "none"  # noqa: E731
+    verdict = "can test a rule" if holds(sets, reliability) else "**cannot test a rule** by the bars that were fixed"
+    lines = [
+        f"Mathematics was put into layers {known}: **by construction**. Alone they bring {shares['known']:.0%} of the whole vector's fall, all others {shares['outside']:.0%}.",
+        f"Two halves of the problems rank sets with rho {told['reliability']:+.2f}, and the best set that one finds is worth {told['r_held_out']:.0%} on the other: this world {verdict}.",
+        f"Exactly the known layers are picked by {said(exact)}; the score that sets them apart best is `{best['selector'].iloc[0]}` (AUROC {best['auroc'].iloc[0]:.2f}), and the paper's has {float(table.set_index('selector')['auroc']['stethoscope']):.2f}; chance is .50.",
+    ]
+    return "\n".join(f"- {line}" for line in lines)
