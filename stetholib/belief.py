@@ -17,6 +17,7 @@ from stetholib.errors import UserError
 CLEARLY = 0.8  # neighbouring blocks are alike; a shifted SAE explains its true one far better than this
 APART = 3.0  # how far both L0 and FVU of one layer may be off those of the layers beside it
 ENOUGH = 2 / 3  # of the layers
+ALIKE = 0.02  # how far the L0 of the random dictionary that an SAE is held against may be off its own
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,8 @@ def _why(layer: int, row: Any, rows: Any, declared: Declared) -> str:
         return (
             f"it leaves {left:.2f} of the variance unexplained, the mean leaves 1 and a random dictionary of its L0 {chance:.2f}"
         )
+    if abs(row["l0_random"] / row["l0"] - 1) > ALIKE:
+        return f"{row['l0']:.1f} features fire a token, {row['l0_random']:.1f} of a random dictionary at most: it has no zero to stand against"
     if l0 and not l0 / declared.within <= row["l0"] <= l0 * declared.within:
         return f"{row['l0']:.1f} features fire a token, {l0:g} are declared"
     near = rows.loc[rows.index.intersection([layer - 1, layer + 1])]

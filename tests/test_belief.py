@@ -23,12 +23,14 @@ from stetholib.minerva_math import NEEDED, variants
 from stetholib.models import loading, streams
 from stetholib.sae_features import Listening, ScoreRule, change_score, hear, hear_again
 
-SOUND = dict(fvu=0.09, fvu_random=0.5, l0=9.0, largest=3.0, fvu_here=0.2, fvu_neighbour=0.3)
+SOUND = dict(fvu=0.09, fvu_random=0.5, l0=9.0, l0_random=9.0, largest=3.0, fvu_here=0.2, fvu_neighbour=0.3)
 TRAINED, FETCHED = Declared.trained(6, 8), Declared(dict.fromkeys(range(6), 8.0))
 
 
 def self_tests(**changed):
     """Six sound layers, the third of which is changed."""
+    if "l0" in changed:
+        changed.setdefault("l0_random", changed["l0"])
     return pd.DataFrame([dict(layer=layer) | SOUND | (changed if layer == 2 else {}) for layer in range(6)])
 
 
@@ -37,6 +39,7 @@ CASES = {  # what is wrong -> (the third layer's self-test, whose SAEs, the reas
     "worse than the mean": (dict(fvu=4.2, fvu_random=9.0), TRAINED, "it leaves 4.20 of the variance unexplained, the mean leaves 1"),
     "as good as chance": (dict(fvu=0.5), TRAINED, "it leaves 0.50 of the variance unexplained, .* a random dictionary of its L0 0.50"),
     "not a number": (dict(fvu=nan), FETCHED, "it leaves nan of the variance"),
+    "a random dictionary of another L0": (dict(l0_random=8.7), TRAINED, "9.0 features fire a token, 8.7 of a random dictionary at most"),
     "another L0 than k": (dict(l0=16.5), TRAINED, "16.5 features fire a token, 8 are declared"),
     "another L0 than the registry's": (dict(l0=2.6), FETCHED, "2.6 features fire a token, 8 are declared"),
     "a neighbour's": (dict(fvu_here=0.4), FETCHED, r"it explains a layer beside it better than its own \(unexplained 0.30 against 0.40\)"),

@@ -62,6 +62,15 @@ def test_a_trained_sae_beats_a_random_dictionary_of_its_l0(trained):
     assert test.fvu < 0.6 * baseline.fvu and baseline.fvu <= 1
 
 
+def test_a_random_dictionary_has_the_l0_that_was_asked_for_on_all_tokens_and_not_on_the_first(monkeypatch):
+    x = torch.randn(3000, 16) * torch.linspace(0.2, 3.0, 3000)[:, None] + 1  # as where texts come by length
+    whole = dictionary.random_dictionary(x, 64, 9.0, seed=1)
+    monkeypatch.setattr(dictionary, "CELLS", 64 * 300)  # ten parts
+    parts = dictionary.random_dictionary(x, 64, 9.0, seed=1)
+    assert dictionary.self_test(parts, x).l0 == pytest.approx(9.0, rel=0.02) and len(dictionary.pieces(x, 64)) == 10
+    assert torch.equal(whole.threshold, parts.threshold)
+
+
 def test_training_an_sae_twice_gives_the_same_bytes(tmp_path, trained):
     _, x = trained
     spec = replace(SPEC, d_sae=32, training_tokens=4096)

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Literal
 
 from stetholib.data import hub
-from stetholib.data.mini import FOLDER
+from stetholib.data.mini import MODELS
 from stetholib.errors import UserError
 
 # what needs no files of anyone's, by kind: it ships with the package, is made by it or lies beside it
-SHIPPED = {"model": ("mini", "toy"), "dataset": ("generated", "installed", "installed_formal"), "sae": ("train",)}
+SHIPPED = {"model": (*MODELS, "toy"), "dataset": ("generated", "installed", "installed_formal"), "sae": ("train",)}
 HUB_ID = re.compile(r"(?!.*(--|\.\.))(?=.{1,96}$)(\w|\w[\w.-]*\w)(/(\w|\w[\w.-]*\w))?(?<!\.git)", re.ASCII)
 
 
@@ -51,9 +51,9 @@ class Source:
             return hub.snapshot(self.name, self.revision, patterns, self.hub_kind)
         if self.where == "folder":
             return Path(self.name)
-        if self.name != "mini":
+        if self.name not in MODELS:
             raise ValueError(f"{self.name} is made, not read: it has no folder")
-        return FOLDER
+        return MODELS[self.name]
 
     def file(self, name: str) -> Path:
         """One file, fetched alone where it is on the Hub; in a folder it may be missing."""
@@ -63,7 +63,7 @@ class Source:
         """(bytes still to be fetched, bytes in all) of the files that match; nothing is fetched to tell.
         Raises HubError where the Hub is needed and does not answer, or keeps a model from this token."""
         if self.where != "hub":
-            return 0, 0 if self.where == "shipped" and self.name != "mini" else _bytes(self.folder(), patterns)
+            return 0, 0 if self.where == "shipped" and self.name not in MODELS else _bytes(self.folder(), patterns)
         with hub.explained(self.name, self.revision, self.hub_kind):
             cached = hub.cached_folder(self.name, self.revision, patterns, self.hub_kind)
             if cached is not None and not hub.missing_files(cached, patterns):

@@ -41,7 +41,7 @@ class Dictionary:
         return self.W_dec.shape[0]
 
 
-def pieces(x: Float[Tensor, "token d_model"], d_sae: int) -> tuple[Float[Tensor, "token d_model"], ...]:
+def pieces(x: Float[Tensor, "token d_model"], d_sae: int) -> tuple[Float[Tensor, "_ d_model"], ...]:
     """Activations in parts whose feature activations take about a quarter of a gibibyte."""
     return x.split(max(1, CELLS // d_sae))
 
@@ -57,10 +57,12 @@ def tied_dictionary(x: Float[Tensor, "token d_model"], directions: Float[Tensor,
     the L0, and the decoder carries the one gain that reconstructs `x` best, so that its FVU is the best such a dictionary can reach.
     """
     d_sae, directions = len(directions), torch.nn.functional.normalize(directions, dim=1).to(x.device)
-    mean, some = x.mean(0), pieces(x, d_sae)[0]
-    pre = (some - mean) @ directions.T
-    rank = max(1, min(pre.numel() - 1, round(l0 * len(some))))
-    cut = pre.flatten().topk(rank + 1).values[-1].clamp(min=0)
+    mean, largest = x.mean(0), x.new_empty(0)
+    rank = max(1, min(len(x) * d_sae - 1, round(l0 * len(x))))
+    for part in pieces(x, d_sae):  # of all tokens: texts come by length, and the first are the shortest
+        seen = torch.cat([largest, ((part - mean) @ directions.T).flatten()])
+        largest = seen.topk(min(rank + 1, len(seen))).values
+    cut = largest[-1].clamp(min=0)
     draft = Dictionary(directions.T, -mean @ directions.T, directions, mean, cut.expand(d_sae).contiguous())
     guesses = [(draft.encode(part) @ directions, part - mean) for part in pieces(x, d_sae)]
     size = sum((guess.square().sum() for guess, _ in guesses), torch.tensor(0))
