@@ -261,6 +261,19 @@ def change_score(before: DocumentSums, after: DocumentSums, maths: Bool[Tensor, 
     return float(same.score(DocumentSums(**joined, histogram=after.histogram), one_hot(labels, 2), True)[0])
 
 
+def doubles(
+    base: LanguageModel, listening: Listening, wanted: Mapping[int, tuple[int, float]], seed: int
+) -> dict[int, Dictionary]:
+    """Random dictionaries by layer, of the width and L0 that are wanted: other draws of the instrument's zero than `hear` makes."""
+    pairs = [(ids, 1) for ids, _ in tokenize(base, [("", text) for text in listening.texts], listening.max_tokens)]
+    sample = _sample(base, listening, pairs, wanted)
+    found = {}
+    for layer, (d_sae, l0) in wanted.items():
+        x = sample.pop(layer)
+        found[layer] = random_dictionary(x[ordinary(x)], d_sae, l0, seed + layer)
+    return found
+
+
 def specificities(
     sums: Iterable[DocumentSums | None], corpus_of: Int[Tensor, " doc"], kind: str, minimum_firing: float, pool_subjects: bool
 ) -> Iterator[tuple[Float[Tensor, " d_sae"], Bool[Tensor, " d_sae"]] | None]:

@@ -50,6 +50,8 @@ def train(
         topk_threshold_lr=max(0.01, min(1.0, 2 / steps)),
     )
     vars(config.metadata).update(said)
+    sae = BatchTopKTrainingSAE(config)
+    sae.W_dec.requires_grad_(not spec.frozen_decoder)
     trainer = _watched(
         cfg=SAETrainerConfig(
             total_training_samples=steps * spec.batch_size,
@@ -62,7 +64,7 @@ def train(
             dead_feature_window=max(1, steps // 8),
             n_batches_for_norm_estimate=16,
         ),
-        sae=BatchTopKTrainingSAE(config),
+        sae=sae,
         data_provider=_shuffled(activations, spec.batch_size, seed),
     )
     trainer.fit().save_inference_model(folder)

@@ -78,7 +78,8 @@ class FineTune:
 
 @dataclass(frozen=True)
 class Sae:
-    """Which SAEs: trained on the spot (`release: train`), a SAELens release, or a folder; `sae_id` holds `{layer}`."""
+    """Which SAEs: trained on the spot (`release: train`), a SAELens release, or a folder; `sae_id` holds `{layer}`. A decoder that
+    stays frozen at random is a control: only the encoder learns (arXiv 2602.14111)."""
 
     release: str = key()
     sae_id: str | None = key()
@@ -90,6 +91,7 @@ class Sae:
     batch_size: int = key(1)
     learning_rate: float = key(0.0)
     warm_up: float = key(0.0, 1.0)
+    frozen_decoder: bool = key()
 
 
 @dataclass(frozen=True)
@@ -125,6 +127,7 @@ class Selection:
     loss_problems: int = key(1)
     random_sets: int = key(1)
     greedy: bool = key()
+    thorough: bool = key()
     small_step: float = key(0.0, 1.0)
     batch_tokens: int = key(1)
 
@@ -160,6 +163,8 @@ LATER = {
     ("finetune", "aside_documents"): 1,
     ("finetune", "aside_learning_rate"): 0.0,
     ("sae", "warm_up"): 0.0,
+    ("sae", "frozen_decoder"): False,
+    ("selection", "thorough"): False,
 }
 
 

@@ -10,6 +10,7 @@ from stetholib.data.prompts import closing
 from stetholib.layer_sets import halving
 from stetholib.models.sums import CONTRASTS
 from stetholib.statistics import Values
+from stetholib.study import instruments
 from stetholib.study.losses import Losses
 from stetholib.study.sae_features import SaeFeatures, again
 from stetholib.study.task_vectors import TaskVectors
@@ -22,13 +23,14 @@ def rivals(
     world: World, vectors: TaskVectors, features: SaeFeatures, losses: Losses, scores: Mapping[str, Values]
 ) -> dict[str, tuple[str, Values]]:
     """selector -> (contrast, a score for each layer). scores: the paper's layer scores, by contrast."""
-    tests = features.self_tests()
+    tests, thorough = features.self_tests(), world.profile.selection.thorough
+    several = instruments.random_scores(features) if thorough else {}
     found: dict[str, tuple[str, Values]] = {}
     for contrast in CONTRASTS:
         end, random = ENDS[contrast], tests[f"score_random_{contrast}"].to_numpy()
         found |= {
             f"stethoscope_rise{end}": (contrast, selectors.rise(scores[contrast])),
-            f"excess{end}": (contrast, selectors.excess(scores[contrast], random[None])),
+            f"excess{end}": (contrast, selectors.excess(scores[contrast], several.get(contrast, random[None]))),
             f"random_dictionary{end}": (contrast, random),
             f"random_dictionary_rise{end}": (contrast, selectors.rise(random)),
         }
