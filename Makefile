@@ -1,6 +1,7 @@
 PROFILE ?= mini
 DEVICE ?= cpu
 SEEDS ?= 5
+SAES ?= 2
 SCALE ?= 1
 PROCESSES ?= 1
 RUNS ?= 5
@@ -20,7 +21,7 @@ RUN := $(shell $(PYTHON) -m stetholib.commands.environment 2>/dev/null && echo $
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help env reproduce doctor rehearse seeds claim export test test-all faults bench mini-base lab lint readme clean
+.PHONY: help env reproduce doctor rehearse seeds claim export test test-all faults bench mini-base organism organisms lab lint readme clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 24
@@ -48,6 +49,9 @@ rehearse: env  ## a profile's notebooks on fabricated weights, for time and memo
 seeds: env  ## the experiment in several worlds, how often each claim holds: make seeds [SEEDS=5] [PROCESSES=1]
 	@$(RUN) -m stetholib seeds --profile $(PROFILE) --device $(DEVICE) --count $(SEEDS) --into $(WORLDS) --processes $(PROCESSES)
 
+organisms: env  ## every rule in models whose layers of mathematics are known: make organisms [SAES=2]
+	@$(RUN) -m stetholib organisms --device $(DEVICE) --count $(SAES)
+
 claim: env  ## one claim of the paper checked alone: make claim CLAIM=C3 [PROFILE=mini]
 	@$(RUN) -m stetholib claim --claim "$(CLAIM)" --profile $(PROFILE) --device $(DEVICE)
 
@@ -68,6 +72,9 @@ bench: env  ## ours beside its peers, about 75 minutes on two quiet cores: make 
 
 mini-base: env  ## train the miniature's base model anew (it ships with the package; about half an hour)
 	$(RUN) -m stetholib.data.mini.base --device $(DEVICE)
+
+organism: env  ## train an organism anew: make organism NAME=organism SEED=0 BLOCKS="2 3 8 9" (they ship; some 40 minutes each)
+	$(RUN) -m stetholib.data.mini.organism --device $(DEVICE) --folder stetholib/data/mini/$(NAME) --seed $(SEED) --blocks $(BLOCKS)
 
 lab: env  ## JupyterLab on the notebooks
 	$(RUN) -m jupyter lab notebooks

@@ -41,6 +41,11 @@ COMMANDS = {
         "Measure what the rule of one claim reads, and nothing else, and print the rule, what was measured, whether it can be "
         "tested here, and both verdicts. No figure is written; what was measured is kept.",
     ),
+    "organisms": (
+        "ask every rule for layers that are known",
+        "Run profiles whose fine-tune names blocks, with SAEs of several seeds, and write what each rule finds of these blocks, and "
+        "whether such a world can test a rule at all, into figures/seeds-organism.",
+    ),
     "listen": (
         "score the layers of a model of your own",
         "Say how specific each layer of a model is to one kind of text beside another, with what chance would say, from SAEs of "
@@ -52,6 +57,9 @@ COMMANDS = {
         "are kept, but for the matrices that were edited. What the variant stands on is found, or computed.",
     ),
 }
+
+
+ORGANISMS = ("organism", "organism-drawn", "organism-other", "organism-negative")
 
 
 class Parser(argparse.ArgumentParser):
@@ -71,7 +79,7 @@ def parser(inner: bool = False) -> Parser:
         made["answer"] = commands.add_parser("answer")
     for name, one in made.items():
         default = "paper" if name == "rehearse" else "mini"
-        if name != "listen":
+        if name not in ("listen", "organisms"):
             one.add_argument(
                 "--profile", default=default, help=f"a shipped profile's name, or a YAML file of your own ({default})"
             )
@@ -84,6 +92,8 @@ def parser(inner: bool = False) -> Parser:
     made["rehearse"].add_argument("--scale", type=float, default=1.0, help="of the true shapes: above 0, at most 1 (1)")
     made["seeds"].add_argument("--count", type=int, default=5, help="how many worlds (5)")
     made["seeds"].add_argument("--into", help="folder below figures/ for what they say (seeds-<profile>)")
+    made["organisms"].add_argument("--profiles", nargs="+", default=ORGANISMS, help=f"which ({' '.join(ORGANISMS)})")
+    made["organisms"].add_argument("--count", type=int, default=2, help="SAEs of so many seeds in each (2)")
     made["claim"].add_argument("--claim", required=True, help="which: C1 to C9")
     made["listen"].add_argument("--model", required=True, help="a folder, or a Hub id")
     made["listen"].add_argument("--revision", help="of the model on the Hub")
@@ -104,6 +114,9 @@ def run(options: argparse.Namespace) -> int:
     if options.command == "listen":
         texts = options.maths, options.general
         print(module.run(options.model, options.revision, options.saes, options.sae_id, texts, options.device, options.into))
+        return 0
+    if options.command == "organisms":
+        module.run(options.profiles, options.device, options.count)
         return 0
     asked = options.profile, options.device
     if options.command == "doctor":

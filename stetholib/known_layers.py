@@ -5,11 +5,13 @@ there is something to be right about; an instrument that has never been right ca
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import pandas as pd
 
 from stetholib import selectors
 from stetholib.layer_sets import PlannedSet, Rules, named_sets, reliability_of_sets
+from stetholib.statistics import mean_interval
 
 RELIABILITY, HELD_OUT, AHEAD = 0.8, 0.3, 0.95  # what such a world must show, fixed before any score was seen
 
@@ -56,3 +58,34 @@ def summary(table: pd.DataFrame, sets: pd.DataFrame, reliability: pd.DataFrame) 
         f"Exactly the known layers are picked by {said(exact)}; the score that sets them apart best is `{best['selector'].iloc[0]}` (AUROC {best['auroc'].iloc[0]:.2f}), and the paper's has {float(table.set_index('selector')['auroc']['stethoscope']):.2f}; chance is .50.",
     ]
     return "\n".join(f"- {line}" for line in lines)
+
+
+def over_worlds(worlds: pd.DataFrame, organisms: pd.DataFrame | None = None, level: float = 0.05) -> pd.DataFrame:
+    """Every rule over worlds, best first: mean percentile of its set among random ones with Student's interval (low, high), and
+    over organisms, where the layers are known, its mean AUROC with its interval (auroc_low, auroc_high) and how many of so many
+    sets are exactly right. worlds, organisms: `layer_sets.standing` and `measure` of each, with a column world."""
+    rows: list[dict[str, Any]] = []
+    for name, group in worlds.groupby("selector", sort=False):
+        mean, low, high = mean_interval(group["percentile"], level)
+        rows.append(dict(selector=name, worlds=len(group), percentile=mean, low=low, high=high))
+    table = pd.DataFrame(rows).set_index("selector")
+    for name, group in organisms.groupby("selector", sort=False) if organisms is not None else ():
+        mean, low, high = mean_interval(group["auroc"], level)
+        found = dict(organisms=len(group), auroc=mean, auroc_low=low, auroc_high=high, exact=int(group["exact"].sum()))
+        table.loc[name, [*found]] = [*found.values()]
+    return table.dropna(subset=["percentile"]).sort_values("percentile", ascending=False, kind="stable")
+
+
+def bet(table: pd.DataFrame) -> str:
+    """Which rule one would bet on, by `over_worlds`, in two sentences."""
+    rules: Any = table.drop(index=["full_shrunk", "known"], errors="ignore")
+    best, ours = rules.index[0], rules.loc["stethoscope"]
+    row = rules.loc[best]
+    said = lambda row: f"{row['percentile']:.0%} of random sets ({row['low']:.0%} to {row['high']:.0%})"  # noqa: E731
+    worlds = f"Over {row['worlds']:.0f} worlds `{best}` does best: its sets beat {said(row)} on average; the stethoscope's beat {said(ours)}."
+    if "auroc" not in rules or rules["auroc"].isna().all():
+        return worlds
+    right = rules.sort_values(["auroc", "exact"], ascending=False).iloc[0]
+    found = f"AUROC {right['auroc']:.2f}, exact in {right['exact']:.0f} of {right['organisms']:.0f}"
+    mine = f"AUROC {ours['auroc']:.2f}, exact in {ours['exact']:.0f}"
+    return f"{worlds} Where the layers are known, `{right.name}` finds them best ({found}; the stethoscope {mine}; chance .50)."

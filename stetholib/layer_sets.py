@@ -150,6 +150,15 @@ def _spaced(start: int, stop: int, at_most: int) -> list[int]:
     return sorted({int(at) for at in np.linspace(start, stop - 1, min(at_most, stop - start)).round()})
 
 
+def standing(sets: pd.DataFrame) -> pd.DataFrame:
+    """How every rule stands in one world: columns selector, contrast, layers, share (of the whole vector's fall of the solution's
+    loss) and percentile among random sets."""
+    named = named_sets(sets).drop(index=["full"])
+    whole = named_sets(sets)["loss_change"]["full"]
+    found = named.assign(share=named["loss_change"] / whole if whole < 0 else np.nan)
+    return found[["contrast", "layers", "share", "percentile"]].reset_index()
+
+
 def rules_title(sets: pd.DataFrame, reliability: pd.DataFrame) -> str:
     """The finding of the figure of rules: which does best, where this world can tell."""
     shares: Any = named_sets(sets)["percentile"].drop(list(IN_ALL), errors="ignore").dropna()

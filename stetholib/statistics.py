@@ -141,3 +141,13 @@ def minimum_detectable_unpaired(p0: float, n: int, level: float, power: float = 
         return sqrt(n - 1) * d - wanted * sqrt(p0 * (1 - p0) + (p0 + d) * max(1 - p0 - d, 0.0))
 
     return float(optimize.brentq(short_of, 1e-12, 1 - p0)) if p0 < 1 - 1e-9 and short_of(1 - p0) >= 0 else 1.0
+
+
+def mean_interval(values: Values, level: float = 0.05) -> tuple[float, float, float]:
+    """Mean of independent values with Student's interval (mean, low, high), the ends NaN for a single one; NaN are left out."""
+    found = np.asarray(values, float)
+    found = found[np.isfinite(found)]
+    if len(found) < 2:
+        return (float(found.mean()) if len(found) else float("nan"), float("nan"), float("nan"))
+    half = stats.t.isf(level / 2, len(found) - 1) * found.std(ddof=1) / len(found) ** 0.5
+    return float(found.mean()), float(found.mean() - half), float(found.mean() + half)

@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from scipy import stats
 
 import stetholib
-from stetholib import profiles
+from stetholib import layer_sets, profiles
 from stetholib.claims import HOLDS
 from stetholib.commands.reproduce import alone, check_processes, set_environment
 from stetholib.errors import UserError
+from stetholib.statistics import mean_interval
 from stetholib.store.tables import Workspace
 
 SAE_SEEDS = 1  # further SAE trainings within each world
@@ -80,11 +80,11 @@ def spread(worlds: pd.DataFrame, level: float = 0.05) -> pd.DataFrame:
     rows = []
     for name, column in worlds.select_dtypes("number").drop(columns="world", errors="ignore").items():
         values, reference = column.dropna(), next((r for start, r in REFERENCES.items() if str(name).startswith(start)), 0.0)
-        n, mean, sd = len(values), values.mean(), values.std()
-        half = stats.t.isf(level / 2, n - 1) * sd / n**0.5 if n > 1 else float("nan")
-        side = "above" if mean - half > reference else "below" if mean + half < reference else ""
+        mean, low, high = mean_interval(values.to_numpy(), level)
+        side = "above" if low > reference else "below" if high < reference else ""
         verdict = f"{side} {reference:g}" if side else "cannot be told"
-        row = dict(quantity=name, n=n, reference=reference, mean=mean, sd=sd, low=mean - half, high=mean + half, verdict=verdict)
+        about = dict(quantity=name, n=len(values), reference=reference, mean=mean, sd=values.std())
+        row = about | dict(low=low, high=high, verdict=verdict)
         rows += [row] if not str(name).startswith("p_") else []
     return pd.DataFrame(rows)
 
@@ -97,6 +97,7 @@ def one(name: str, device: str, seed: int, root: Path | None = None) -> tuple[di
         "claims": study.significance.claims(),
         "worlds": pd.DataFrame([study.significance.headline()]),
         "stability": study.layer_selection.sae_stability(SAE_SEEDS),
+        "selectors": layer_sets.standing(study.layer_selection.sets()),
     }
     return {key: table.assign(world=seed) for key, table in tables.items()}, study.manifest()
 

@@ -1,0 +1,86 @@
+"""The positive control in several organisms: `make organisms` asks every rule for the layers that are known in each of them.
+
+Each organism is a profile whose fine-tune names blocks. It runs with SAEs of several seeds, and leaves in `figures/seeds-organism/`
+whether it can test a rule at all (`bars`, read before any score), what each rule finds (`known_layers`) and over all (`rules`)."""
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+import stetholib
+from stetholib import known_layers, profiles
+from stetholib.commands.reproduce import alone, set_environment
+from stetholib.errors import UserError
+from stetholib.layer_sets import named_sets, reliability_of_sets
+from stetholib.models.weights import Key
+from stetholib.store.tables import Workspace
+
+INTO = "seeds-organism"
+
+
+def run(names: Sequence[str], device: str, seeds: int, root: Path | None = None, out: Any = sys.stderr) -> None:
+    """Ask every rule in each organism, with SAEs of `seeds` seeds. Raises UserError for a profile that names no blocks."""
+    found: dict[str, list[pd.DataFrame]] = {"bars": [], "known_layers": [], "instruments": []}
+    for name in names:
+        if not profiles.load(name).finetune.blocks:
+            raise UserError(f"organisms: profile {name} names no finetune.blocks, so that no layers are known in it")
+    if seeds < 1:
+        raise UserError(f"organisms: SAEs of {seeds} seeds were asked for; SEEDS must be 1 or more")
+    os.environ["STETHOLIB_PROGRESS"] = "/dev/stderr"
+    manifests = {}
+    for name in names:
+        profile = profiles.load(name)
+        workspace = Workspace(profile.name, root)
+        set_environment(profile.threads, workspace.root / "runs")
+        with alone(workspace, profile.name):
+            for seed in range(profile.sae.seed, profile.sae.seed + seeds):
+                print(f"{name}, SAEs of seed {seed}: running ...", file=out, flush=True)
+                changed = {} if seed == profile.sae.seed else {"sae.seed": seed}
+                tables, manifest = one(stetholib.Study.open(name, changed, device, root), seed == profile.sae.seed)
+                manifests.setdefault(name, manifest)
+                for key, table in tables.items():
+                    found[key].append(table.assign(world=name, sae_seed=seed))
+    _write({key: pd.concat(parts, ignore_index=True) for key, parts in found.items()}, manifests, Workspace(INTO, root))
+
+
+def one(study: Any, first: bool) -> tuple[dict[str, pd.DataFrame], dict[str, Any]]:
+    """One organism with SAEs of one seed: its bars, what each rule finds, and, with the first, what other SAE seeds change."""
+    from stetholib.study import instruments
+    from stetholib.study import layer_selection as wired
+
+    step = study.layer_selection
+    tables = {"bars": pd.DataFrame([bars(study)]), "known_layers": wired.known_layers(step)}
+    if first:
+        others = instruments.reseeded(study.sae_features, 1)
+        tables["instruments"] = instruments.over_seeds(study.sae_features, others, step.selected_count)
+    return tables, study.manifest()
+
+
+def bars(study: Any) -> dict[str, Any]:
+    """What a world must show before a rule is asked: does it rank sets, are the known layers the good ones, are energies level?"""
+    step, known = study.layer_selection, study.profile.finetune.blocks
+    sets, told = step.sets(), step.reliability()
+    change, about = named_sets(sets)["loss_change"], reliability_of_sets(told)
+    by_layer: dict[int, float] = {}
+    energies: dict[Key, float] = study.task_vectors.energies()
+    for (layer, _), energy in energies.items():
+        by_layer[layer] = by_layer.get(layer, 0.0) + energy
+    mean = sum(by_layer.values()) / len(by_layer)
+    found = dict(known=" ".join(map(str, known)), full=change["full"], share_known=change["known"] / change["full"])
+    found |= dict(share_outside=change["outside"] / change["full"], percentile_known=named_sets(sets)["percentile"]["known"])
+    found |= dict(reliability=about["reliability"], r_held_out=about["r_held_out"])
+    found |= dict(energy_lowest=min(by_layer.values()) / mean, energy_highest=max(by_layer.values()) / mean)
+    return found | dict(holds=known_layers.holds(sets, told))
+
+
+def _write(tables: dict[str, pd.DataFrame], manifests: dict[str, Any], folder: Workspace) -> None:
+    tables["rules"] = known_layers.over_worlds(tables["known_layers"], tables["known_layers"]).reset_index()
+    for stem, table in tables.items():
+        ordered = table[sorted(table, key=lambda column: column not in ("world", "sae_seed"))]
+        folder.text(f"{stem}.csv", ordered.to_csv(index=False, float_format="%.6g", lineterminator="\n"))
+    folder.text("manifest.json", json.dumps(manifests, indent=1, sort_keys=True) + "\n")
