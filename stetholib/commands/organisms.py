@@ -32,7 +32,7 @@ def run(names: Sequence[str], device: str, seeds: int, root: Path | None = None,
     if seeds < 1:
         raise UserError(f"organisms: SAEs of {seeds} seeds were asked for; SEEDS must be 1 or more")
     os.environ["STETHOLIB_PROGRESS"] = "/dev/stderr"
-    manifests = {}
+    manifests: dict[str, Any] = {}
     for name in names:
         profile = profiles.load(name)
         workspace = Workspace(profile.name, root)
@@ -54,7 +54,7 @@ def one(study: Any, first: bool) -> tuple[dict[str, pd.DataFrame], dict[str, Any
     from stetholib.study import layer_selection as wired
 
     step = study.layer_selection
-    tables = {"bars": pd.DataFrame([bars(study)]), "known_layers": wired.known_layers(step)}
+    tables: dict[str, Any] = {"bars": pd.DataFrame([bars(study)]), "known_layers": wired.known_layers(step)}
     if first:
         others = instruments.reseeded(study.sae_features, 1)
         tables["instruments"] = instruments.over_seeds(study.sae_features, others, step.selected_count)
