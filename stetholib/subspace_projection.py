@@ -57,7 +57,8 @@ def measure(
     vector: TaskVector, sites: Sites, gains: Gains, ranks: Ranks, random_draws: int, seed: int, *, watch: Watch = unwatched
 ) -> pd.DataFrame:
     """The table of step 03: energy retained by layer, matrix, basis and rank, with both sensitivities at the default rank. sites:
-    the directions at each block's output. Random subspaces are drawn anew for every layer and matrix."""
+    the directions at each block's output; a basis of fewer directions than a rank keeps there what all of them keep. Random subspaces
+    are drawn anew for every layer and matrix."""
     rows = []
     width = next(iter(gains.values())).shape[0]
     generator = torch.Generator().manual_seed(seed)
@@ -172,21 +173,23 @@ def directions(
     corpus_of: Sequence[int],
     kind: str,
     minimum_firing: float,
-    count: int,
+    ranks: Ranks,
     believed: Sequence[int],
 ) -> dict[int, Directions]:
-    """The directions at each layer's output: of the `count` features that are most specific on all tokens, of the
-    activations on mathematics, and of the loss gradient (second moments by layer). Those of features are there for the layers
-    whose SAE is believed.
+    """The directions at each layer's output: of the features that are most specific on all tokens, of the activations on
+    mathematics, and of the loss gradient (second moments by layer), as many as the largest rank. Those of features are there for
+    the layers whose SAE is believed, and fewer where fewer fire.
 
-    kind, minimum_firing: the definition of specificity, and how often a feature must fire.
+    kind, minimum_firing: the definition of specificity, and how often a feature must fire. Raises UserError where fewer fire
+    than the default rank.
     """
     sums = (one.sums[f"corpus.{layer}"] if layer in believed else None for layer, one in heard.items())
-    found = {}
+    found, count = {}, max(ranks.grid)
     for layer, features in enumerate(specificities(sums, torch.tensor(corpus_of), kind, minimum_firing, False)):
         bases: dict[str, Basis] = {}
         if features:
-            top, one = most_specific(*features, count), dictionaries[layer]
+            firing = min(count, max(ranks.default, int(features[1].sum())))
+            top, one = most_specific(*features, firing), dictionaries[layer]
             bases["sae_decoder"] = orthonormal(one.W_dec[top].cpu())
             bases["sae_encoder"] = orthonormal(one.W_enc[:, top].T.cpu())
         bases |= {

@@ -6,11 +6,14 @@ import pytest
 import torch
 
 from stetholib import subspace_projection as sp
+from stetholib.calibration import planted_sums
 from stetholib.editing import TaskVector
 from stetholib.errors import UserError
 from stetholib.models import subspaces
+from stetholib.models.dictionary import Dictionary
 from stetholib.models.weights import MATRICES, READERS, SIDE
 from stetholib.profiles import load
+from stetholib.sae_features import Heard, specificities
 from stetholib.subspace_projection import Directions, Ranks
 
 D, HIDDEN = 24, 40
@@ -362,3 +365,31 @@ def test_energy_outside_the_principal_subspaces_is_that_of_a_whole_decomposition
         assert subspaces.outside_principal(delta, weight) == pytest.approx(float(((delta.numpy() - inside) ** 2).sum()), rel=1e-6)
         assert subspaces.outside_principal(weight, weight, share=1.0) == pytest.approx(0.0, abs=1e-8 * s[0] ** 2)
         assert subspaces.outside_principal(delta, torch.zeros(shape)) == pytest.approx(float(delta.square().sum()))
+
+
+def test_where_fewer_features_fire_than_a_rank_the_basis_ends_there_and_below_the_default_rank_it_is_refused(vector):
+    sums, corpus_of = planted_sums(layers=1, planted=0, effect=1.5, seed=0)
+    rates = (sums[0].fires.sum(0) / sums[0].weight.sum()).sort(descending=True).values
+    d_sae, generator = sums[0].total.shape[1], torch.Generator().manual_seed(1)
+    directions = torch.nn.functional.normalize(torch.randn(d_sae, D, generator=generator), dim=1)
+    one = Dictionary(directions.T.contiguous(), torch.zeros(d_sae), directions, torch.zeros(D), torch.zeros(d_sae))
+    moment = torch.eye(D, dtype=torch.float64)
+    heard, few = {0: Heard(pd.DataFrame(), {"corpus.0": sums[0]}, {0: moment})}, float(rates[7])
+
+    def found(minimum, default):
+        ranks = Ranks(default, (default, 20))
+        return sp.directions(heard, {0: one}, {0: moment}, corpus_of.tolist(), "cohen_d", minimum, ranks, [0])[0].by_name
+
+    with torch.no_grad():
+        firing = int(next(specificities([sums[0]], corpus_of, "cohen_d", few, False))[1].sum())
+    assert 3 <= firing < 20
+    bases = found(few, 3)
+    assert [bases[name].shape[1] for name in ("sae_decoder", "sae_encoder", "activation_pca")] == [firing, firing, 20]
+    with pytest.raises(UserError, match=f"{firing + 1} are needed but only {firing} fire often enough"):
+        found(few, firing + 1)
+    first = vector.restrict([0])
+    gains = {where: torch.ones(D) for where in first.deltas}
+    table = sp.measure(first, {0: Directions(bases)}, gains, Ranks(3, (3, 20)), 2, 0).query("gains == 'plain'")
+    kept = table.query("basis == 'sae_decoder' and rank == 20").set_index("matrix")["energy_retained"]
+    for (_, matrix), delta in first.deltas.items():
+        assert kept[matrix] == pytest.approx(float(subspaces.energy_by_rank(delta, bases["sae_decoder"], SIDE[matrix])[-1]))

@@ -60,7 +60,7 @@ class SubspaceProjection(Step):
         """Of the most specific features (contrast `corpus`), activations and gradients, by layer."""
         features, rule = self._features, self._features.rule()
         inputs = (features.heard, features.dictionaries, self._gradients, features.listening.corpus_of)
-        sizes = (rule.kind, rule.minimum_firing, max(self.ranks.grid), self.layers)
+        sizes = (rule.kind, rule.minimum_firing, self.ranks, self.layers)
         return self._store.derived(subspace_projection.directions, *inputs, *sizes)
 
     @property
