@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 
 from stetholib import selectors
-from stetholib.layer_sets import PlannedSet, Rules, named_sets, reliability_of_sets
+from stetholib.layer_sets import IN_ALL, SEEING, PlannedSet, Rules, named_sets, reliability_of_sets
 from stetholib.statistics import mean_interval
 
 RELIABILITY, HELD_OUT, AHEAD = 0.8, 0.3, 0.95  # what such a world must show, fixed before any score was seen
@@ -77,8 +77,8 @@ def over_worlds(worlds: pd.DataFrame, organisms: pd.DataFrame | None = None, lev
 
 
 def bet(table: pd.DataFrame) -> str:
-    """Which rule one would bet on, by `over_worlds`, in two sentences."""
-    rules: Any = table.drop(index=["full_shrunk", "known"], errors="ignore")
+    """Which rule one would bet on, by `over_worlds`, in two sentences; rules that see losses are out of the race."""
+    rules: Any = table.drop(index=[*IN_ALL, *SEEING, "known", "outside"], errors="ignore")
     best, ours = rules.index[0], rules.loc["stethoscope"]
     row = rules.loc[best]
     said = lambda row: f"{row['percentile']:.0%} of random sets ({row['low']:.0%} to {row['high']:.0%})"  # noqa: E731

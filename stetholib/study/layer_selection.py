@@ -170,3 +170,14 @@ def formal_text(step: LayerSelection) -> pd.DataFrame:
 def known_layers(step: LayerSelection) -> pd.DataFrame | None:
     """How every rule does where the layers of mathematics are known, of `known_layers.measure`; None where they are not."""
     return known.measure(step._rules() | step._rivals, step.sets(), step._known) if step._known else None
+
+
+def over_worlds(step: LayerSelection) -> pd.DataFrame | None:
+    """How every rule stands over the worlds that `make seeds` and `make organisms` left in figures/, of `known_layers.over_worlds`;
+    None where they have not run."""
+    figures, name = step._world.workspace.figures.parent, step._profile.name
+    worlds = figures / ("seeds" if name == "mini" else f"seeds-{name}") / "selectors.csv"
+    organisms = figures / "seeds-organism" / "known_layers.csv"
+    if not worlds.is_file():
+        return None
+    return known.over_worlds(pd.read_csv(worlds), pd.read_csv(organisms) if organisms.is_file() else None)
