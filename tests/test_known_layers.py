@@ -3,12 +3,18 @@
 import numpy as np
 import pandas as pd
 import pytest
+from test_steps import SMALL
 
+from stetholib import Study
 from stetholib import known_layers as kl
+from stetholib.commands import organisms
+from stetholib.commands.organisms import bars
 from stetholib.commands.seeds import spread
+from stetholib.errors import UserError
 from stetholib.layer_sets import PlannedSet, standing
 from stetholib.statistics import mean_interval
 from stetholib.store.tables import FURTHER
+from stetholib.study.layer_selection import known_layers
 
 KNOWN = (2, 3, 8, 9)
 RULES = {
@@ -82,3 +88,30 @@ def test_rules_over_worlds_have_students_interval_and_a_bet_is_put_in_words():
 def test_a_mean_of_one_value_has_no_interval():
     mean, low, high = mean_interval([0.3, float("nan")])
     assert mean == pytest.approx(0.3) and np.isnan([low, high]).all() and np.isnan(mean_interval([])[0])
+
+
+@pytest.fixture(scope="module")
+def grown(tmp_path_factory):
+    """A small world whose vector has mathematics in layer 1 alone, and asks every instrument."""
+    apart = {"finetune.blocks": [1], "finetune.aside_documents": 24, "finetune.aside_learning_rate": 0.004}
+    return Study.open("smoke", SMALL | apart | {"selection.thorough": True}, root=tmp_path_factory.mktemp("grown"))
+
+
+def test_a_world_of_two_tasks_says_what_every_rule_finds(grown):
+    step = grown.layer_selection
+    table = known_layers(step)
+    assert {"stethoscope", "stethoscope_rise", "excess", "frozen_decoder", "taylor", "mean_difference"} <= set(table["selector"])
+    assert table["auroc"].between(0, 1).all() and (table["exact"] == (table["layers"] == "1")).all()
+    change = step.sets().set_index(["selector", "draw"])["loss_change"]
+    assert change["known", 0] == change["only", 1] and change["outside", 0] == change["without", 1]
+    found = bars(grown)
+    assert found["known"] == "1" and found["share_known"] == pytest.approx(change["known", 0] / change["full", 0])
+    assert found["energy_lowest"] <= 1 <= found["energy_highest"] and isinstance(found["holds"], bool)
+
+
+def test_a_world_without_known_layers_has_no_such_table_and_organisms_refuse_it(tmp_path):
+    assert known_layers(Study.open("smoke", SMALL, root=tmp_path).layer_selection) is None
+    with pytest.raises(UserError, match="profile smoke names no finetune.blocks"):
+        organisms.run(["smoke"], "cpu", 1, tmp_path)
+    with pytest.raises(UserError, match="SEEDS must be 1 or more"):
+        organisms.run(["organism"], "cpu", 0, tmp_path)

@@ -34,6 +34,8 @@ def rivals(
             f"random_dictionary{end}": (contrast, random),
             f"random_dictionary_rise{end}": (contrast, selectors.rise(random)),
         }
+        if thorough and features._spec.release == "train":
+            found[f"frozen_decoder{end}"] = (contrast, instruments.scores_of(instruments.frozen(features), contrast))
     heard = {
         "listening_change": _listening_change(world, vectors, features),
         "mean_difference": _mean_difference(world, features),
