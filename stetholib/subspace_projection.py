@@ -30,16 +30,21 @@ from stetholib.statistics import bootstrap_ratio
 COVECTORS = ("sae_encoder", "gradient_pca")
 
 
-def own_svd(vector: TaskVector, layer: int) -> dict[str, Basis]:
-    """The best single subspace for a block's readers, for its writers, and for both together: the ceilings. Eigenvectors of the
-    sum of tau' tau over the readers, of tau tau' over the writers, and of the sum of the two."""
+def own_moments(vector: TaskVector, layer: int) -> dict[str, Float[Tensor, "d_model d_model"]]:
+    """Where a block's change lies in the residual stream: the sum of tau' tau over its readers, of tau tau' over its writers, and of
+    the two. A subspace Q keeps the energy tr(Q' M Q)."""
     moments = {}
     for side, matrices in (("reader", READERS), ("writer", WRITERS)):
         deltas = (vector.deltas[layer, matrix].double() for matrix in matrices)
         parts = [delta.T @ delta if side == "reader" else delta @ delta.T for delta in deltas]
         moments[side] = torch.stack(parts).sum(0).cpu()
-    moments["both"] = moments["reader"] + moments["writer"]
-    return {name: principal(moment) for name, moment in moments.items()}
+    return moments | {"both": moments["reader"] + moments["writer"]}
+
+
+def own_svd(vector: TaskVector, layer: int) -> dict[str, Basis]:
+    """The best single subspace for a block's readers, for its writers, and for both together: the ceilings, eigenvectors of
+    `own_moments`."""
+    return {name: principal(moment) for name, moment in own_moments(vector, layer).items()}
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import torch
 
 from stetholib.adapters.finetuning import Examples, Report, _arguments, _goes_on_from, _progress, _saving, _trainer, collate
 from stetholib.editing import TaskVector, rounded, survival
+from stetholib.errors import UserError
 from stetholib.models.loading import LanguageModel
 from stetholib.models.streams import Texts, Watch, tokenize, unwatched
 from stetholib.models.weights import Key, Weights, edit_weights
@@ -83,19 +84,22 @@ def two_tasks(
     watch: Watch = unwatched,
 ) -> Report:
     """theta_1 = theta_0 and what both tasks changed, saved in `folder` in `dtype`. maths: (prompt, gold solution), for
-    `spec.blocks`; general: texts for the others. before: theta_0's matrices as they are stored."""
+    `spec.blocks`; general: texts for the others; a task whose rate is 0 is left out. before: theta_0's matrices as they are stored.
+    Raises UserError where both are, or where a block is not there."""
     weights, mine = edit_weights(base.model), set(spec.blocks or ())
     tasks = {
         "maths": (maths, mine, spec.learning_rate),
         "aside": (twice(general), {at for at, _ in weights} - mine, spec.aside_learning_rate),
     }
+    if not any(rate for *_, rate in tasks.values()) or not mine < {at for at, _ in weights}:
+        raise UserError("finetune.blocks: name some of the model's blocks, and a rate above 0 for a task")
     deltas, curves = {where: torch.zeros(weight.shape) for where, weight in weights.items()}, []
     for name, (texts, blocks, rate) in tasks.items():
         if rate:
             place, shown = unfinished / name, _progress(f"01 fine-tune, {name}", watch)
             changed, losses = learnt(base, texts, sorted(blocks), spec, rate, seed, max_tokens, place, shown)
             deltas |= changed
-            curves += [losses] if name == "maths" else []
+            curves.append(losses)
     kept, exact = getattr(torch, dtype), TaskVector(deltas)
     with torch.no_grad():
         for where, weight in weights.items():
@@ -103,4 +107,4 @@ def two_tasks(
     stored = survival(exact, rounded(before, exact, kept))
     base.model.to(kept).save_pretrained(folder)
     base.tokenizer.save_pretrained(folder)
-    return Report(pd.DataFrame(curves[0] if curves else [], columns=["step", "loss"]), stored)
+    return Report(pd.DataFrame(curves[0], columns=["step", "loss"]), stored)

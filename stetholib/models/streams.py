@@ -134,9 +134,11 @@ def token_losses(model: nn.Module, batch: Batch, opened: Any = None) -> Float[Te
         positions = held + torch.arange(width, device=batch.input_ids.device).expand(rows, width)
         mask = nn.functional.pad(batch.attention_mask, (held, 0), value=1)
         inputs |= dict(attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True)
-    logits = model(**inputs).logits
-    losses = nn.functional.cross_entropy(logits[:, :-1].float().transpose(1, 2), batch.input_ids[:, 1:], reduction="none")
-    return nn.functional.pad(losses, (1, 0)) * batch.scored
+    columns = batch.scored.any(0).nonzero()[:, 0]  # a vocabulary's logits of the prompt are most of the work, and of no use
+    logits = model(**inputs, logits_to_keep=columns - 1).logits.flatten(0, 1).float()
+    losses = nn.functional.cross_entropy(logits, batch.input_ids[:, columns].flatten(), reduction="none")
+    found = torch.zeros_like(batch.scored, dtype=losses.dtype)
+    return found.index_copy(1, columns, losses.view(len(batch.input_ids), -1)) * batch.scored
 
 
 def no_cache(model: nn.Module) -> Any:

@@ -149,6 +149,12 @@ def firing(m: Moments, minimum: float) -> Bool[Tensor, "draw d_sae"]:
     return (m.fires_maths + m.fires_general) / 2 >= minimum
 
 
+def firing_rates(sums: DocumentSums, corpus_of: Int[Tensor, " doc"]) -> Float[Tensor, " d_sae"]:
+    """How often each feature fires, the two corpora weighing equally."""
+    m = moments(sums, one_hot(corpus_of, int(corpus_of.max()) + 1), False)
+    return ((m.fires_maths + m.fires_general) / 2)[0]
+
+
 def shuffled_labels(corpus_of: Int[Tensor, " doc"], draws: int, seed: int) -> Int[Tensor, "draw doc"]:
     """Permutations of the documents' corpus labels."""
     generator = torch.Generator().manual_seed(seed)

@@ -4,7 +4,7 @@ from functools import cached_property
 
 import pandas as pd
 
-from stetholib import subspace_projection
+from stetholib import dictionary_or_choice, subspace_projection
 from stetholib.editing import TaskVector
 from stetholib.models.loading import gains_of
 from stetholib.models.streams import gradient_moments
@@ -104,3 +104,11 @@ class SubspaceProjection(Step):
         """Validation loss of the scalpel and its controls: did it lose energy, or direction?"""
         inputs = (self._world.model, self._losses.pool, self._tau, self._directions, self.ranks.default)
         return self._store.made(subspace_projection.energy_or_direction, *inputs, self._world.seed("energy or direction")).value
+
+
+def choices(step: SubspaceProjection) -> pd.DataFrame:
+    """What other choices of directions keep at the default rank: columns choice, energy_retained."""
+    features, rule, draws = step._features, step._features.rule(), step._profile.projection.random_draws
+    inputs = (step._tau, features.heard, features.dictionaries, features.listening.corpus_of, rule.kind, rule.minimum_firing)
+    seed = step._world.seed("choices")
+    return step._store.made(dictionary_or_choice.measure, *inputs, step.ranks.default, draws, seed).value
