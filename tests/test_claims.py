@@ -2,6 +2,7 @@
 
 import io
 import re
+import shutil
 from dataclasses import replace
 
 import pandas as pd
@@ -287,6 +288,19 @@ def test_the_readmes_ledger_counts_worlds_and_only_verdicts_of_their_own():
     assert told[("**C1**",)].endswith("| by construction | by construction | -, strictly - |")
     assert told[("**C7**",)].endswith("| as corpus | as corpus | 2 of 2, strictly 2 of 2 |")
     assert readme.in_worlds(pd.Series([claims.SAME] * 3)) == "-" and readme.in_worlds(pd.Series([NO, OPEN])) == "0 of 2"
+
+
+def test_what_was_not_run_on_real_weights_is_called_so(tmp_path):
+    for name, stems in {"mini": "", "smollm2": "0[1-3]"}.items():
+        (tmp_path / "figures" / name).mkdir(parents=True)
+        for path in (ROOT / "figures" / name).glob(f"{stems}*.csv"):
+            shutil.copy(path, tmp_path / "figures" / name)
+    rows = [line.strip("| ").split(" | ") for line in readme.real_weights(tmp_path).splitlines()[2:]]
+    asked = {what: said for what, _, said in rows}
+    assert asked["verdicts (strictly)"] == asked["do two halves of the problems rank sets alike"] == "not run"
+    assert "at rank 17" in asked["energy that the scalpel keeps; chance; ceiling"] and "not run" not in {
+        mini for _, mini, _ in rows
+    }
 
 
 def test_the_readme_says_what_the_committed_tables_of_real_weights_say():

@@ -157,7 +157,7 @@ CASES = {
     "an sae_id without its layer": (key("sae.sae_id", "block"), "02", "must hold {layer}"),
     "a release that is not registered": (key("sae.release", "gemma-scope-2-1b-it-res-al"), "02", "did you mean"),
     "features that hardly ever fire": (key("features.minimum_firing", 0.99), "02", "fire often enough"),
-    "a rank above what fires": (both(key("projection.rank_shares", [1.0]), key("features.minimum_firing", 0.12)), "03", "fire often enough|linearly dependent|above the width"),
+    "a rank above what fires": (both(key("projection.rank_share", 1.0), key("features.minimum_firing", 0.12)), "03", "fire often enough|linearly dependent|above the width"),
     "an empty general corpus": (parquet(GENERAL, lambda t: t[:0]), "02", "holds no rows"),
     "a general corpus of one document": (parquet(GENERAL, lambda t: t[:1]), "02", "general documents for validation"),
     "general text without its column": (parquet(GENERAL, lambda t: t.rename(columns={"text": "txt"})), "02", "has no column 'text'"),
