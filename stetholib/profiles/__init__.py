@@ -19,7 +19,7 @@ from stetholib.store.files import repository
 
 FOLDER = Path(__file__).parent
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-COMMITTED = ("seeds",)  # folders of figures/ that are no profile's
+COMMITTED = ("seeds", "seeds-organism")  # folders of figures/ that are no profile's
 LARGEST = 2**63 - 1
 # of PyYAML beside its own, for a value that is not what its tag says, or a file that is nested without end
 UNREADABLE = (yaml.YAMLError, OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError)
