@@ -77,8 +77,7 @@ class Evidence:
     def counting(self, by: By) -> list[str]:
         """Subjects that `full` lifts by as much as the test detects, from a base accuracy above the floor."""
         full = self.rows("full", by.metric).drop(ALL)
-        found = (full["ci_low"] > 0) & (full["difference"] >= full[by.detectable]) & (full["base_accuracy"] >= FLOOR)
-        return list(full.index[found])
+        return list(full.index[_risen(full, by) & (full["base_accuracy"] >= FLOOR)])
 
     def improved(self, rows: pd.DataFrame, by: By) -> pd.Series:
         """Which rows improved: by the harness's z like for like, by Holm-corrected McNemar strictly."""
@@ -115,13 +114,17 @@ def percent(share: Any) -> str:
     return f"{100 * share:.1f} %"
 
 
+def _risen(rows: Any, by: By) -> Any:
+    """Which significance rows rose by as much as the test detects; of one row, whether it did."""
+    return (rows["ci_low"] > 0) & (rows["difference"] >= rows[by.detectable])
+
+
 def _lifted(e: Evidence, by: By) -> str:
     """Whether `full` lifts Number Theory by as much as a test detects, in words."""
     row = e.rows("full", by.metric).loc[NUMBER_THEORY]
     told = f"{100 * row['difference']:+.1f} points by {by.metric}, the {by.test} detects {100 * row[by.detectable]:.1f}"
-    risen = row["ci_low"] > 0 and row["difference"] >= row[by.detectable]
     low = f", but from a base of {percent(row['base_accuracy'])}, too low to count" if row["base_accuracy"] < FLOOR else ""
-    return f"full {'lifts' if risen else 'does not lift'} Number Theory: {told}{low}"
+    return f"full {'lifts' if _risen(row, by) else 'does not lift'} Number Theory: {told}{low}"
 
 
 def _where(e: Evidence, by: By, holds: Any) -> Verdict:

@@ -44,6 +44,18 @@ def small_profile(name: str, folder: Path, **changes: dict) -> Path:
     return path
 
 
+def with_small(values: dict) -> dict:
+    """A profile's values with small budgets for what they leave open."""
+    for section, sizes in SMALL.items():
+        values[section] = sizes | values.get(section, {}) if isinstance(sizes, dict) else sizes
+    return values
+
+
+def fabricated(path: Path, folder: Path) -> dict[str, Path]:
+    """Folders of all that a profile fetches, small and made up, by their names on the Hub."""
+    return fabricate.everything(profiles.load(path.stem, yaml.safe_load(path.read_text())), folder, SCALE)
+
+
 def repositories(path: Path, folder: Path) -> dict[str, Repository]:
     """All that a profile fetches, fabricated; models are gated, and the pinned revisions are the ones served."""
     profile = profiles.load(path.stem, yaml.safe_load(path.read_text()))
@@ -51,7 +63,7 @@ def repositories(path: Path, folder: Path) -> dict[str, Repository]:
     pinned = {model.base: model.revision, data.maths: data.maths_revision, data.general: data.general_revision}
     pinned[saes.registered(profile.sae.release).repo_id] = profile.sae.revision
     found = {}
-    for name, place in fabricate.everything(profile, folder, SCALE).items():
+    for name, place in fabricated(path, folder).items():
         files = {str(file.relative_to(place)): file.read_bytes() for file in place.rglob("*") if file.is_file()}
         files["README.md"] = b"a file that nothing here asks for"
         found[name] = Repository(files, gated=name == model.base, revision=pinned.get(name))

@@ -98,7 +98,7 @@ IN_SMOKE = {
 OWN_PROMPT = {"gradient_moments"} | OF_DIRECTIONS | OF_EDITED  # losses are those under the task's own prompt
 IN_OWN = {
     "the prompt, with a fine-tune and SAEs of one's own": (PROMPT, OWN_PROMPT),
-    "the task's prompt": (text("mine/task.yaml", 'doc_to_text: "Q:', 'doc_to_text: "Question:'), {"asked", "losses", "general_losses", "planned", "scored_tokens", "answer_some", "verdicts", "repetition", "token_limits", "energy_or_direction", "measure", "pairs_table", "answers", "records"}),
+    "the task's prompt": (text("mine/task.yaml", 'doc_to_text: "Q:', 'doc_to_text: "Question:'), {"asked", "losses", "general_losses", "planned", "scored_tokens", "answer_some", "verdicts", "repetition", "token_limits", "energy_or_direction", "measure", "pairs_table"} | OF_EDITED - {"text_loss"}),
     "a stop string": (text("mine/task.yaml", '"Q:"]', '"Q:", "A:"]'), {"asked", "answers", "records", "answer_some", "verdicts", "repetition"}),
     "the task's filter": (text("mine/task.yaml", "(-?[0-9]+)", "(-?[0-9]+) *"), {"asked", "records", "verdicts"}),
     "a bit of an SAE": (bit("mine/saes/block_1/sae_weights.safetensors", "W_dec"), {"fetched_sae", "dictionary_of", "hear", "top_tokens"} | OF_SCORES | OF_DIRECTIONS | OF_EDITED),

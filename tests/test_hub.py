@@ -15,11 +15,9 @@ import torch
 import yaml
 from conftest import ROOT
 from hub import LICENSED, Hub, Repository
-from rungs import SCALE, SMALL, environment, repositories, small_profile
+from rungs import environment, fabricated, repositories, small_profile, with_small
 from safetensors.torch import save
 
-from stetholib import profiles
-from stetholib.commands import fabricate
 from stetholib.data.hub import files_key, missing_files
 from stetholib.data.source import Source, model_folder
 from stetholib.errors import UserError
@@ -287,14 +285,11 @@ def test_the_doctor_finds_nothing_lacking_for_the_miniature(tmp_path):
 
 
 def test_the_doctor_finds_nothing_lacking_for_the_readmes_folder_of_weights(tmp_path):
-    sized = small_profile("gemma-3-270m", tmp_path)
-    served = fabricate.everything(profiles.load("gemma-3-270m", yaml.safe_load(sized.read_text())), tmp_path / "made", SCALE)
+    served = fabricated(small_profile("gemma-3-270m", tmp_path), tmp_path / "made")
     (said,) = re.findall(r"```yaml\n(extends: gemma-3-270m\n.*?)```", (ROOT / "README.md").read_text(), re.S)
-    values = yaml.safe_load(said.replace("folder/of", str(tmp_path)))
-    for section, sizes in SMALL.items():
-        values[section] = sizes | values.get(section, {}) if isinstance(sizes, dict) else sizes
     for name, folder in {"google/gemma-3-270m-it": "weights", "EleutherAI/hendrycks_math": "problems"}.items():
         served[name].rename(tmp_path / folder)
+    values = with_small(yaml.safe_load(said.replace("folder/of", str(tmp_path))))
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(values))
     found = doctor(tmp_path / "mine.yaml", "http://127.0.0.1:9", tmp_path / "cache", token=None)
     assert all(line.startswith("ok") for line in found.values()), found

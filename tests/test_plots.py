@@ -155,3 +155,11 @@ def test_the_gains_over_worlds_have_a_mark_a_world_and_students_interval():
     (start, end), _ = zip(*ax.containers[0].lines[2][0].get_segments()[0], strict=True)
     assert (start, end) == pytest.approx((full["low"], full["high"]))
     plt.close(figure)
+
+
+def test_shares_of_energy_are_read_as_plain_percentages():
+    fig, ax = plt.subplots()
+    plots.energy_by_rank(energies(), 64, ax)
+    told = [ax.yaxis.get_major_formatter()(share, 0) for share in (0.01, 0.0625, 0.3, 1.0)]
+    plt.close(fig)
+    assert told == ["1%", "6.2%", "30%", "100%"]

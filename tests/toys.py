@@ -8,7 +8,7 @@ import pandas as pd
 import torch
 import yaml
 from conftest import ROOT
-from rungs import SMALL
+from rungs import with_small
 
 from stetholib import profiles
 from stetholib.adapters import saes as adapter
@@ -92,10 +92,7 @@ def read():
 
 def profile():
     """The README's example, word for word, with small budgets for what it leaves open."""
-    values = yaml.safe_load(re.search(r"```yaml\n(extends:.*?)```", (ROOT / "README.md").read_text(), re.S)[1])
-    for section, sizes in SMALL.items():
-        values[section] = sizes | values.get(section, {}) if isinstance(sizes, dict) else sizes
-    return values
+    return with_small(yaml.safe_load(re.search(r"```yaml\n(extends:.*?)```", (ROOT / "README.md").read_text(), re.S)[1]))
 
 
 def world(folder):

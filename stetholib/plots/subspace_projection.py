@@ -19,7 +19,7 @@ def energy_by_rank(pooled: pd.DataFrame, width: int, ax: Axes) -> Axes:
     ax.set(xscale="log", yscale="log", xlabel="rank as a share of the width", ylabel="energy retained")
     for axis, ticks in ((ax.xaxis, grid), (ax.yaxis, [0.01, 0.03, 0.1, 0.3, 1.0])):
         axis.set_major_locator(mpl.ticker.FixedLocator(ticks))
-        axis.set_major_formatter(mpl.ticker.FuncFormatter(lambda share, _: f"{100 * share:.2g}%"))
+        axis.set_major_formatter(mpl.ticker.FuncFormatter(lambda share, _: f"{float(f'{100 * share:.2g}'):g}%"))
         axis.set_minor_formatter(mpl.ticker.NullFormatter())
     return ax
 
