@@ -23,8 +23,9 @@ LIBRARIES = (
 def everything(profile: str) -> None:
     """All that the notebooks ask, and write."""
     from stetholib import Study, plots, sae_features, significance, task_vectors
-    from stetholib.study.layer_selection import formal_text, planted
+    from stetholib.study.layer_selection import formal_text, known_layers, over_worlds, planted
     from stetholib.study.sae_features import training
+    from stetholib.study.subspace_projection import choices
 
     study = Study.open(profile)
     one, two, three, four = study.task_vectors, study.sae_features, study.subspace_projection, study.layer_selection
@@ -38,11 +39,12 @@ def everything(profile: str) -> None:
         two.top_tokens(*at)
     two.best_auroc(), training(two)
     study.keep("03_subspace_projection", three.table())
-    three.mechanism(), three.lora_start(), three.energy_or_direction(), three.rounding_of_edits()
+    three.mechanism(), choices(three), three.lora_start(), three.energy_or_direction(), three.rounding_of_edits()
     planted(study.world), formal_text(four), four.agreement(), four.relations(), study.losses.scales(four.shrunk)
     study.keep("04_layer_selection", four.table())
     study.keep("04_layer_sets", four.sets())
     study.keep("04_reliability", four.reliability())
+    four.additivity(), known_layers(four), over_worlds(four)
     study.keep("05_minerva_math", five.table())
     study.keep("records", five.records())
     five.token_limits(["base", "full", "full_shrunk", "stethoscope", "stethoscope_matched"]), five.noise(), five.checks()
