@@ -61,17 +61,19 @@ def summary(table: pd.DataFrame, sets: pd.DataFrame, reliability: pd.DataFrame) 
 
 
 def over_worlds(worlds: pd.DataFrame, organisms: pd.DataFrame | None = None, level: float = 0.05) -> pd.DataFrame:
-    """Every rule over worlds, best first: mean percentile of its set among random ones with Student's interval (low, high), and
-    over organisms, where the layers are known, its mean AUROC with its interval (auroc_low, auroc_high) and how many of so many
-    sets are exactly right. worlds, organisms: `layer_sets.standing` and `measure` of each, with a column world."""
+    """Every rule over worlds, best first: mean percentile of its set among random ones with Student's interval (low, high). Over
+    those organisms that can test a rule: how many (organisms), the mean over them of its AUROC, which is a mean over seeds of the
+    SAEs, with its interval (auroc_low, auroc_high), and in how many of all `runs` its set is exactly right. worlds, organisms:
+    `layer_sets.standing` and `measure` of each, with a column world; organisms also with `holds`."""
     rows: list[dict[str, Any]] = []
     for name, group in worlds.groupby("selector", sort=False):
         mean, low, high = mean_interval(group["percentile"], level)
         rows.append(dict(selector=name, worlds=len(group), percentile=mean, low=low, high=high))
     table = pd.DataFrame(rows).set_index("selector")
-    for name, group in organisms.groupby("selector", sort=False) if organisms is not None else ():
-        mean, low, high = mean_interval(group["auroc"], level)
-        found = dict(organisms=len(group), auroc=mean, auroc_low=low, auroc_high=high, exact=int(group["exact"].sum()))
+    for name, group in organisms[organisms["holds"]].groupby("selector", sort=False) if organisms is not None else ():
+        each = group.groupby("world")["auroc"].mean()
+        mean, low, high = mean_interval(each, level)
+        found = dict(organisms=len(each), auroc=mean, auroc_low=low, auroc_high=high, exact=group["exact"].sum(), runs=len(group))
         table.loc[name, [*found]] = [*found.values()]
     return table.dropna(subset=["percentile"]).sort_values("percentile", ascending=False, kind="stable")
 
@@ -86,6 +88,6 @@ def bet(table: pd.DataFrame) -> str:
     if "auroc" not in rules or rules["auroc"].isna().all():
         return worlds
     right = rules.sort_values(["auroc", "exact"], ascending=False).iloc[0]
-    found = f"AUROC {right['auroc']:.2f}, exact in {right['exact']:.0f} of {right['organisms']:.0f}"
+    found = f"AUROC {right['auroc']:.2f}, exact in {right['exact']:.0f} of {right['runs']:.0f}"
     mine = f"AUROC {ours['auroc']:.2f}, exact in {ours['exact']:.0f}"
     return f"{worlds} Where the layers are known, `{right.name}` finds them best ({found}; the stethoscope {mine}; chance .50)."

@@ -69,19 +69,21 @@ def test_the_summary_says_that_the_place_is_a_construction_and_who_found_it():
 
 def test_rules_over_worlds_have_students_interval_and_a_bet_is_put_in_words():
     worlds = pd.concat([standing(sets(stethoscope=share)).assign(world=at) for at, share in enumerate((0.4, 0.5, 0.6))])
-    organisms = pd.concat([kl.measure(RULES, sets(), KNOWN).assign(world=at) for at in range(2)])
+    organisms = pd.concat([kl.measure(RULES, sets(), KNOWN).assign(world=at, holds=at < 2) for at in (0, 0, 1, 2)])
     table = kl.over_worlds(worlds, organisms)
     row = table.loc["stethoscope"]
     assert row[["worlds", "percentile"]].tolist() == pytest.approx([3, 0.5])
     reference = spread(pd.DataFrame(dict(world=[0, 1, 2], x=[0.4, 0.5, 0.6]))).iloc[0]
     assert row[["low", "high"]].tolist() == pytest.approx(reference[["low", "high"]].tolist())
-    assert row[["organisms", "auroc", "exact"]].tolist() == pytest.approx([2, 0.875, 0])
+    assert row[["organisms", "auroc", "exact", "runs"]].tolist() == pytest.approx(
+        [2, 0.875, 0, 3]
+    )  # the one that does not hold is out
     assert (
-        table.loc["stethoscope_rise", "exact"] == 2 and "full" not in table.index and table["percentile"].is_monotonic_decreasing
+        table.loc["stethoscope_rise", "exact"] == 3 and "full" not in table.index and table["percentile"].is_monotonic_decreasing
     )
     said = kl.bet(table)
     assert said.startswith("Over 3 worlds `stethoscope_rise` does best: its sets beat 90% of random sets")
-    assert "`stethoscope_rise` finds them best (AUROC 1.00, exact in 2 of 2; the stethoscope AUROC 0.88, exact in 0" in said
+    assert "`stethoscope_rise` finds them best (AUROC 1.00, exact in 3 of 3; the stethoscope AUROC 0.88, exact in 0" in said
     assert "Where the layers are known" not in kl.bet(kl.over_worlds(worlds))
 
 

@@ -1,7 +1,8 @@
 """The positive control in several organisms: `make organisms` asks every rule for the layers that are known in each of them.
 
 Each organism is a profile whose fine-tune names blocks. It runs with SAEs of several seeds, and leaves in `figures/seeds-organism/`
-whether it can test a rule at all (`bars`, read before any score), what each rule finds (`known_layers`) and over all (`rules`)."""
+whether it can test a rule at all (`bars`, read before any score), what each rule finds (`known_layers`), and what other seeds of the
+SAEs change (`instruments`)."""
 
 import json
 import os
@@ -54,7 +55,9 @@ def one(study: Any, first: bool) -> tuple[dict[str, pd.DataFrame], dict[str, Any
     from stetholib.study import layer_selection as wired
 
     step = study.layer_selection
-    tables: dict[str, Any] = {"bars": pd.DataFrame([bars(study)]), "known_layers": wired.known_layers(step)}
+    table, about = wired.known_layers(step), bars(study)
+    assert table is not None
+    tables = {"bars": pd.DataFrame([about]), "known_layers": table.assign(holds=about["holds"])}
     if first:
         others = instruments.reseeded(study.sae_features, 1)
         tables["instruments"] = instruments.over_seeds(study.sae_features, others, step.selected_count)
@@ -79,7 +82,6 @@ def bars(study: Any) -> dict[str, Any]:
 
 
 def _write(tables: dict[str, pd.DataFrame], manifests: dict[str, Any], folder: Workspace) -> None:
-    tables["rules"] = known_layers.over_worlds(tables["known_layers"], tables["known_layers"]).reset_index()
     for stem, table in tables.items():
         ordered = table[sorted(table, key=lambda column: column not in ("world", "sae_seed"))]
         folder.text(f"{stem}.csv", ordered.to_csv(index=False, float_format="%.6g", lineterminator="\n"))
