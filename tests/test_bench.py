@@ -27,9 +27,9 @@ def ticking(*seconds):
 
 
 def test_the_readme_quotes_the_committed_table():
-    text, table = (ROOT / "README.md").read_text(), pd.read_csv(FOLDER / "bench.csv")
-    assert readme.with_bench(text, ROOT) == text, "run: make readme"
-    block = text.split(readme.BENCH)[1].split(readme.BENCH_END)[0]
+    (path, text), table = readme.written(ROOT, "bench"), pd.read_csv(FOLDER / "bench.csv")
+    assert path.read_text() == text, "run: make readme"
+    block = readme.part(text, "bench")
     quoted = re.findall(r"^\| `(\w+)` \|.*\| ([^|]+) \| [^|]+ \|$", block, re.M)
     assert [work for work, _ in quoted] == table["work"].tolist()
     ratios = [float("nan" if ratio == "-" else ratio) for _, ratio in quoted]
@@ -39,7 +39,7 @@ def test_the_readme_quotes_the_committed_table():
 def test_the_committed_tables_hold_works_and_sizes_that_are_known_and_the_readme_says_which_are_not_measured():
     table = pd.read_csv(FOLDER / "bench.csv")
     assert list(table) == results.COLUMNS and table["work"].is_unique and set(table["work"]) <= set(results.ORDER)
-    said = (ROOT / "README.md").read_text().split(readme.BENCH_END)[1].split("\n\n")[1]
+    said = (ROOT / "bench" / "README.md").read_text().split("<!-- /bench -->")[1].split("\n\n")[1]
     for work in (*command.DEFAULT, "export_memory"):
         measured = (FOLDER / "size.csv").is_file() if work == "size" else work in set(table["work"])
         assert measured != (f"`{work}`" in said), work

@@ -286,7 +286,9 @@ def test_the_doctor_finds_nothing_lacking_for_the_miniature(tmp_path):
 
 def test_the_doctor_finds_nothing_lacking_for_the_readmes_folder_of_weights(tmp_path):
     served = fabricated(small_profile("gemma-3-270m", tmp_path), tmp_path / "made")
-    (said,) = re.findall(r"```yaml\n(extends: gemma-3-270m\n.*?)```", (ROOT / "README.md").read_text(), re.S)
+    (said,) = re.findall(
+        r"```yaml\n(extends: gemma-3-270m\n.*?)```", (ROOT / "stetholib" / "profiles" / "README.md").read_text(), re.S
+    )
     for name, folder in {"google/gemma-3-270m-it": "weights", "EleutherAI/hendrycks_math": "problems"}.items():
         served[name].rename(tmp_path / folder)
     values = with_small(yaml.safe_load(said.replace("folder/of", str(tmp_path))))

@@ -104,7 +104,7 @@ def test_the_readmes_lines_run_as_they_stand(mine, table, tmp_path, monkeypatch)
     (tmp_path / "mine").symlink_to(mine[0])
     for name, texts in (("maths", MATHS), ("general", GENERAL)):
         (mine[0] / f"{name}.txt").write_text("\n".join(texts))
-    lines = re.search(r"```python\n(from pathlib.*?)```", (ROOT / "README.md").read_text(), re.S)[1]
+    lines = re.search(r"```python\n(from pathlib.*?)```", (ROOT / "stetholib" / "README.md").read_text(), re.S)[1]
     monkeypatch.chdir(tmp_path)
     exec(lines, found := {})
     assert found["table"]["layer"].tolist() == table["layer"].tolist() and found["table"]["selected"].sum() == 2

@@ -1,18 +1,21 @@
 """Organisms: models in which mathematics lives in known layers, by construction."""
 
+import json
 from copy import deepcopy
 from dataclasses import replace
 from itertools import islice
 
+import pandas as pd
 import pytest
 import torch
 from transformers import Gemma3ForCausalLM
 
 from stetholib.adapters import two_tasks
-from stetholib.data.mini import base, organism, stories
+from stetholib.data.mini import MODELS, base, organism, stories
 from stetholib.data.mini.organism import LAYERS, Organism, drawn, grafted, routed
 from stetholib.errors import UserError
 from stetholib.models.loading import LanguageModel
+from stetholib.models.loading import load as load_model
 from stetholib.models.weights import edit_weights
 from stetholib.profiles import ProfileError, load
 
@@ -89,6 +92,16 @@ def test_an_organism_goes_on_where_its_training_was_interrupted(tmp_path, monkey
     organism.train(recipe, "cpu", tmp_path / "cut")
     for name in ("model.safetensors", "skips.csv", "known.json", "provenance.json"):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "cut" / name).read_bytes()
+
+
+@pytest.mark.parametrize("name", sorted({*MODELS} - {"mini"}))
+def test_in_a_shipped_organism_a_known_block_costs_mathematics_five_times_what_any_other_costs(name):
+    told, known = pd.read_csv(MODELS[name] / "skips.csv"), json.loads((MODELS[name] / organism.KNOWN).read_text())
+    costs = organism.skip_table(load_model(MODELS[name]))
+    assert costs["maths"].to_numpy() == pytest.approx(told["maths"].to_numpy(), abs=1e-3)
+    inside = costs["layer"].isin(known)
+    assert inside.sum() == 4 and costs["maths"][inside].min() >= 5 * costs["maths"][~inside].max()
+    assert list(load(name.replace("_", "-")).finetune.blocks) == known
 
 
 @pytest.fixture()

@@ -317,7 +317,7 @@ def test_an_overridden_world_keeps_its_files_apart_in_the_same_store(tmp_path):
 
 
 def test_the_readmes_ten_lines_run_as_they_stand_but_for_the_profile(study, capsys):
-    lines = re.search(r"```python\n(from stetholib import Study.*?)```", (ROOT / "README.md").read_text(), re.S)[1]
+    lines = re.search(r"```python\n(from stetholib import Study.*?)```", (ROOT / "stetholib" / "README.md").read_text(), re.S)[1]
     assert lines.count('Study.open("mini")') == 1
     exec(lines.replace('"mini"', '"smoke", root=root'), found := {"root": study.workspace.root})
     said = capsys.readouterr().out.splitlines()
