@@ -21,7 +21,7 @@ RUN := $(shell $(PYTHON) -m stetholib.commands.environment 2>/dev/null && echo $
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help env reproduce doctor rehearse seeds claim export test test-all faults bench mini-base organism organisms lab lint readme clean
+.PHONY: help env reproduce doctor rehearse seeds claim export test test-all faults bench mini-base organism organisms lab lint readme publish clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 24
@@ -88,5 +88,8 @@ lint: env  ## style, types and declared dependencies: ruff, mypy, deptry
 clean:  ## remove what runs produced (figures/mini, which is committed, stays)
 	rm -rf runs
 
-readme: env  ## write the README's ledger and its table of peers from figures/
+readme: env  ## write the READMEs' findings, ledger, rules and table of peers from figures/
 	@$(RUN) -m stetholib.commands.readme
+
+publish: env  ## put what the last run of the miniature shows into the committed notebooks
+	@$(RUN) -m stetholib.commands.publish

@@ -1,6 +1,7 @@
 """Rules of the house: notebooks, environment, README and package keep to them."""
 
 import ast
+import html
 import json
 import os
 import re
@@ -13,14 +14,22 @@ import pytest
 import yaml
 from conftest import ROOT
 
+from stetholib import profiles
 from stetholib.__main__ import COMMANDS, main
 from stetholib.commands import environment, notebooks
 from stetholib.errors import UserError
+from stetholib.store.files import digest_of, file_hash
 from stetholib.store.tables import CONTRACTS
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 READMES = ["README.md", *(f"{place}/README.md" for place in ("stetholib", "stetholib/profiles", "figures", "bench"))]
 MODULES = sorted([*(ROOT / "stetholib").rglob("*.py"), *(ROOT / "bench").glob("*.py")])
+
+
+def text(output):
+    """What an output says, HTML's signs as they are read."""
+    data = output.get("data", {})
+    return html.unescape("".join("".join(data.get(kind, "")) for kind in ("text/markdown", "text/html", "text/plain")))
 
 
 def cells(path, kind="code"):
@@ -34,14 +43,38 @@ def test_there_are_six_notebooks_each_with_its_module():
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
-def test_a_notebook_is_short_defines_nothing_and_is_committed_without_outputs(path):
+def test_a_notebook_is_short_and_defines_nothing(path):
     content = json.loads(path.read_text())["cells"]
     code = cells(path)
     lines = [line for cell in code for line in cell.splitlines() if line.strip() and not line.strip().startswith("#")]
     assert len(content) <= 40 and len(lines) <= 120 and max(len(cell.splitlines()) for cell in code) <= 20
     assert max(len(line) for cell in code for line in cell.splitlines()) <= 100
     assert not any(re.search(r"^\s*(def|class) |sys\.path|^%?cd ", cell, re.M) for cell in code)
-    assert not any(cell.get("outputs") or cell.get("execution_count") for cell in content)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_a_notebook_shows_what_the_run_showed_that_left_the_committed_figures(path):
+    notebook, figures = json.loads(path.read_text()), ROOT / "figures" / "mini"
+    about, code = notebook["metadata"]["stetholib"], [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    mend = "run: make reproduce, make publish"
+    assert about["source"] == digest_of(notebooks.notebook_text(path)), mend
+    manifest = json.loads((figures / "manifest.json").read_text())
+    assert about["profile"] == "mini" and about["digest"] == profiles.load("mini").digest == manifest["profile_hash"], mend
+    left = {one.name: file_hash(one) for one in figures.iterdir() if one.name.startswith(path.stem[:2])}
+    assert {name: known for name, known in about["figures"].items() if name != "manifest.json"} == left, mend
+    assert [cell["execution_count"] for cell in code] == [*range(1, len(code) + 1)]
+    kinds = {output["output_type"] for cell in code for output in cell["outputs"]}
+    pictures = [output for cell in code for output in cell["outputs"] if "image/png" in output.get("data", {})]
+    assert kinds <= {"display_data", "execute_result"} and len(pictures) >= len([name for name in left if name.endswith(".png")])
+    assert "papermill" not in notebook["metadata"] and "widgets" not in notebook["metadata"]
+
+
+def test_the_ledger_that_notebook_06_shows_is_the_committed_one_and_all_notebooks_are_small():
+    shown = "\n".join(
+        text(output) for cell in json.loads(NOTEBOOKS[-1].read_text())["cells"] for output in cell.get("outputs", [])
+    )
+    ledger = pd.read_csv(ROOT / "figures" / "mini" / "06_claims.csv")
+    assert all(measured in shown for measured in ledger["measured"]) and sum(path.stat().st_size for path in NOTEBOOKS) < 4e6
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)

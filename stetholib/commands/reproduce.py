@@ -24,14 +24,16 @@ from stetholib.adapters import harness
 from stetholib.commands import doctor, watch
 from stetholib.commands.environment import LIBRARIES
 from stetholib.commands.notebooks import STEPS, check_all, execute, notebook_text
+from stetholib.data.mini import MODELS
 from stetholib.data.source import Source
 from stetholib.errors import UserError
 from stetholib.profiles import Profile
 from stetholib.store.code import canonical
 from stetholib.store.files import atomic, digest_of, file_hash, held
 from stetholib.store.tables import Workspace
+from stetholib.study.layer_selection import worlds_tables
 
-ANSWERING = "05_minerva_math"
+SELECTING, ANSWERING = "04_layer_selection", "05_minerva_math"
 
 
 def reproduce(name: str, device: str, root: Path | None = None, out: Any = sys.stderr, processes: int = 1) -> None:
@@ -64,7 +66,8 @@ def _run_all(
     code = _code_key(profile, parameters["device"])
     for step, path in notebooks.items():
         mark = workspace.executed / f"{step}.json"
-        key = digest_of(code, notebook_text(path))
+        reads = worlds_tables(workspace.figures.parent, profile.name) if step == SELECTING else ()
+        key = digest_of(code, notebook_text(path), [file_hash(one) for one in reads if one.is_file()])
         if _is_done(mark, key, workspace):
             print(f"{step}: unchanged", file=out, flush=True)
             continue
@@ -151,12 +154,14 @@ def _code_key(profile: Profile, device: str) -> str:
 
 
 def _local_files(profile: Profile) -> list[tuple[str, int, int]]:
-    """Name, size and time of change of every file of one's own that a profile points at."""
+    """Name, size and time of change of every file that a profile points at: one's own, or a model that ships with the package."""
     data = profile.data
     models = [Source.of(name) for name in (profile.model.base, profile.finetune.finetuned) if name]
     texts = [Source.of(name, kind="dataset") for name in (data.maths, data.general)]
     places = [*models, Source.of(profile.sae.release, kind="sae"), *texts]
-    files = [file for place in places if place.where == "folder" for file in sorted(place.folder().rglob("*"))]
+    files = [
+        file for place in places if place.where == "folder" or place.name in MODELS for file in sorted(place.folder().rglob("*"))
+    ]
     files += harness.task_files(profile.evaluation.task)
     return [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file()]
 
