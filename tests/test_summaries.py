@@ -565,8 +565,8 @@ def answers(turned):
 
 
 def test_05_the_example_is_a_problem_that_the_second_solves_and_the_first_does_not():
-    assert minerva_math.example_pair(answers(turned=1)) == {"base": "b0", "full": "b1"}
-    assert minerva_math.example_pair(answers(turned=0)) == {"base": "a0", "full": "a1"}
+    assert minerva_math.example_pair(answers(turned=1)) == ("b", {"base": "b0", "full": "b1"})
+    assert minerva_math.example_pair(answers(turned=0)) == ("a", {"base": "a0", "full": "a1"})
 
 
 def test_05_enough_tokens_are_enough_for_every_variant():
