@@ -31,7 +31,6 @@ from stetholib.profiles import Profile
 from stetholib.store.code import canonical
 from stetholib.store.files import atomic, digest_of, file_hash, held
 from stetholib.store.tables import Workspace
-from stetholib.study.layer_selection import worlds_tables
 
 SELECTING, ANSWERING = "04_layer_selection", "05_minerva_math"
 
@@ -66,7 +65,7 @@ def _run_all(
     code = _code_key(profile, parameters["device"])
     for step, path in notebooks.items():
         mark = workspace.executed / f"{step}.json"
-        reads = worlds_tables(workspace.figures.parent, profile.name) if step == SELECTING else ()
+        reads = workspace.over_worlds() if step == SELECTING else ()
         key = digest_of(code, notebook_text(path), [file_hash(one) for one in reads if one.is_file()])
         if _is_done(mark, key, workspace):
             print(f"{step}: unchanged", file=out, flush=True)

@@ -69,6 +69,12 @@ class Workspace:
         self.figures = self.root / "figures" / name
         self.store, self.records, self.executed = (self.runs / part for part in ("store", "records", "notebooks"))
 
+    def over_worlds(self) -> tuple[Path, Path]:
+        """Where `make seeds` of this profile and `make organisms` leave how every rule does, beside `figures/<profile>/`."""
+        figures, name = self.figures.parent, self.figures.name
+        worlds = figures / ("seeds" if name == "mini" else f"seeds-{name}") / "selectors.csv"
+        return worlds, figures / "seeds-organism" / "known_layers.csv"
+
     def table(self, stem: str, table: pd.DataFrame) -> Path:
         """Write a contract's table as `figures/<profile>/<stem>.csv`, checked, sorted by key, floats as %.6g."""
         keys, columns = (CONTRACTS | FURTHER)[stem]

@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -173,17 +172,10 @@ def known_layers(step: LayerSelection) -> pd.DataFrame | None:
     return known.measure(step._rules() | step._rivals, step.sets(), step._known) if step._known else None
 
 
-def worlds_tables(figures: Path, name: str) -> tuple[Path, Path]:
-    """Where `make seeds` of a profile and `make organisms` leave how every rule stands. figures: the folder of all profiles'."""
-    return figures / (
-        "seeds" if name == "mini" else f"seeds-{name}"
-    ) / "selectors.csv", figures / "seeds-organism" / "known_layers.csv"
-
-
 def over_worlds(step: LayerSelection) -> pd.DataFrame | None:
     """How every rule stands over the worlds that `make seeds` and `make organisms` left in figures/, of `known_layers.over_worlds`;
     None where they have not run."""
-    worlds, organisms = worlds_tables(step._world.workspace.figures.parent, step._profile.name)
+    worlds, organisms = step._world.workspace.over_worlds()
     if not worlds.is_file():
         return None
     return known.over_worlds(pd.read_csv(worlds), pd.read_csv(organisms) if organisms.is_file() else None)
