@@ -60,6 +60,7 @@ def draw(name, ax):
         "uniform_check": lambda f: f(draws, ax),
         "power": lambda f: f(effects, ax),
         "accuracies": lambda f: f(table("05_minerva_math"), "all", shown, ax),
+        "headline": lambda f: f(table("05_minerva_math"), "number_theory", ax),
         "gain_split": lambda f: f(table("06_significance").query("metric == 'exact_match'"), shown[1:], ax),
         "token_limits": lambda f: f(limits, NAMES, ax),
         "forest": lambda f: f(

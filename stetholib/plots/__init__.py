@@ -13,7 +13,7 @@ from stetholib.plots.layer_selection import (
     score_against_effect,
     uniform_check,
 )
-from stetholib.plots.minerva_math import accuracies, gain_split, token_limits
+from stetholib.plots.minerva_math import accuracies, gain_split, headline, token_limits
 from stetholib.plots.sae_features import by_layer, self_test, training
 from stetholib.plots.significance import discordance, forest
 from stetholib.plots.style import BASES, bars_with_zero, labelled, panels, save
