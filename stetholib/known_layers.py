@@ -78,13 +78,19 @@ def over_worlds(worlds: pd.DataFrame, organisms: pd.DataFrame | None = None, lev
     return table.dropna(subset=["percentile"]).sort_values("percentile", ascending=False, kind="stable")
 
 
+def between(mean: float, low: float, high: float, form: str = ".0%") -> str:
+    """A mean with its interval in words, alone where one value has none."""
+    return format(mean, form) + ("" if pd.isna(low) else f" ({low:{form}} to {high:{form}})")
+
+
 def bet(table: pd.DataFrame) -> str:
     """Which rule one would bet on, by `over_worlds`, in two sentences; rules that see losses are out of the race."""
     rules: Any = table.drop(index=[*IN_ALL, *SEEING, "known", "outside"], errors="ignore")
     best, ours = rules.index[0], rules.loc["stethoscope"]
     row = rules.loc[best]
-    said = lambda row: f"{row['percentile']:.0%} of random sets ({row['low']:.0%} to {row['high']:.0%})"  # noqa: E731
-    worlds = f"Over {row['worlds']:.0f} worlds `{best}` does best: its sets beat {said(row)} on average; the stethoscope's beat {said(ours)}."
+    said = lambda row: f"{between(row['percentile'], row['low'], row['high'])} of random sets"  # noqa: E731
+    over = f"Over {row['worlds']:.0f} worlds" if row["worlds"] > 1 else "In the default world"
+    worlds = f"{over} `{best}` does best: its sets beat {said(row)}; the stethoscope's beat {said(ours)}."
     if "auroc" not in rules or rules["auroc"].isna().all():
         return worlds
     right = rules.sort_values(["auroc", "exact"], ascending=False).iloc[0]

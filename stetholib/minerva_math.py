@@ -177,13 +177,23 @@ def token_limits(records: pd.DataFrame, base: LanguageModel, limit: int, points:
     return accuracy_by_limit(records, [tokens_to_answer(*pair, length) for pair in pairs], limits)
 
 
-def example_pair(all_records: pd.DataFrame, one: str = "base", other: str = "full") -> dict[str, str]:
-    """Two variants' completions of one problem, the first that `other` solves and `one` does not, else the first."""
+def headline_title(table: pd.DataFrame, subject: str, name: str) -> str:
+    """The finding of one half of the headline's figure: of how many random sets of layers is the stethoscope ahead?"""
+    of: Any = table[table["subject"] == subject].set_index("variant")
+    metric = of["math_verify"].fillna(of["accuracy"]).astype(float)
+    random = metric[metric.index.str.startswith("random_")]
+    if "stethoscope" not in metric or random.empty:
+        return name
+    return f"{name}: stethoscope beats {(random < metric['stethoscope']).sum()} of {len(random)} random sets"
+
+
+def example_pair(all_records: pd.DataFrame, one: str = "base", other: str = "full") -> tuple[str, dict[str, str]]:
+    """A problem's id and two variants' completions of it: the first that `other` solves and `one` does not, else the first."""
     both = all_records[all_records["variant"].isin([one, other])].drop_duplicates(["variant", "problem_id"])
     wide = both.pivot(index="problem_id", columns="variant", values=["exact_match", "completion"])
     turned = wide[(wide["exact_match"][one] == 0) & (wide["exact_match"][other] == 1)]
-    shown = (turned if len(turned) else wide).iloc[0]["completion"]
-    return {name: str(shown[name]) for name in (one, other)}
+    shown = (turned if len(turned) else wide).iloc[0]
+    return str(shown.name), {name: str(shown["completion"][name]) for name in (one, other)}
 
 
 def enough_tokens(limits: pd.DataFrame, share: float = 0.99) -> int:

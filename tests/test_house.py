@@ -100,8 +100,17 @@ def test_a_notebook_opens_its_study_and_step_and_keeps_its_contract_files(path):
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_a_notebook_says_its_ideas_in_formulas_and_names_them(path):
+    prose = "\n".join(cells(path, "markdown"))
+    assert (
+        len(re.findall(r"\$\$.+?\$\$|(?<!\$)\$[^$\n]+\$(?!\$)", prose, re.S)) >= 4
+        and len(re.findall(r"\*\*[^*]+\*\*", prose)) >= 7
+    )
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_no_measured_number_is_typed_into_a_notebooks_prose(path):
-    allowed = re.compile(r"29\.6|39\.4|3\.41|0\.0007|97 %|3 %|50 %|540|160|213|C\d|0\.5|scale 0|n - 1")
+    allowed = re.compile(r"arxiv\.org/abs/\d+\.\d+|29\.6|39\.4|3\.41|0\.0007|97 %|3 %|50 %|540|160|213|C\d|0\.5|scale 0|n - 1")
     for text in cells(path, "markdown")[1:]:
         rest = allowed.sub("", text)
         assert not re.search(r"\d+\.\d+|\d+ ?%", rest), rest
@@ -321,9 +330,10 @@ def test_the_readme_names_every_notebook_and_the_commands_and_the_packages_names
         assert command in text and command.split()[1] in (ROOT / "Makefile").read_text()
 
 
-@pytest.mark.parametrize("place", READMES)
-def test_what_a_readme_links_to_is_committed(place):
+@pytest.mark.parametrize("place", [*READMES, "notebooks/GLOSSARY.md", *(f"notebooks/{path.name}" for path in NOTEBOOKS)])
+def test_what_is_linked_to_is_committed(place):
     kept = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split("\n")
-    for link in re.findall(r"\]\(((?!https?://)[^)]+)\)", (ROOT / place).read_text()):
+    text = "\n".join(cells(ROOT / place, "markdown")) if place.endswith(".ipynb") else (ROOT / place).read_text()
+    for link in re.findall(r"\]\(((?!https?://)[^)\s]+)\)", text):
         target = os.path.normpath(Path(place).parent / link)
         assert target in kept or any(one.startswith(f"{target}/") for one in kept), link

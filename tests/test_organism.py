@@ -137,7 +137,7 @@ def test_each_task_is_learnt_by_its_own_blocks_from_the_base_and_both_are_added(
 
 def test_a_vector_of_two_tasks_is_the_same_after_a_kill(toy, spec, tmp_path, monkeypatch):
     whole, _ = two(toy.model, toy.tokenizer, spec, tmp_path / "whole")
-    real, steps = two_tasks._saving, []
+    real, steps = two_tasks.saving, []
 
     def dies(unfinished, every):
         saving = real(unfinished, 0.0)
@@ -152,10 +152,10 @@ def test_a_vector_of_two_tasks_is_the_same_after_a_kill(toy, spec, tmp_path, mon
         saving.on_step_end = step
         return saving
 
-    monkeypatch.setattr(two_tasks, "_saving", dies)
+    monkeypatch.setattr(two_tasks, "saving", dies)
     with pytest.raises(KeyboardInterrupt):
         two(toy.model, toy.tokenizer, spec, tmp_path / "cut")
-    monkeypatch.setattr(two_tasks, "_saving", real)
+    monkeypatch.setattr(two_tasks, "saving", real)
     cut, _ = two(toy.model, toy.tokenizer, spec, tmp_path / "cut")
     assert all(torch.equal(whole[where], cut[where]) for where in whole)
 

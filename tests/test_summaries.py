@@ -565,8 +565,8 @@ def answers(turned):
 
 
 def test_05_the_example_is_a_problem_that_the_second_solves_and_the_first_does_not():
-    assert minerva_math.example_pair(answers(turned=1)) == {"base": "b0", "full": "b1"}
-    assert minerva_math.example_pair(answers(turned=0)) == {"base": "a0", "full": "a1"}
+    assert minerva_math.example_pair(answers(turned=1)) == ("b", {"base": "b0", "full": "b1"})
+    assert minerva_math.example_pair(answers(turned=0)) == ("a", {"base": "a0", "full": "a1"})
 
 
 def test_05_enough_tokens_are_enough_for_every_variant():
@@ -675,3 +675,11 @@ def test_06_pairs_are_first_minus_second_by_both_metrics():
     exact = table.loc[("one - two", "exact_match")]
     assert exact["difference"] == 0.5 and exact["gained"] == 4 and table.loc[("one - two", "math_verify"), "difference"] == 0
     assert table.loc["one - absent", "difference"].isna().all()
+
+
+def test_05_the_headline_counts_the_random_sets_that_the_stethoscope_beats():
+    rows = [("stethoscope", 0.3, 0.35), ("random_1", 0.4, 0.2), ("random_2", 0.2, 0.35), ("base", 0.1, 0.1)]
+    table = pd.DataFrame(rows, columns=["variant", "accuracy", "math_verify"]).assign(subject="all")
+    assert minerva_math.headline_title(table, "all", "All") == "All: stethoscope beats 1 of 2 random sets"
+    assert minerva_math.headline_title(table.assign(math_verify=np.nan), "all", "All").endswith("beats 1 of 2 random sets")
+    assert minerva_math.headline_title(table[table["variant"] == "base"], "all", "All") == "All"

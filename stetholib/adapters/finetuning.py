@@ -137,16 +137,16 @@ def finetune(
     before = {where: weight.detach().to("cpu", copy=True) for where, weight in moved.items()}
     model = trainable(base, spec, examples)
     taken = lora_deltas(model) if lora and before else None
-    trainer = _trainer(
+    trainer = trainer_of(
         unfinished,
         model=model,
-        args=_arguments(spec, unfinished, seed, base.device.type == "cpu"),
+        args=arguments_of(spec, unfinished, seed, base.device.type == "cpu"),
         train_dataset=examples,
         data_collator=collate,
-        callbacks=[*callbacks, _saving(unfinished, save_every)],
+        callbacks=[*callbacks, saving(unfinished, save_every)],
     )
     trainer.remove_callback(PrinterCallback)
-    last = _goes_on_from(unfinished)
+    last = goes_on_from(unfinished)
     if lora:
         _keep_start(model, unfinished / START / WEIGHTS)
     trainer.train(resume_from_checkpoint=last)
@@ -164,7 +164,7 @@ def finetune(
     return FineTuned(exact, pd.DataFrame(curve, columns=["step", "loss"]))
 
 
-def _trainer(unfinished: Path, **arguments: Any) -> Any:
+def trainer_of(unfinished: Path, **arguments: Any) -> Any:
     """A Trainer that keeps the order of each epoch's examples on disk, since no checkpoint holds it."""
     from transformers import Trainer
     from transformers.trainer_pt_utils import LengthGroupedSampler
@@ -190,7 +190,8 @@ def _trainer(unfinished: Path, **arguments: Any) -> Any:
     return Resumable(**arguments)
 
 
-def _arguments(spec: FineTune, unfinished: Path, seed: int, cpu: bool) -> Any:
+def arguments_of(spec: FineTune, unfinished: Path, seed: int, cpu: bool) -> Any:
+    """What a Trainer is told of a fine-tune; it prints nothing, and saves when `saving` says so."""
     from transformers import TrainingArguments
 
     arguments = TrainingArguments(
@@ -245,7 +246,7 @@ def _keep_start(model: Any, path: Path) -> None:
         atomic(path, lambda draft: save_file(start, draft))
 
 
-def _saving(unfinished: Path, every: float) -> Any:
+def saving(unfinished: Path, every: float) -> Any:
     """A callback that saves where a loss was just logged, so that a resumed run logs the same losses."""
     from transformers import TrainerCallback
 
@@ -269,7 +270,7 @@ def _beside(unfinished: Path) -> list[Path]:
     return [path for pattern in BESIDE for path in sorted(unfinished.glob(pattern))]
 
 
-def _goes_on_from(unfinished: Path) -> str | None:
+def goes_on_from(unfinished: Path) -> str | None:
     """The last whole checkpoint, the only one that is kept; what else there is cannot be relied on.
     Orders of examples, and the A of a LoRA, that it does not vouch for are drawn again, and are the same."""
     found = last_whole(unfinished)
@@ -316,7 +317,7 @@ def finetuned(
 ) -> Report:
     """theta_1, saved in `folder` in `dtype`, with the A that a LoRA began with, and how much of the exact change is left there.
     base: theta_0, which is trained in place; before: its weights as they are stored."""
-    tuned = finetune(base, rows, spec, unfinished, seed, max_tokens, [_progress("01 fine-tune", watch)])
+    tuned = finetune(base, rows, spec, unfinished, seed, max_tokens, [showing("01 fine-tune", watch)])
     kept = getattr(torch, dtype)
     stored = survival(tuned.exact, rounded(before, tuned.exact, kept))
     base.model.to(kept).save_pretrained(folder)
@@ -326,7 +327,7 @@ def finetuned(
     return Report(tuned.curve, stored)
 
 
-def _progress(label: str, watch: Watch) -> Any:
+def showing(label: str, watch: Watch) -> Any:
     """A transformers callback that reports steps."""
     from transformers import TrainerCallback
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from stetholib.adapters.finetuning import Examples, Report, _arguments, _goes_on_from, _progress, _saving, _trainer, collate
+from stetholib.adapters.finetuning import Examples, Report, arguments_of, collate, goes_on_from, saving, showing, trainer_of
 from stetholib.editing import TaskVector, rounded, survival
 from stetholib.errors import UserError
 from stetholib.models.loading import LanguageModel
@@ -55,12 +55,12 @@ def learnt(
     before = {where: weight.detach().clone() for where, weight in weights.items() if where[0] in blocks}
     for where in before:
         weights[where].requires_grad_(True)
-    arguments = _arguments(spec, unfinished, seed, base.device.type == "cpu")
+    arguments = arguments_of(spec, unfinished, seed, base.device.type == "cpu")
     arguments.learning_rate = rate
     kept = dict(model=base.model, args=arguments, train_dataset=Told(base, texts, max_tokens), data_collator=collate)
-    trainer = _trainer(unfinished, **kept, callbacks=[callback, _saving(unfinished, 300.0)])
+    trainer = trainer_of(unfinished, **kept, callbacks=[callback, saving(unfinished, 300.0)])
     trainer.remove_callback(PrinterCallback)
-    trainer.train(resume_from_checkpoint=_goes_on_from(unfinished))
+    trainer.train(resume_from_checkpoint=goes_on_from(unfinished))
     base.model.eval().requires_grad_(False)
     with torch.no_grad():
         found = {where: (weights[where] - one).float().cpu() for where, one in before.items()}
@@ -96,7 +96,7 @@ def two_tasks(
     deltas, curves = {where: torch.zeros(weight.shape) for where, weight in weights.items()}, []
     for name, (texts, blocks, rate) in tasks.items():
         if rate:
-            place, shown = unfinished / name, _progress(f"01 fine-tune, {name}", watch)
+            place, shown = unfinished / name, showing(f"01 fine-tune, {name}", watch)
             changed, losses = learnt(base, texts, sorted(blocks), spec, rate, seed, max_tokens, place, shown)
             deltas |= changed
             curves.append(losses)

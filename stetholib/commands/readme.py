@@ -9,7 +9,7 @@ import pandas as pd
 
 from stetholib import known_layers
 from stetholib.claims import BUILT, HOLDS, SAME, percent
-from stetholib.layer_sets import named_sets, reliability_of_sets
+from stetholib.layer_sets import named_sets, reliability_of_sets, standing
 from stetholib.models.subspaces import split_loss
 from stetholib.statistics import mean_interval
 
@@ -90,20 +90,35 @@ def whole_ledger(root: Path) -> str:
 
 
 def rules(root: Path) -> str:
-    """Which rule one would bet on, and every rule over worlds and organisms as a Markdown table."""
-    table = known_layers.over_worlds(read(root, "seeds/selectors"), read(root, "seeds-organism/known_layers"))
+    """Which rule one would bet on, and every rule as a Markdown table: over the worlds of `make seeds`, or in the default one, and
+    over those of `make organisms`, or in the first."""
+    figures, worlds, organisms = root / "figures", "seeds/selectors", "seeds-organism/known_layers"
+    told = (
+        read(root, worlds)
+        if (figures / f"{worlds}.csv").is_file()
+        else standing(read(root, "mini/04_layer_sets")).assign(world=0)
+    )
+    known = read(root, organisms) if (figures / f"{organisms}.csv").is_file() else _organism(root)
+    table = known_layers.over_worlds(told, known)
     lines = [
         f"**{known_layers.bet(table)}**",
         "",
         "| rule | random sets that it beats | AUROC of the known layers | exactly these |",
     ]
     for name, row in table.to_dict("index").items():
-        told, exact = "not asked", ""
+        place, exact = "not asked", ""
         if pd.notna(row.get("auroc")):
-            told = f"{row['auroc']:.2f} ({row['auroc_low']:.2f} to {row['auroc_high']:.2f})"
+            place = known_layers.between(row["auroc"], row["auroc_low"], row["auroc_high"], ".2f")
             exact = f"{row['exact']:.0f} of {row['runs']:.0f}"
-        lines.append(f"| `{name}` | {row['percentile']:.0%} ({row['low']:.0%} to {row['high']:.0%}) | {told} | {exact} |")
+        beaten = known_layers.between(row["percentile"], row["low"], row["high"])
+        lines.append(f"| `{name}` | {beaten} | {place} | {exact} |")
     return "\n".join([*lines[:3], "|---" * 4 + "|", *lines[3:]]) + "\n"
+
+
+def _organism(root: Path) -> pd.DataFrame:
+    """What each rule finds in the first organism, and whether that world can test a rule."""
+    sets, reliability = (read(root, f"organism/{stem}") for stem in ("04_layer_sets", "04_reliability"))
+    return read(root, "organism/04_known_layers").assign(world="organism", holds=known_layers.holds(sets, reliability))
 
 
 def real_weights(root: Path) -> str:

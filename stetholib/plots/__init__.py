@@ -13,10 +13,16 @@ from stetholib.plots.layer_selection import (
     score_against_effect,
     uniform_check,
 )
-from stetholib.plots.minerva_math import accuracies, gain_split, token_limits
+from stetholib.plots.minerva_math import accuracies, gain_split, headline, token_limits
 from stetholib.plots.sae_features import by_layer, self_test, training
 from stetholib.plots.significance import discordance, forest
 from stetholib.plots.style import BASES, bars_with_zero, labelled, panels, save
-from stetholib.plots.subspace_projection import energy_by_rank, loss_split, overlap_by_basis
+from stetholib.plots.subspace_projection import (
+    chance_by_width,
+    energy_by_rank,
+    loss_split,
+    overlap_by_basis,
+    projection_in_a_plane,
+)
 from stetholib.plots.task_vectors import layer_bars, loss_curve, matrix_heatmap
 from stetholib.plots.worlds import claims_by_world, gains_by_world, percentiles_by_world

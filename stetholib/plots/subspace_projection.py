@@ -7,8 +7,38 @@ import matplotlib as mpl
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from scipy import stats
 
-from stetholib.plots.style import BASES, BLACK, GREEN, ORANGE, PALE, RED, SKY, lines, percent, rows, twin_bars
+from stetholib.plots.style import BASES, BLACK, GREEN, GREY, ORANGE, PALE, RED, SKY, lines, percent, rows, twin_bars
+
+
+def projection_in_a_plane(ax: Axes, degrees: float = 55.0) -> Axes:
+    """What one direction keeps of a vector, drawn in two dimensions: the squared cosine of their angle."""
+    angle = np.radians(degrees)
+    vector, along = (np.cos(angle), np.sin(angle)), np.cos(angle)
+    ax.axhline(0, color=GREY, lw=0.8)
+    for (x, y), colour, name, place in ((vector, BLACK, "the change", (-6, 6)), ((along, 0), ORANGE, "what is kept", (-20, -14))):
+        ax.annotate("", (x, y), (0, 0), arrowprops=dict(arrowstyle="-|>", color=colour, lw=2, shrinkA=0, shrinkB=0))
+        ax.annotate(name, (x, y), xytext=place, textcoords="offset points", color=colour, ha="right" if y else "center")
+    ax.plot([along, along], [0, vector[1]], color=GREY, ls=":")
+    ax.set(xlim=(-0.25, 1.05), ylim=(-0.25, 1.0), aspect="equal", xticks=[], yticks=[])
+    ax.set(xlabel="along a direction", ylabel="across it")
+    ax.spines[:].set_visible(False)
+    ax.set_title(f"At {degrees:.0f}°, one direction keeps {along**2:.0%}")
+    return ax
+
+
+def chance_by_width(ax: Axes, widths: tuple[int, int] = (2, 2560)) -> Axes:
+    """The squared cosine of a vector with a direction drawn at random: its mean 1 / d, and where nine of ten draws lie, which is
+    Beta(1/2, (d - 1)/2)."""
+    d = np.geomspace(*widths, 60)
+    kept = stats.beta(0.5, (d - 1) / 2)
+    ax.fill_between(d, kept.ppf(0.05), kept.ppf(0.95), color=PALE, label="nine of ten draws")
+    ax.plot(d, 1 / d, color=BLACK, lw=1.5, label="mean, 1 / d")
+    ax.set(xscale="log", yscale="log", ylim=(1e-5, 1.2), xlabel="width d", ylabel="energy kept by one direction")
+    ax.legend(loc="lower left")
+    ax.set_title(f"At random in {widths[1]} dimensions: {1 / widths[1]:.2%}")
+    return ax
 
 
 def energy_by_rank(pooled: pd.DataFrame, width: int, ax: Axes) -> Axes:

@@ -138,6 +138,14 @@ class MinervaMath(Step):
         wanted = self._variants if names is None else names
         return pd.concat([self._records(self._variants[name]) for name in wanted], ignore_index=True)
 
+    def example(self) -> dict[str, str]:
+        """One problem as it is asked, its gold solution, and the completions of the base and with the whole vector."""
+        found, answers = minerva_math.example_pair(self.records(["base", "full"]))
+        gold = {problem_id(row["subject"], row["problem"]): row["solution"] for row in self._world.problems("test")}
+        return {"What is asked": self._asked.prompts[found], "The gold solution": gold[found]} | {
+            f"The answer of {name}": said for name, said in zip(("the base", "the whole vector"), answers.values(), strict=True)
+        }
+
     def general_loss(self, variant: Variant) -> float:
         """Loss on held-out general text, nats a token."""
         p = self._profile
