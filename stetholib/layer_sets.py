@@ -163,7 +163,7 @@ def rules_title(sets: pd.DataFrame, reliability: pd.DataFrame) -> str:
     """The finding of the figure of rules: which does best, where this world can tell."""
     shares: Any = named_sets(sets)["percentile"].drop(list(IN_ALL), errors="ignore").dropna()
     best = shares.drop(["known"], errors="ignore").idxmax()
-    told = f"{str(best).replace('_', ' ')} {shares[best]:.0%}, stethoscope {shares['stethoscope']:.0%}"
+    told = f"{str(best).replace('_', ' ')} {shares[best]:.1%}, stethoscope {shares['stethoscope']:.1%}"
     return f"Random sets beaten: {told}" if tells_apart(reliability) else f"Rules cannot be told apart here ({told})"
 
 
