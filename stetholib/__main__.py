@@ -59,7 +59,7 @@ COMMANDS = {
 }
 
 
-ORGANISMS = ("organism", "organism-drawn", "organism-other", "organism-negative")
+ORGANISMS = ("organism", "organism-negative")
 
 
 class Parser(argparse.ArgumentParser):
