@@ -78,7 +78,7 @@ def over_worlds(worlds: pd.DataFrame, organisms: pd.DataFrame | None = None, lev
     return table.dropna(subset=["percentile"]).sort_values("percentile", ascending=False, kind="stable")
 
 
-def between(mean: float, low: float, high: float, form: str = ".0%") -> str:
+def between(mean: float, low: float, high: float, form: str = ".1%") -> str:
     """A mean with its interval in words, alone where one value has none."""
     return format(mean, form) + ("" if pd.isna(low) else f" ({low:{form}} to {high:{form}})")
 

@@ -9,7 +9,7 @@ import pandas as pd
 
 from stetholib import known_layers
 from stetholib.claims import BUILT, HOLDS, SAME, percent
-from stetholib.layer_sets import named_sets, reliability_of_sets, standing
+from stetholib.layer_sets import IN_ALL, named_sets, reliability_of_sets, standing
 from stetholib.models.subspaces import split_loss
 from stetholib.statistics import mean_interval
 
@@ -44,6 +44,7 @@ def found(root: Path) -> str:
         f"**On real weights**, SmolLM2-135M-Instruct, the scalpel's geometry is the same, but the stethoscope's layers beat {percent(there)} of random "
         f"sets and take Number Theory from {real['base']} to {real['stethoscope']}, where the whole vector reaches {real['full']}, and its "
         f"shrunk self {real['full_shrunk']}.",
+        f"**Which rule would you bet on?** {known_layers.bet(_every_rule(root))}",
     ]  # fmt: skip
     return "".join(f"- {line}\n" for line in lines)
 
@@ -89,23 +90,26 @@ def whole_ledger(root: Path) -> str:
     )
 
 
-def rules(root: Path) -> str:
-    """Which rule one would bet on, and every rule as a Markdown table: over the worlds of `make seeds`, or in the default one, and
-    over those of `make organisms`, or in the first."""
-    figures, worlds, organisms = root / "figures", "seeds/selectors", "seeds-organism/known_layers"
-    told = (
-        read(root, worlds)
-        if (figures / f"{worlds}.csv").is_file()
-        else standing(read(root, "mini/04_layer_sets")).assign(world=0)
+def _every_rule(root: Path) -> pd.DataFrame:
+    """Every rule over the worlds of `make seeds`, or in the default one, and over those of `make organisms`, or in the first, of
+    those that have run."""
+    worlds, organisms, one = (
+        root / "figures" / at for at in ("seeds/selectors.csv", "seeds-organism/known_layers.csv", "organism")
     )
-    known = read(root, organisms) if (figures / f"{organisms}.csv").is_file() else _organism(root)
-    table = known_layers.over_worlds(told, known)
+    told = pd.read_csv(worlds) if worlds.is_file() else standing(read(root, "mini/04_layer_sets")).assign(world=0)
+    known = pd.read_csv(organisms) if organisms.is_file() else _organism(root) if one.is_dir() else None
+    return known_layers.over_worlds(told, known)
+
+
+def rules(root: Path) -> str:
+    """Which rule one would bet on, and every rule as a Markdown table."""
+    table = _every_rule(root)
     lines = [
         f"**{known_layers.bet(table)}**",
         "",
         "| rule | random sets that it beats | AUROC of the known layers | exactly these |",
     ]
-    for name, row in table.to_dict("index").items():
+    for name, row in table.drop(index=[*IN_ALL], errors="ignore").to_dict("index").items():
         place, exact = "not asked", ""
         if pd.notna(row.get("auroc")):
             place = known_layers.between(row["auroc"], row["auroc_low"], row["auroc_high"], ".2f")
