@@ -77,7 +77,7 @@ organism: env  ## train an organism anew: make organism NAME=organism SEED=0 BLO
 	$(RUN) -m stetholib.data.mini.organism --device $(DEVICE) --folder stetholib/data/mini/$(NAME) --seed $(SEED) --blocks $(BLOCKS)
 
 lab: env  ## JupyterLab on the notebooks
-	$(RUN) -m jupyter lab notebooks
+	$(RUN) -m jupyter lab --ServerApp.root_dir=$(CURDIR) --LabApp.default_url=/lab/tree/notebooks/01_task_vectors.ipynb
 
 lint: env  ## style, types and declared dependencies: ruff, mypy, deptry
 	$(RUN) -m ruff check stetholib bench tests notebooks

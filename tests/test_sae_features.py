@@ -30,6 +30,7 @@ SPEC = Sae(
     batch_size=256,
     learning_rate=3e-3,
     warm_up=0.0,
+    frozen_decoder=False,
 )
 
 
