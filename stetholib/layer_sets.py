@@ -338,3 +338,17 @@ def named_sets(sets: pd.DataFrame) -> pd.DataFrame:
     named = sets[~sets["selector"].isin(SETS_OF_MANY)].groupby("selector", sort=False)
     words = named.agg({"contrast": "first", "layers": " | ".join})
     return words.join(named[list(sets.select_dtypes("number").columns.drop("draw"))].mean())
+
+
+def ranges(layers: str) -> str:
+    """Layers as they are read: "0 1 2 5 | 3 4" as "0-2, 5 | 3-4"."""
+    told = []
+    for one in layers.split(" | "):
+        runs: list[list[int]] = []
+        for layer in map(int, one.split()):
+            if runs and layer == runs[-1][-1] + 1:
+                runs[-1].append(layer)
+            else:
+                runs.append([layer])
+        told.append(", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs))
+    return " | ".join(told)

@@ -285,3 +285,8 @@ def test_auroc_cannot_be_drawn_again_and_says_so_instead_of_giving_a_p_value():
     result = ls.score_layers(heard, corpus_of, replace(RULE, kind="auroc"), False, 1, permutations=9, resamples=5, seed=0)
     assert np.isfinite(result.score).all() and len(set(result.score)) == 3
     assert all(np.isnan(values).all() for values in (result.p_value, result.p_max, result.selection_share))
+
+
+def test_layers_are_read_as_ranges():
+    told = {"0 1 2 5": "0-2, 5", "3": "3", "0 1 3 9 | 0 1 2 9": "0-1, 3, 9 | 0-2, 9", "7 9 10 11": "7, 9-11"}
+    assert {layers: layer_sets.ranges(layers) for layers in told} == told
