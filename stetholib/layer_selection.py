@@ -222,7 +222,7 @@ def _beside_chance(sets: pd.DataFrame, reliability: pd.DataFrame, level: float) 
     told, unsure = {}, []
     for contrast, name in {"corpus": "stethoscope", "matched": "stethoscope_matched"}.items():
         low, high = named["percentile_low"][name], named["percentile_high"][name]
-        told[contrast] = f"**{share[name]:.0%}** ({low:.0%} to {high:.0%}; {SPOKEN[contrast]})"
+        told[contrast] = f"**{share[name]:.1%}** ({low:.0%} to {high:.0%}; {SPOKEN[contrast]})"
         unsure += [SPOKEN[contrast]] if low < 1 - level else []
     rivals = share.drop(["full", "full_shrunk", "stethoscope"], errors="ignore").dropna()
     better = [name.replace("_", " ") for name in rivals.index if rivals[name] > share["stethoscope"]]
@@ -249,12 +249,13 @@ def _beside_full(sets: pd.DataFrame) -> str:
     return f"{said} Of the closing sentence's, {shares[0]:.0%} and {shares[1]:.0%}."
 
 
-def sets_title(sets: pd.DataFrame, reliability: pd.DataFrame) -> str:
-    """The finding of the figure of sets: what the stethoscope's beat, or that this world cannot tell."""
+def sets_title(sets: pd.DataFrame, reliability: pd.DataFrame, level: float = 0.05) -> str:
+    """The finding of the figure of sets: what the stethoscope's beat, and whether beyond chance; or that this world cannot tell."""
     row = named_sets(sets).loc["stethoscope"]
-    beaten = f"beats {row['percentile']:.0%} of random sets ({row['percentile_low']:.0%} to {row['percentile_high']:.0%})"
-    unsure = f"This world cannot tell sets apart (the stethoscope's {beaten})"
-    return f"The stethoscope's set {beaten}" if tells_apart(reliability) else unsure
+    beaten = f"beats {row['percentile']:.1%} of random sets ({row['percentile_low']:.0%} to {row['percentile_high']:.0%})"
+    if not tells_apart(reliability):
+        return f"This world cannot tell sets apart (the stethoscope's {beaten})"
+    return f"The stethoscope's set {beaten}" + ("" if row["percentile_low"] >= 1 - level else ": not beyond chance")
 
 
 def scales_title(sets: pd.DataFrame) -> str:
@@ -275,7 +276,9 @@ def _heard(table: pd.DataFrame, level: float) -> str:
     if not corpus and not matched:
         return f"**No layer hears mathematics beyond chance**, neither on all tokens nor on matched words {test}."
     counted = f"{corpus or '**None**'} of {layers} layers hear mathematics beyond chance on all tokens, {matched or '**none**'} on matched words {test}."
-    return f"{counted} Hearing is not the question." if corpus and matched else counted
+    ahead = [(rows["score_random"] >= rows["score"]).sum() for rows in (table[table["contrast"] == c] for c in CONTRASTS)]
+    dumb = f"A random dictionary of the same sparsity scores at least as high in {ahead[0]} on all tokens and in {ahead[1]} on matched words."
+    return f"{counted} {dumb}"
 
 
 def spearman(x: Values, y: Values, level: float = 0.05, resamples: int = 2000, seed: int = 0) -> tuple[float, float, float]:

@@ -178,13 +178,14 @@ def token_limits(records: pd.DataFrame, base: LanguageModel, limit: int, points:
 
 
 def headline_title(table: pd.DataFrame, subject: str, name: str) -> str:
-    """The finding of one half of the headline's figure: of how many random sets of layers is the stethoscope ahead?"""
+    """The finding of one half of the headline's figure: is the stethoscope ahead of random sets, and of the whole vector, shrunk?"""
     of: Any = table[table["subject"] == subject].set_index("variant")
     metric = of["math_verify"].fillna(of["accuracy"]).astype(float)
     random = metric[metric.index.str.startswith("random_")]
-    if "stethoscope" not in metric or random.empty:
+    if not {"stethoscope", "full_shrunk"} <= {*metric.index} or random.empty:
         return name
-    return f"{name}: stethoscope beats {(random < metric['stethoscope']).sum()} of {len(random)} random sets"
+    ahead = f"ahead of {(random < metric['stethoscope']).sum()} of {len(random)} random sets"
+    return f"{name}: the stethoscope is {ahead}" + (", behind shrinking" if metric["full_shrunk"] > metric["stethoscope"] else "")
 
 
 def example_pair(all_records: pd.DataFrame, one: str = "base", other: str = "full") -> tuple[str, dict[str, str]]:
@@ -206,6 +207,8 @@ def limit_title(limits: pd.DataFrame, truncated: float) -> str:
     """The finding of the figure of token limits: how many are enough, or that more might be wanted; truncated: the largest share
     of a variant's answers that the limit cuts."""
     enough, used = enough_tokens(limits), int(limits["limit"].max())
+    if enough < used and not truncated:
+        return f"No answer is cut off: {enough} of {used} tokens are enough"
     if enough < used:
         return f"{enough} tokens are enough; at most {truncated:.1%} of a variant's answers are truncated"
     return f"{used} tokens may be too few: up to {truncated:.0%} of a variant's answers are cut"
@@ -250,7 +253,7 @@ def summary(table: pd.DataFrame, significance: pd.DataFrame, noise: pd.DataFrame
     flat = f" The whole vector **lifts nothing there that can be told from none** by {unlifted}." if unlifted else ""
     null = f" The stethoscope shows **no gain there that can be told from none** on {untold}." if untold else ""
     randoms = whole[[name for name in whole.index if name.startswith("random_")]]
-    no_better = " The stethoscope's layers are **no better** than those." if whole["stethoscope"] <= randoms.max() else ""
+    no_better = _beside_random(table, judges)
     drawn = {1: "one random set of as many layers gives", 3: "three random sets of as many layers give"}
     sets = drawn.get(len(randoms), f"{len(randoms)} random sets of as many layers give")
     flips = f"{noise['share'].min():.1%} to {noise['share'].max():.1%}" if noise["flips"].any() else "none"
@@ -275,6 +278,17 @@ def _by(judges: Sequence[str], table: pd.DataFrame, subject: str) -> str:
     return ", ".join(text.format(f"{rows.loc[name, 'accuracy']:.1%}{verify[name]}") for name, text in SHOWN.items())
 
 
+def _beside_random(table: pd.DataFrame, judges: Sequence[str]) -> str:
+    """By which metrics the stethoscope's layers are no better than the best random set, over all subjects; empty where by none."""
+    rows: Any = table[table["subject"] == "all"].set_index("variant")
+    random = rows.index.str.startswith("random_")
+    worse = []
+    for judge, column in zip(judges, ("accuracy", "math_verify"), strict=False):
+        if rows.loc["stethoscope", column] <= rows.loc[random, column].max():
+            worse.append(WORDS[judge])
+    return f" The stethoscope's layers are **no better** than those by {' or by '.join(worse)}." if worse else ""
+
+
 def _shrunk(row: Any, judge: str) -> str:
     """What selecting layers is worth beside the same energy in all of them."""
     verdict = "no difference can be told, so **shrinking does as well as selecting**"
@@ -291,11 +305,11 @@ def _shrunk(row: Any, judge: str) -> str:
 def _format(whole: pd.DataFrame, gains: Any, judges: Sequence[str]) -> str:
     """How much of the whole vector's gain can be format; that there is no gain to split is said. gains: by metric."""
     base, full, gain = whole.loc["base"], whole.loc["full"], gains.loc["exact_match"]
-    split = f"at most {gain['gain_format_bound']:+.1%} of its gain of {gain['difference']:+.1%} is format"
+    split = f"{gain['gain_format_bound']:+.1%} of its gain of {gain['difference']:+.1%} is where readability changed"
     if gain["ci_low"] <= 0:
         split = f"but it gains **nothing that can be told from chance** ({gain['difference']:+.1%}, {interval(gain)}), so there is no gain to split"
     elif gain["gain_format_bound"] >= gain["difference"]:
-        split += ", **which may be all of it**"
+        split += ", **which is all of it**"
     said = (
         f"The base closes {base['extractable']:.0%} of its answers readably, the whole vector {full['extractable']:.0%}: {split}."
     )

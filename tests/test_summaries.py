@@ -264,7 +264,12 @@ def layer_table(**changes):
     """Twelve layers under both contrasts; early ones write the solution, late ones its closing sentence."""
     layer = np.arange(LAYERS)
     columns = dict(
-        layer=layer, score=0.1 * layer, p_max=0.01, selected=(layer >= 8).astype(int), effect_alone=0.001 * (12 - layer)
+        layer=layer,
+        score=0.1 * layer,
+        score_random=0.35,
+        p_max=0.01,
+        selected=(layer >= 8).astype(int),
+        effect_alone=0.001 * (12 - layer),
     )
     rows = pd.DataFrame(columns | dict(closing_alone=0.002 * layer**2) | changes)
     return pd.concat([rows.assign(contrast=contrast) for contrast in ("corpus", "matched")], ignore_index=True)
@@ -318,7 +323,7 @@ def test_04_says_the_tables_numbers():
     heard, chosen, places, apart, injected, beside, score = lines(fourth())
     assert (
         heard
-        == "- 12 of 12 layers hear mathematics beyond chance on all tokens, 12 on matched words (permutation, maximum over layers). Hearing is not the question."
+        == "- 12 of 12 layers hear mathematics beyond chance on all tokens, 12 on matched words (permutation, maximum over layers). A random dictionary of the same sparsity scores at least as high in 4 on all tokens and in 4 on matched words."
     )
     assert "are [8, 9, 10, 11] on all tokens and [8, 9, 10, 11] on matched words: 4 of 4 in common." in chosen
     assert places == (
@@ -330,7 +335,7 @@ def test_04_says_the_tables_numbers():
         and "rank 106 sets with rho +0.80" in apart
         and apart.endswith("by 40% of the whole vector's effect.")
     )
-    assert "better than **57%** (52% to 62%; all tokens) and **60%** (55% to 65%; matched words) of random sets" in injected
+    assert "better than **57.0%** (52% to 62%; all tokens) and **60.0%** (55% to 65%; matched words) of random sets" in injected
     assert "On all tokens and on matched words that is **not told from chance**, which needs 95%" in injected
     assert injected.endswith("Rules that do better: stethoscope matched, first, greedy.")
     assert (
@@ -386,9 +391,12 @@ def test_04_says_when_this_world_does_not_tell_sets_apart(reliability, held_out)
         and "which this world cannot tell: stethoscope" in text
     )
     assert layer_selection.sets_title(set_table(), told).startswith(
-        "This world cannot tell sets apart (the stethoscope's beats 57%"
+        "This world cannot tell sets apart (the stethoscope's beats 57.0%"
     )
-    assert layer_selection.sets_title(set_table(), reliable()) == "The stethoscope's set beats 57% of random sets (52% to 62%)"
+    assert (
+        layer_selection.sets_title(set_table(), reliable())
+        == "The stethoscope's set beats 57.0% of random sets (52% to 62%): not beyond chance"
+    )
 
 
 def test_04_says_when_its_losses_rank_nothing():
@@ -481,7 +489,7 @@ def test_05_says_the_tables_numbers():
     assert f"three random sets of as many layers give {min(randoms):.1%} to {max(randoms):.1%}." in overall
     assert ("**no better** than those" in overall) == (at("stethoscope", "all") <= max(randoms))
     gain = paired.set_index(["variant", "subject", "metric"]).loc[("full", "all", "exact_match")]
-    assert f"at most {gain['gain_format_bound']:+.1%} of its gain of {gain['difference']:+.1%} is format" in form
+    assert f"{gain['gain_format_bound']:+.1%} of its gain of {gain['difference']:+.1%} is where readability changed" in form
     assert f"from {at('base', 'all', 'math_verify'):.1%} to {at('full', 'all', 'math_verify'):.1%}." in form
     assert flips == "- Rounding alone flips 0.0% to 0.5% of the verdicts."
 
@@ -494,7 +502,7 @@ def test_05_says_both_metrics_in_one_line_a_subject():
         "30.0% on matched words, 20.0% with the scalpel."
     )
     assert overall == f"- Over all subjects: {both}; three random sets of as many layers give 25.0% to 27.0%."
-    assert "readably, the whole vector 90%: at most +10.0% of its gain of +20.0% is format. `math_verify`" in form
+    assert "readably, the whole vector 90%: +10.0% of its gain of +20.0% is where readability changed. `math_verify`" in form
     assert form.endswith("goes from 25.0% to 45.0%.") and "math_verify` the stethoscope stands at -3.0%" in shrunk
 
 
@@ -543,9 +551,9 @@ def test_05_says_when_there_is_no_gain_to_split_and_when_it_may_all_be_format():
     table, paired = fifth()
     full = lambda t: (t["variant"] == "full") & (t["subject"] == "all")  # noqa: E731
     none = said_05(paired=changed(paired, full, difference=0.001, ci_low=-0.02))
-    assert "**nothing that can be told from chance** (+0.1%" in none and "is format" not in none
+    assert "**nothing that can be told from chance** (+0.1%" in none and "readability changed" not in none
     assert "`math_verify`, which needs no sentence, **does not rise beyond chance**" in none
-    assert "**which may be all of it**" in said_05(paired=changed(paired, full, gain_format_bound=0.5))
+    assert "**which is all of it**" in said_05(paired=changed(paired, full, gain_format_bound=0.5))
     worse = changed(table, lambda t: (t["variant"] == "stethoscope") & (t["subject"] == "all"), accuracy=0.26)
     assert "**no better** than those" in said_05(worse) and "no better" not in said_05()
     assert "flips none of the verdicts" in said_05(noise=NOISE.iloc[:1])
@@ -677,9 +685,19 @@ def test_06_pairs_are_first_minus_second_by_both_metrics():
     assert table.loc["one - absent", "difference"].isna().all()
 
 
-def test_05_the_headline_counts_the_random_sets_that_the_stethoscope_beats():
-    rows = [("stethoscope", 0.3, 0.35), ("random_1", 0.4, 0.2), ("random_2", 0.2, 0.35), ("base", 0.1, 0.1)]
+def test_05_the_headline_holds_the_stethoscope_against_random_sets_and_against_shrinking():
+    rows = [("stethoscope", 0.3, 0.35), ("random_1", 0.4, 0.2), ("random_2", 0.2, 0.35), ("full_shrunk", 0.5, 0.3)]
     table = pd.DataFrame(rows, columns=["variant", "accuracy", "math_verify"]).assign(subject="all")
-    assert minerva_math.headline_title(table, "all", "All") == "All: stethoscope beats 1 of 2 random sets"
-    assert minerva_math.headline_title(table.assign(math_verify=np.nan), "all", "All").endswith("beats 1 of 2 random sets")
-    assert minerva_math.headline_title(table[table["variant"] == "base"], "all", "All") == "All"
+    assert minerva_math.headline_title(table, "all", "All") == "All: the stethoscope is ahead of 1 of 2 random sets"
+    alone = minerva_math.headline_title(table.assign(math_verify=np.nan), "all", "All")
+    assert alone == "All: the stethoscope is ahead of 1 of 2 random sets, behind shrinking"
+    assert minerva_math.headline_title(table[table["variant"] == "random_1"], "all", "All") == "All"
+
+
+def test_05_by_which_metric_the_stethoscope_is_no_better_than_random_sets_is_said():
+    rows = [("stethoscope", 0.3, 0.35), ("random_1", 0.4, 0.2)]
+    table = pd.DataFrame(rows, columns=["variant", "accuracy", "math_verify"]).assign(subject="all")
+    both = ["exact_match", "math_verify"]
+    assert minerva_math._beside_random(table, both).endswith("are **no better** than those by exact match.")
+    assert minerva_math._beside_random(table.assign(math_verify=0.1), both).endswith("by exact match or by `math_verify`.")
+    assert minerva_math._beside_random(table.assign(accuracy=[0.5, 0.4]), both) == ""

@@ -40,7 +40,7 @@ def found(root: Path) -> str:
         f"{random}; the whole vector, shrunk to the same energy, to {said['full_shrunk']}.",
         f"**Would chance have picked as well?** By validation loss its layers beat {percent(own['percentile'])} of random sets; over "
         f"{len(worlds)} worlds {percent(chosen[0])} on average ({percent(chosen[1])} to {percent(chosen[2])}), where chance is 50 %. The shrunk "
-        f"whole vector gains {100 * -less[0]:.1f} points of all answers more ({100 * -less[2]:.1f} to {100 * -less[1]:.1f}).",
+        f"whole vector gets {100 * -less[0]:.1f} points more of all answers right, by Math-Verify ({100 * -less[2]:.1f} to {100 * -less[1]:.1f}).",
         f"**On real weights**, SmolLM2-135M-Instruct, the scalpel's geometry is the same, but the stethoscope's layers beat {percent(there)} of random "
         f"sets and take Number Theory from {real['base']} to {real['stethoscope']}, where the whole vector reaches {real['full']}, and its "
         f"shrunk self {real['full_shrunk']}.",

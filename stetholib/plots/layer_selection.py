@@ -48,7 +48,7 @@ def effects(table: pd.DataFrame, part: str, ax: Axes) -> Axes:
     ax.plot(rows["layer"], rows[f"{of}_left_out"], color=GREEN, marker="^", label="left out of the whole")
     ax.plot(rows["layer"], rows[f"{of}_alone"], color=ORANGE, marker="D", label="injected alone")
     ax.axhline(0, color=BLACK, lw=0.8)
-    whole_numbers(ax).set(xlabel="layer", ylabel="effect (nats a token)")
+    whole_numbers(ax).set(xlabel="layer", ylabel="fall of the loss (nats a token)")
     ax.legend()
     return ax
 
@@ -59,7 +59,7 @@ def score_against_effect(table: pd.DataFrame, ax: Axes) -> Axes:
     beside: dict[str, Any] = dict(xytext=(4, 3), textcoords="offset points", fontsize=7.5)
     for layer, contrast, *at in table[["layer", "contrast", "score", "effect_alone"]].dropna().to_numpy():
         ax.annotate(str(layer), tuple(at), color=CONTRASTS[contrast].colour, **beside)
-    ax.set(xlabel="layer score", ylabel="effect alone (nats a token)")
+    ax.set(xlabel="layer score", ylabel="fall of the loss, injected alone (nats a token)")
     ax.legend()
     return ax
 

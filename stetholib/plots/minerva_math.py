@@ -61,7 +61,7 @@ def accuracies(table: pd.DataFrame, subject: str, order: Sequence[str], ax: Axes
 def gain_split(table: pd.DataFrame, variants: Sequence[str], ax: Axes) -> Axes:
     """The gain in exact match over the base, split into problems readable under both models and problems whose readability
     changed."""
-    names = {"gain_both_extractable": "answer readable under both", "gain_format_bound": "readability changed (bounds format)"}
+    names = {"gain_both_extractable": "answer readable under both", "gain_format_bound": "readability changed"}
     parts = table[(table["subject"] == "all") & (table["metric"] == "exact_match")].melt("variant", list(names))
     twin_bars(parts, (BLUE, ORANGE), ax, x="value", y="variant", order=list(variants), hue="variable", hue_order=list(names))
     ax.axvline(0, color=BLACK, lw=0.8)

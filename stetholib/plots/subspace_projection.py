@@ -33,11 +33,11 @@ def chance_by_width(ax: Axes, widths: tuple[int, int] = (2, 2560)) -> Axes:
     Beta(1/2, (d - 1)/2)."""
     d = np.geomspace(*widths, 60)
     kept = stats.beta(0.5, (d - 1) / 2)
-    ax.fill_between(d, kept.ppf(0.05), kept.ppf(0.95), color=PALE, label="nine of ten draws")
+    ax.fill_between(d, kept.ppf(0.05), kept.ppf(0.95), color=PALE, label="90 % of draws")
     ax.plot(d, 1 / d, color=BLACK, lw=1.5, label="mean, 1 / d")
     ax.set(xscale="log", yscale="log", ylim=(1e-5, 1.2), xlabel="width d", ylabel="energy kept by one direction")
     ax.legend(loc="lower left")
-    ax.set_title(f"At random in {widths[1]} dimensions: {1 / widths[1]:.2%}")
+    ax.set_title(f"At random, one of {widths[1]} keeps {1 / widths[1]:.2%}")
     return ax
 
 
