@@ -688,9 +688,9 @@ def test_06_pairs_are_first_minus_second_by_both_metrics():
 def test_05_the_headline_holds_the_stethoscope_against_random_sets_and_against_shrinking():
     rows = [("stethoscope", 0.3, 0.35), ("random_1", 0.4, 0.2), ("random_2", 0.2, 0.35), ("full_shrunk", 0.5, 0.3)]
     table = pd.DataFrame(rows, columns=["variant", "accuracy", "math_verify"]).assign(subject="all")
-    assert minerva_math.headline_title(table, "all", "All") == "All: the stethoscope is ahead of 1 of 2 random sets"
+    assert minerva_math.headline_title(table, "all", "All") == "All: the stethoscope is\nahead of 1 of 2 random sets"
     alone = minerva_math.headline_title(table.assign(math_verify=np.nan), "all", "All")
-    assert alone == "All: the stethoscope is ahead of 1 of 2 random sets, behind shrinking"
+    assert alone == "All: the stethoscope is\nahead of 1 of 2 random sets, behind shrinking"
     assert minerva_math.headline_title(table[table["variant"] == "random_1"], "all", "All") == "All"
 
 
