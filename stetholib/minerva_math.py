@@ -185,7 +185,9 @@ def headline_title(table: pd.DataFrame, subject: str, name: str) -> str:
     if not {"stethoscope", "full_shrunk"} <= {*metric.index} or random.empty:
         return name
     ahead = f"ahead of {(random < metric['stethoscope']).sum()} of {len(random)} random sets"
-    return f"{name}: the stethoscope is\n{ahead}" + (", behind shrinking" if metric["full_shrunk"] > metric["stethoscope"] else "")
+    return f"{name}: the stethoscope is\n{ahead}" + (
+        ", behind shrinking" if metric["full_shrunk"] > metric["stethoscope"] else ""
+    )
 
 
 def example_pair(all_records: pd.DataFrame, one: str = "base", other: str = "full") -> tuple[str, dict[str, str]]:

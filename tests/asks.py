@@ -23,7 +23,7 @@ LIBRARIES = (
 def everything(profile: str) -> None:
     """All that the notebooks ask, and write."""
     from stetholib import Study, plots, sae_features, significance, task_vectors
-    from stetholib.study.layer_selection import formal_text, known_layers, over_worlds, planted
+    from stetholib.study.layer_selection import additivity, formal_text, known_layers, over_worlds, planted
     from stetholib.study.sae_features import training
     from stetholib.study.subspace_projection import choices
 
@@ -44,7 +44,7 @@ def everything(profile: str) -> None:
     study.keep("04_layer_selection", four.table())
     study.keep("04_layer_sets", four.sets())
     study.keep("04_reliability", four.reliability())
-    four.additivity(), known_layers(four), over_worlds(four)
+    additivity(four), known_layers(four), over_worlds(four)
     study.keep("05_minerva_math", five.table())
     study.keep("records", five.records())
     five.token_limits(["base", "full", "full_shrunk", "stethoscope", "stethoscope_matched"]), five.noise(), five.checks()

@@ -136,10 +136,6 @@ class LayerSelection(Step):
         subjects, seed = self._losses.subjects, self._world.seed("reliability")
         return layer_sets.reliability(self._plan(), self._losses.of, subjects, seed)
 
-    def additivity(self) -> pd.DataFrame:
-        """Whether what layers do adds up: columns model, n, r2, of `layer_sets.additivity`."""
-        return layer_sets.additivity(self.sets(), self._world.layers, self._world.seed("additivity"))
-
     def table(self) -> pd.DataFrame:
         """Step 04's table of layers."""
         scores, tests = {contrast: self.scores(contrast) for contrast in CONTRASTS}, self._features.self_tests()
@@ -165,6 +161,11 @@ def formal_text(step: LayerSelection) -> pd.DataFrame:
             continue
         rows.append(dict(contrast=contrast) | layer_selection.stability(step.plain_scores(contrast), theirs, step.selected_count))
     return pd.DataFrame(rows, columns=["contrast", "rho", "layers", "common", "chance"])
+
+
+def additivity(step: LayerSelection) -> pd.DataFrame:
+    """Whether what layers do adds up: columns model, n, r2, of `layer_sets.additivity`."""
+    return layer_sets.additivity(step.sets(), step._world.layers, step._world.seed("additivity"))
 
 
 def known_layers(step: LayerSelection) -> pd.DataFrame | None:

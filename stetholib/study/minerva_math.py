@@ -138,14 +138,6 @@ class MinervaMath(Step):
         wanted = self._variants if names is None else names
         return pd.concat([self._records(self._variants[name]) for name in wanted], ignore_index=True)
 
-    def example(self) -> dict[str, str]:
-        """One problem as it is asked, its gold solution, and the completions of the base and with the whole vector."""
-        found, answers = minerva_math.example_pair(self.records(["base", "full"]))
-        gold = {problem_id(row["subject"], row["problem"]): row["solution"] for row in self._world.problems("test")}
-        return {"What is asked": self._asked.prompts[found], "The gold solution": gold[found]} | {
-            f"The answer of {name}": said for name, said in zip(("the base", "the whole vector"), answers.values(), strict=True)
-        }
-
     def general_loss(self, variant: Variant) -> float:
         """Loss on held-out general text, nats a token."""
         p = self._profile
@@ -185,3 +177,11 @@ class MinervaMath(Step):
             found = self._store.made(answer_some, other, self._some(), self._limits(batch_size))
             rows.append(minerva_math.flips(kept, self._store.made(harness.verdicts, self._tasks, found).value, what))
         return pd.DataFrame(rows)
+
+
+def example(step: MinervaMath) -> dict[str, str]:
+    """One problem as it is asked, its gold solution, and the completions of the base and with the whole vector."""
+    found, answers = minerva_math.example_pair(step.records(["base", "full"]))
+    gold = {problem_id(row["subject"], row["problem"]): row["solution"] for row in step._world.problems("test")}
+    asked = {"What is asked": step._asked.prompts[found], "The gold solution": gold[found]}
+    return asked | {f"The answer of {name}": answers[key] for key, name in (("base", "the base"), ("full", "the whole vector"))}
