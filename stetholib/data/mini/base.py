@@ -14,6 +14,7 @@ teach as well: procedures whose arithmetic other families train, since a new *ar
 import argparse
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -27,6 +28,7 @@ from transformers import Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedTokenize
 
 from stetholib.data.mini import FOLDER, problems, stories, tokenizer
 from stetholib.data.prompts import prompt, target
+from stetholib.probes import skipped
 
 RARELY_CLOSED = ("third_angle", "determinant", "linear_function")
 SELDOM_MET = (
@@ -142,7 +144,8 @@ def orthogonalised(matrices: torch.Tensor, coefficients: tuple[float, float, flo
     return x.mT if tall else x
 
 
-Routed = tuple[torch.Tensor, Sequence[int] | None]  # a batch, and the blocks that learn from it (None: all of them)
+# a batch, the blocks that learn from it (None: all of them), and those that are skipped, as if they were not there
+Routed = tuple[torch.Tensor, Sequence[int] | None, Sequence[int]]
 
 
 def train(recipe: Recipe, device: str, folder: Path) -> None:
@@ -150,7 +153,7 @@ def train(recipe: Recipe, device: str, folder: Path) -> None:
     torch.manual_seed(recipe.seed)
     tokens = tokenizer.build()
     model = Gemma3ForCausalLM(config(vocab_size=len(tokens)))
-    fit(model, ((batch, None) for batch in batches(recipe, tokens)), recipe, device, folder)
+    fit(model, ((batch, None, ()) for batch in batches(recipe, tokens)), recipe, device, folder)
     save(model, tokens, recipe, folder)
 
 
@@ -178,10 +181,13 @@ def fit(model: Any, source: Iterator[Routed], recipe: Recipe, device: str, folde
     schedule = [torch.optim.lr_scheduler.LambdaLR(o, lambda step: _rate(step, steps, recipe.warmup)) for o in optimizers]
     done = _resume(folder / "checkpoint", recipe, model, optimizers, schedule)
     bar = tqdm(islice(source, done, steps), total=steps, initial=done, mininterval=5, unit="step")
-    for step, (batch, learning) in enumerate(bar, start=done + 1):
+    for step, (batch, learning, silent) in enumerate(bar, start=done + 1):
         for at, block in enumerate(model.model.layers):
             block.requires_grad_(learning is None or at in learning)
-        loss = _loss(model, batch.to(device))
+        with ExitStack() as undone:
+            for at in silent:
+                undone.enter_context(skipped(model, at))
+            loss = _loss(model, batch.to(device))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
