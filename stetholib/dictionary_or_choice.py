@@ -79,11 +79,10 @@ def measure(
 ) -> pd.DataFrame:
     """Columns choice and energy_retained, over all layers of the vector, whose SAEs are believed."""
     labels, generator = torch.tensor(list(corpus_of)), torch.Generator().manual_seed(seed)
-    sums = {layer: heard[layer].sums[f"corpus.{layer}"] for layer in vector.layers}
     total, energy = dict.fromkeys(CHOICES, 0.0), 0.0
-    for (layer, one), features in zip(
-        sums.items(), specificities(sums.values(), labels, kind, minimum_firing, False), strict=True
-    ):
+    for layer in vector.layers:  # one at a time: the sums of all layers of a large model are gigabytes
+        one = heard[layer].sums[f"corpus.{layer}"]
+        (features,) = specificities([one], labels, kind, minimum_firing, False)
         assert features is not None
         values, fires = features
         ranked = torch.sort(torch.where(fires, values, -torch.inf), descending=True, stable=True).indices[: int(fires.sum())]
@@ -112,6 +111,6 @@ def summary(table: pd.DataFrame) -> str:
     return (
         f"The most specific features keep {share['most_specific']:.1%}, {than} ({share['random_features']:.1%}) and {often} than the most often "
         f"firing ({share['most_frequent']:.1%}). Those that the vector itself would choose keep {share['best_features']:.1%}, of a random "
-        f"dictionary {share['best_random']:.1%}, the best subspace {share['best_subspace']:.1%}: of the gap to it, {chosen:.0%} is the choice of "
-        f"features, and {1 - chosen:.0%} that the dictionary has no better ones."
+        f"dictionary {share['best_random']:.1%}, the best subspace {share['best_subspace']:.1%}: of the gap to it, at least {chosen:.0%} is the "
+        f"choice of features, since others of the same dictionary, each chosen by itself, keep so much more."
     )

@@ -27,21 +27,25 @@ def measure(rules: Rules, sets: pd.DataFrame, known: Sequence[int]) -> pd.DataFr
     overlap (how many of its layers are known ones), exact, share (of the whole vector's fall of the solution's loss that its set
     brings), and percentile among random sets with its interval. sets: the table of sets of layers."""
     named = named_sets(sets)
+    whole = named["loss_change"]["full"]
     rows = []
     for name, (contrast, score) in rules.items():
         row = named.loc[name]
         layers = {int(layer) for layer in row["layers"].split()}
         found = dict(selector=name, contrast=contrast, layers=row["layers"], auroc=selectors.auroc(score, known))
         found |= dict(overlap=len(layers & {*known}), exact=layers == {*known})
-        rows.append(found | dict(share=row["loss_change"] / named["loss_change"]["full"]))
+        rows.append(found | dict(share=row["loss_change"] / whole if whole < 0 else float("nan")))
     ends = ["percentile", "percentile_low", "percentile_high"]
     return pd.DataFrame(rows).join(named[ends], on="selector")
 
 
 def holds(sets: pd.DataFrame, reliability: pd.DataFrame) -> bool:
-    """Whether this world can test a rule at all: it ranks sets of layers, and the known ones are better than chance."""
-    told, ahead = reliability_of_sets(reliability), named_sets(sets)["percentile"]["known"]
-    return bool(told["reliability"] >= RELIABILITY and told["r_held_out"] >= HELD_OUT and ahead > AHEAD)
+    """Whether this world can test a rule at all: the whole vector lowers the loss, sets of layers are ranked, and the known ones
+    lower it as well and are better than chance, which those of a vector without mathematics are not."""
+    told, named = reliability_of_sets(reliability), named_sets(sets)
+    lowered = named["loss_change"]["full"] < 0 and named["loss_change"]["known"] < 0
+    ranked = told["reliability"] >= RELIABILITY and told["r_held_out"] >= HELD_OUT
+    return bool(lowered and ranked and named["percentile"]["known"] > AHEAD)
 
 
 def summary(table: pd.DataFrame, sets: pd.DataFrame, reliability: pd.DataFrame) -> str:
@@ -52,8 +56,11 @@ def summary(table: pd.DataFrame, sets: pd.DataFrame, reliability: pd.DataFrame) 
     exact, best = table[table["exact"]]["selector"], table.sort_values("auroc", ascending=False)
     said = lambda names: ", ".join(f"`{name}`" for name in names) or "none"  # noqa: E731
     verdict = "can test a rule" if holds(sets, reliability) else "**cannot test a rule** by the bars that were fixed"
+    place = f"Mathematics was put into layers {known}: **by construction**. Alone they bring {shares['known']:.0%} of the whole vector's fall, all others {shares['outside']:.0%}."
+    if not (change["full"] < 0 and change["known"] < 0):
+        place = f"The vector lowers no loss in layers {known}, the only ones that could have learnt mathematics: **there is nothing to find**."
     lines = [
-        f"Mathematics was put into layers {known}: **by construction**. Alone they bring {shares['known']:.0%} of the whole vector's fall, all others {shares['outside']:.0%}.",
+        place,
         f"Two halves of the problems rank sets with rho {told['reliability']:+.2f}, and the best set that one finds is worth {told['r_held_out']:.0%} on the other: this world {verdict}.",
         f"Exactly the known layers are picked by {said(exact)}; the score that sets them apart best is `{best['selector'].iloc[0]}` (AUROC {best['auroc'].iloc[0]:.2f}), and the paper's has {float(table.set_index('selector')['auroc']['stethoscope']):.2f}; chance is .50.",
     ]
@@ -75,7 +82,7 @@ def over_worlds(worlds: pd.DataFrame, organisms: pd.DataFrame | None = None, lev
         mean, low, high = mean_interval(each, level)
         found = dict(organisms=len(each), auroc=mean, auroc_low=low, auroc_high=high, exact=group["exact"].sum(), runs=len(group))
         table.loc[name, [*found]] = [*found.values()]
-    return table.dropna(subset=["percentile"]).sort_values("percentile", ascending=False, kind="stable")
+    return table.sort_values("percentile", ascending=False, kind="stable")
 
 
 def between(mean: float, low: float, high: float, form: str = ".1%") -> str:

@@ -224,7 +224,7 @@ def _beside_chance(sets: pd.DataFrame, reliability: pd.DataFrame, level: float) 
         low, high = named["percentile_low"][name], named["percentile_high"][name]
         told[contrast] = f"**{share[name]:.1%}** ({low:.0%} to {high:.0%}; {SPOKEN[contrast]})"
         unsure += [SPOKEN[contrast]] if low < 1 - level else []
-    rivals = share.drop(["full", "full_shrunk", "stethoscope"], errors="ignore").dropna()
+    rivals = share.drop(["full", "full_shrunk", "stethoscope", "known", "outside"], errors="ignore").dropna()
     better = [name.replace("_", " ") for name in rivals.index if rivals[name] > share["stethoscope"]]
     by_chance = f" On {' and on '.join(unsure)} that is **not told from chance**, which needs {1 - level:.0%} at the interval's lower end."
     ahead = "Rules that do better" if tells_apart(reliability) else "Rules that look better, which this world cannot tell"

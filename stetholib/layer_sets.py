@@ -26,6 +26,7 @@ LossOf = Callable[[LayerSet, float], DocumentLosses]  # (layers, alpha) -> losse
 SETS_OF_MANY = ("random", "only", "without", "window", "stethoscope_shifted", "stethoscope_rise_shifted")
 IN_ALL = ("full", "full_shrunk")
 SEEING = ("greedy", "small_step")  # rules that see losses, so they choose on one half of the problems and are judged on the other
+FEWEST = 10  # random sets, below which a fit to them says nothing
 RELIABLE, RESOLVED = 0.5, 0.1  # what `tells_apart` asks of two halves, fixed before any result
 
 
@@ -182,13 +183,15 @@ def smooth_null(sets: pd.DataFrame) -> pd.DataFrame:
 
 def additivity(sets: pd.DataFrame, layers: int, seed: int) -> pd.DataFrame:
     """Do layers add up? R^2 of random sets' solution loss as predicted by what layers do alone (not fitted), by a sum over layers
-    and by a sum over layers and pairs, both fitted by ridge regression and cross-validated in ten parts, as sparse interactions
+    and by a sum over layers and pairs, both fitted by ridge regression and cross-validated in ten parts; NaN of fewer than ten sets, as sparse interactions
     are looked for in arXiv 2502.13870. Where a sum fails, no score by layer can be right."""
     from sklearn.linear_model import RidgeCV
     from sklearn.model_selection import KFold, cross_val_predict
 
     random, alone = sets[sets["selector"] == "random"], sets[sets["selector"] == "only"].set_index("draw")["loss_change"]
     y = random["loss_change"].to_numpy()
+    if len(y) < FEWEST:
+        return pd.DataFrame(dict(model=["alone", "layers", "pairs"], n=len(y), r2=np.nan))
     x = np.array(
         [[layer in row for layer in range(layers)] for row in (set(map(int, s.split())) for s in random["layers"])], float
     )

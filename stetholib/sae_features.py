@@ -241,12 +241,13 @@ def hear_again(
     texts = [text for text, corpus in zip(listening.texts, listening.corpus_of, strict=True) if corpus < corpus_of.max()]
     pairs = [(ids, 1) for ids, _ in tokenize(tuned, [("", text) for text in texts], listening.max_tokens)]
     every = torch.zeros(len(texts), dtype=torch.long)
-    sums = {layer: FeatureSums(dictionaries[layer].d_sae, every, float(known["largest"][layer]) or 1.0) for layer in group}
+    held = {layer: dictionaries[layer] for layer in group}  # each is read once
+    sums = {layer: FeatureSums(held[layer].d_sae, every, float(known["largest"][layer]) or 1.0) for layer in group}
     passing = residual_batches(tuned, pairs, listening.batch_tokens, group, watch, "04 features after the fine-tune")
     for _, document, streams in passing:
         for layer, x in streams.items():
             kept = (x.norm(dim=1) <= known["norm_limit"][layer]).float().cpu()
-            sums[layer].add(dictionaries[layer].encode(x), document, dict.fromkeys(CONTRASTS, kept))
+            sums[layer].add(held[layer].encode(x), document, dict.fromkeys(CONTRASTS, kept))
     return {layer: one.sums["corpus"] for layer, one in sums.items()}
 
 

@@ -18,13 +18,11 @@ from stetholib.statistics import Values
 
 
 def rise(scores: Values) -> Float[np.ndarray, " layer"]:
-    """What a layer adds to the score of the one before, S_l - S_(l-1); 0 for the first. The residual stream adds up, so that a
-    score of the stream stays high after the layers that wrote it. Ours, from trials on networks whose layers were known."""
+    """What a layer adds to the score of the one before, S_l - S_(l-1). The residual stream adds up, so that a score of the stream
+    stays high after the layers that wrote it. The first layer has none before it and counts as one that adds nothing; a layer
+    after one without a score has none. Ours, from trials on networks whose layers were known."""
     score = np.asarray(scores, float)
-    scored = np.flatnonzero(np.isfinite(score))
-    found = np.full(len(score), np.nan)
-    found[scored] = np.diff(score[scored], prepend=score[scored[:1]])
-    return found
+    return np.diff(score, prepend=score[:1])
 
 
 def excess(scores: Values, randoms: Float[np.ndarray, "dictionary layer"]) -> Float[np.ndarray, " layer"]:
@@ -79,7 +77,11 @@ def off_principal(
 def signal_to_noise(values: Float[np.ndarray, " rank"], shape: tuple[int, ...]) -> float:
     """Spectrum (Hartford et al., 2024, arXiv 2406.06623) on a matrix of the vector, by its singular values: those above the edge
     of noise over those below, divided by the largest. The edge is Marchenko and Pastur's, of the spread between quartiles; 0
-    where the matrix is zero, and where nothing is noise the smallest value stands for it."""
+    where the matrix is zero, NaN where most of it is numerical dust, as a LoRA's is, and where nothing is noise the smallest
+    value stands for it."""
+    dust = values.max() * max(shape) * np.finfo(np.float32).eps
+    if values.max() > 0 and (values <= dust).mean() > 0.5:
+        return float("nan")
     high, low = np.quantile(values, [0.75, 0.25])
     edge = (high - low) / 1.349 * (1 + np.sqrt(min(shape) / max(shape)))
     signal, noise = values[values > edge].sum(), values[values <= edge].sum() or values.min()

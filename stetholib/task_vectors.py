@@ -134,7 +134,7 @@ def summary(table: pd.DataFrame, rounding: pd.DataFrame, restored: Mapping[str, 
     """What step 01 saw, as Markdown. table: of `measure`; rounding: one row a precision, the last for the task vector in
     bfloat16; restored: what must hold of an edit that is applied and undone, each sentence with whether it does."""
     broken = [sentence for sentence, holds in restored.items() if not holds]
-    undone = "The base plus the vector differs from the base, scale 0 does not, and undoing restores every byte: **True**."
+    undone = "The base plus the vector is the fine-tuned model, scale 0 is the base, and undoing restores every byte: **True**."
     if broken:
         undone = f"An edit is not what it must be. **It does not hold** that {', nor that '.join(broken)}."
     moved = table["delta_norm"] > 0

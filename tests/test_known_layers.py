@@ -50,6 +50,13 @@ def test_the_known_layers_and_the_others_are_planned():
     assert kl.planned((1, 2), 4) == [PlannedSet("known", 0, "-", (1, 2)), PlannedSet("outside", 0, "-", (0, 3))]
 
 
+def test_a_vector_without_mathematics_tests_no_rule_and_its_summary_says_so():
+    control = sets(known=0.99).assign(loss_change=[0.4, 0.0, 0.4, 0.3, 0.0])  # the known layers learnt nothing, all others harm
+    assert not kl.holds(control, reliability()) and kl.holds(sets(known=0.99), reliability())
+    table = kl.measure(RULES, control, KNOWN)
+    assert table["share"].isna().all() and "**there is nothing to find**" in kl.summary(table, control, reliability())
+
+
 @pytest.mark.parametrize(
     ("given", "told"), [((0.97, 0.9, 0.4), True), ((0.9, 0.9, 0.4), False), ((0.97, 0.7, 0.4), False), ((0.97, 0.9, 0.2), False)]
 )
@@ -117,5 +124,5 @@ def test_a_world_without_known_layers_has_no_such_table_and_organisms_refuse_it(
     assert known_layers(Study.open("smoke", SMALL, root=tmp_path).layer_selection) is None
     with pytest.raises(UserError, match="profile smoke names no finetune.blocks"):
         organisms.run(["smoke"], "cpu", 1, tmp_path)
-    with pytest.raises(UserError, match="SEEDS must be 1 or more"):
+    with pytest.raises(UserError, match="SAES must be 1 or more"):
         organisms.run(["organism"], "cpu", 0, tmp_path)

@@ -287,6 +287,11 @@ def test_auroc_cannot_be_drawn_again_and_says_so_instead_of_giving_a_p_value():
     assert all(np.isnan(values).all() for values in (result.p_value, result.p_max, result.selection_share))
 
 
+def test_a_fit_to_few_random_sets_says_nothing():
+    sets = pd.DataFrame([dict(selector="random", draw=0, layers="0 1", loss_change=-0.1)])
+    assert layer_sets.additivity(sets, 4, seed=0)["r2"].isna().all()
+
+
 def test_layers_are_read_as_ranges():
     told = {"0 1 2 5": "0-2, 5", "3": "3", "0 1 3 9 | 0 1 2 9": "0-1, 3, 9 | 0-2, 9", "7 9 10 11": "7, 9-11"}
     assert {layers: layer_sets.ranges(layers) for layers in told} == told

@@ -41,7 +41,8 @@ def test_a_warning_an_error_and_a_path_of_this_machine_are_refused(output):
         publish.shown(notebook(code("b", "1")), notebook(code("b", "1", output))["cells"], {}, "/home/me")
 
 
-def test_six_notebooks_are_published_only_as_they_ran(tmp_path):
+def test_six_notebooks_are_published_only_as_they_ran(tmp_path, monkeypatch):
+    monkeypatch.setattr(publish, "key_of", lambda *_: "k")
     for folder in ("notebooks", "runs/mini/notebooks"):
         (tmp_path / folder).mkdir(parents=True)
     for step in STEPS:
@@ -55,6 +56,10 @@ def test_six_notebooks_are_published_only_as_they_ran(tmp_path):
     path = tmp_path / "notebooks" / f"{STEPS[-1]}.ipynb"
     about = json.loads(path.read_text())["metadata"]["stetholib"]
     assert about["figures"] == {"x.csv": "1"} and about["source"] == digest_of(notebook_text(path))
+    monkeypatch.setattr(publish, "key_of", lambda *_: "of other code")
+    with pytest.raises(UserError, match="ran with other code"):
+        publish.publish(tmp_path)
+    monkeypatch.setattr(publish, "key_of", lambda *_: "k")
     path.write_text(path.read_text().replace("prose", "other prose"))
     with pytest.raises(UserError, match="has changed since it ran"):
         publish.publish(tmp_path)

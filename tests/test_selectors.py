@@ -17,8 +17,8 @@ TEXTS = [(prompt(problem), target(solution, "minerva")) for problem, solution in
 CLOSINGS = [closing(text) for _, text in TEXTS]
 
 
-def test_the_rise_is_what_a_layer_adds_and_passes_over_layers_without_a_score():
-    assert selectors.rise([0.5, 0.7, NAN, 1.0, 0.9]).tolist() == pytest.approx([0.0, 0.2, NAN, 0.3, -0.1], nan_ok=True)
+def test_the_rise_is_what_a_layer_adds_and_is_unknown_after_a_layer_without_a_score():
+    assert selectors.rise([0.5, 0.7, NAN, 1.0, 0.9]).tolist() == pytest.approx([0.0, 0.2, NAN, NAN, -0.1], nan_ok=True)
     written = np.zeros(12)
     written[[2, 3, 8, 9]] = 1.0
     stream = [
@@ -59,6 +59,8 @@ def test_signal_to_noise_is_high_for_few_directions_and_low_for_noise():
     told = [selectors.signal_to_noise(np.linalg.svd(one, compute_uv=False), (60, 40)) for one in (noise, spiked)]
     assert told[1] > 0 and np.isfinite(told).all()
     assert selectors.signal_to_noise(np.zeros(4), (4, 4)) == 0.0
+    low_rank = rng.normal(size=(60, 4)).astype("float32") @ rng.normal(size=(4, 40)).astype("float32")
+    assert np.isnan(selectors.signal_to_noise(np.linalg.svd(low_rank, compute_uv=False), (60, 40)))  # as a LoRA's
     values, edge = np.array([5.0, 2.0, 1.0, 0.0]), (2.75 - 0.75) / 1.349 * 2
     assert edge < 5 and selectors.signal_to_noise(values, (4, 4)) == pytest.approx(5 / 3 / 5)
 

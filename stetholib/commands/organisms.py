@@ -16,9 +16,10 @@ import pandas as pd
 import stetholib
 from stetholib import known_layers, profiles
 from stetholib.commands.reproduce import alone, set_environment
+from stetholib.data.mini import MODELS
+from stetholib.data.mini.organism import KNOWN
 from stetholib.errors import UserError
-from stetholib.layer_sets import named_sets, reliability_of_sets
-from stetholib.models.weights import Key
+from stetholib.layer_sets import layer_energies, named_sets, reliability_of_sets
 from stetholib.store.tables import Workspace
 
 INTO = "seeds-organism"
@@ -28,10 +29,15 @@ def run(names: Sequence[str], device: str, seeds: int, root: Path | None = None,
     """Ask every rule in each organism, with SAEs of `seeds` seeds. Raises UserError for a profile that names no blocks."""
     found: dict[str, list[pd.DataFrame]] = {"bars": [], "known_layers": [], "instruments": []}
     for name in names:
-        if not profiles.load(name).finetune.blocks:
+        blocks, base = profiles.load(name).finetune.blocks, MODELS.get(profiles.load(name).model.base)
+        if not blocks:
             raise UserError(f"organisms: profile {name} names no finetune.blocks, so that no layers are known in it")
+        if base and (base / KNOWN).is_file() and json.loads((base / KNOWN).read_text()) != list(blocks):
+            raise UserError(
+                f"organisms: profile {name} names blocks {list(blocks)}, which are not those that its model was grown with"
+            )
     if seeds < 1:
-        raise UserError(f"organisms: SAEs of {seeds} seeds were asked for; SEEDS must be 1 or more")
+        raise UserError(f"organisms: SAEs of {seeds} seeds were asked for; SAES must be 1 or more")
     os.environ["STETHOLIB_PROGRESS"] = "/dev/stderr"
     manifests: dict[str, Any] = {}
     for name in names:
@@ -69,15 +75,11 @@ def bars(study: Any) -> dict[str, Any]:
     step, known = study.layer_selection, study.profile.finetune.blocks
     sets, told = step.sets(), step.reliability()
     change, about = named_sets(sets)["loss_change"], reliability_of_sets(told)
-    by_layer: dict[int, float] = {}
-    energies: dict[Key, float] = study.task_vectors.energies()
-    for (layer, _), energy in energies.items():
-        by_layer[layer] = by_layer.get(layer, 0.0) + energy
-    mean = sum(by_layer.values()) / len(by_layer)
+    energy = layer_energies(study.task_vectors.energies())
     found = dict(known=" ".join(map(str, known)), full=change["full"], share_known=change["known"] / change["full"])
     found |= dict(share_outside=change["outside"] / change["full"], percentile_known=named_sets(sets)["percentile"]["known"])
     found |= dict(reliability=about["reliability"], r_held_out=about["r_held_out"])
-    found |= dict(energy_lowest=min(by_layer.values()) / mean, energy_highest=max(by_layer.values()) / mean)
+    found |= dict(energy_lowest=energy.min() / energy.mean(), energy_highest=energy.max() / energy.mean())
     return found | dict(holds=known_layers.holds(sets, told))
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from stetholib import profiles
 from stetholib.commands.notebooks import STEPS, notebook_text
+from stetholib.commands.reproduce import key_of
 from stetholib.errors import UserError
 from stetholib.store.files import atomic, digest_of
 from stetholib.store.tables import Workspace
@@ -37,11 +38,13 @@ def _ran(workspace: Workspace, path: Path) -> tuple[list[Any], dict[str, Any]]:
     ran, mark = (workspace.executed / f"{path.stem}.{kind}" for kind in ("ipynb", "json"))
     if not (ran.is_file() and mark.is_file()):
         raise UserError(f"notebooks/{path.name} has not run to its end in this folder; {again}")
+    done, now = json.loads(mark.read_text(encoding="utf-8")), key_of(path.stem, path, profiles.load(PROFILE), "cpu", workspace)
+    if done["key"] != now:
+        raise UserError(f"notebooks/{path.name} ran with other code, libraries or another device than the CPU; {again}")
     cells = [cell for cell in json.loads(ran.read_text(encoding="utf-8"))["cells"] if _injected(cell) is False]
     if [(cell["cell_type"], "".join(cell["source"])) for cell in cells] != notebook_text(path):
         raise UserError(f"notebooks/{path.name} has changed since it ran; {again}")
-    files = json.loads(mark.read_text(encoding="utf-8"))["files"]
-    figures = {Path(name).name: known for name, known in files.items() if name.startswith("figures/")}
+    figures = {Path(name).name: known for name, known in done["files"].items() if name.startswith("figures/")}
     about = dict(profile=PROFILE, digest=profiles.load(PROFILE).digest, source=digest_of(notebook_text(path)), figures=figures)
     return cells, about
 

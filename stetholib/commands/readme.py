@@ -114,7 +114,8 @@ def rules(root: Path) -> str:
         if pd.notna(row.get("auroc")):
             place = known_layers.between(row["auroc"], row["auroc_low"], row["auroc_high"], ".2f")
             exact = f"{row['exact']:.0f} of {row['runs']:.0f}"
-        beaten = known_layers.between(row["percentile"], row["low"], row["high"])
+        asked = pd.notna(row["percentile"])
+        beaten = known_layers.between(row["percentile"], row["low"], row["high"]) if asked else "not asked"
         lines.append(f"| `{name}` | {beaten} | {place} | {exact} |")
     return "\n".join([*lines[:3], "|---" * 4 + "|", *lines[3:]]) + "\n"
 

@@ -62,11 +62,9 @@ def _run_all(
 ) -> None:
     times: dict[str, float] = {}
     peaks: dict[str, dict[str, float]] = {}
-    code = _code_key(profile, parameters["device"])
     for step, path in notebooks.items():
         mark = workspace.executed / f"{step}.json"
-        reads = workspace.over_worlds() if step == SELECTING else ()
-        key = digest_of(code, notebook_text(path), [file_hash(one) for one in reads if one.is_file()])
+        key = key_of(step, path, profile, parameters["device"], workspace)
         if _is_done(mark, key, workspace):
             print(f"{step}: unchanged", file=out, flush=True)
             continue
@@ -88,6 +86,12 @@ def _run_all(
             f"all of it: {sum(times.values()):.0f} s; tables and figures are in {workspace.figures.relative_to(workspace.root)}/",
             file=out,
         )
+
+
+def key_of(step: str, path: Path, profile: Profile, device: str, workspace: Workspace) -> str:
+    """What a notebook's files hang on: its text, the profile, code, libraries and models, and the worlds whose tables it reads."""
+    reads = workspace.over_worlds() if step == SELECTING else ()
+    return digest_of(_code_key(profile, device), notebook_text(path), [file_hash(one) for one in reads if one.is_file()])
 
 
 def check_processes(processes: int, device: str) -> None:

@@ -19,6 +19,7 @@ import pandas as pd
 import stetholib
 from stetholib import layer_sets, profiles
 from stetholib.claims import HOLDS
+from stetholib.commands.organisms import INTO as ORGANISMS
 from stetholib.commands.reproduce import alone, check_processes, set_environment
 from stetholib.errors import UserError
 from stetholib.statistics import mean_interval
@@ -43,6 +44,8 @@ def run(
     into = profiles.check_name(f"seeds-{profile.name}" if into is None else into, "seeds: INTO")
     if into in (profile.name, *profiles.available()):
         raise UserError(f"seeds: INTO is {into}, a profile's own figures; give another name")
+    if into == ORGANISMS:
+        raise UserError(f"seeds: {into} is where `make organisms` writes; give another INTO")
     if count < 1:
         raise UserError(f"seeds: {count} worlds were asked for; SEEDS must be 1 or more")
     check_processes(processes, device)

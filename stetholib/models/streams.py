@@ -138,7 +138,7 @@ def token_losses(model: nn.Module, batch: Batch, opened: Any = None) -> Float[Te
     logits = model(**inputs, logits_to_keep=columns - 1).logits.flatten(0, 1).float()
     losses = nn.functional.cross_entropy(logits, batch.input_ids[:, columns].flatten(), reduction="none")
     found = torch.zeros_like(batch.scored, dtype=losses.dtype)
-    return found.index_copy(1, columns, losses.view(len(batch.input_ids), -1)) * batch.scored
+    return found.index_copy(1, columns, losses.view(len(batch.input_ids), len(columns))) * batch.scored
 
 
 def no_cache(model: nn.Module) -> Any:

@@ -25,6 +25,7 @@ def headline(table: pd.DataFrame, subject: str, ax: Axes) -> Axes:
     of: Any = table[table["subject"] == subject].set_index("variant")
     shown, random = [name for name in HEADLINE if name in of.index], of[of.index.str.startswith("random_")]
     metric = of["math_verify"].fillna(of["accuracy"]).astype(float)
+    judge = "Math-Verify" if of["math_verify"].notna().any() else "exact match, with its interval"
     if len(random):
         ends = metric[random.index].min(), metric[random.index].max()
         ax.axvspan(*ends, color=PALE, label=f"{len(random)} random sets", zorder=0)
@@ -32,12 +33,12 @@ def headline(table: pd.DataFrame, subject: str, ax: Axes) -> Axes:
         p, look = metric[name], VARIANTS[name]
         half = 1.96 * (p * (1 - p) / max(of["n"][name] - 1, 1)) ** 0.5
         ax.plot([p - half, p + half], [at, at], color=look.colour, lw=2)
-        ax.plot(p, at, look.marker, color=look.colour, ms=8, label="Math-Verify" if at == 0 else None)
+        ax.plot(p, at, look.marker, color=look.colour, ms=8, label=judge if at == 0 else None)
         ax.plot(of["accuracy"][name], at, "o", color=look.colour, mfc="white", ms=5, label="exact match" if at == 0 else None)
         ax.annotate(f"{p:.0%}", (max(p + half, of["accuracy"][name]), at), xytext=(6, 0), textcoords="offset points", va="center")
     ax.axvline(metric["base"], color=BLACK, lw=0.8, ls=":")
     rows([HEADLINE[name] for name in shown], ax).set(xlabel="accuracy (dotted: the base's)")
-    ax.set_xlim(0, 1.18 * max(metric[shown].max(), of["accuracy"][shown].max()))
+    ax.set_xlim(0, 1.18 * max(metric[shown].max(), of["accuracy"][shown].max(), 0.01))
     percent(ax.xaxis)
     ax.legend(ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.2), columnspacing=1)
     return ax

@@ -1,6 +1,6 @@
 """Other instruments in the place of a world's SAEs: other draws of random dictionaries, a decoder frozen at random, other seeds.
 
-What they cost is that of step 02, each time. They run where a profile is thorough, and in `make seeds`.
+What they cost is that of step 02, each time. They run where a profile is thorough, and in `make organisms`.
 """
 
 from collections.abc import Mapping, Sequence

@@ -7,7 +7,7 @@ import torch
 
 from stetholib import probes, sae_features, selectors
 from stetholib.data.prompts import closing
-from stetholib.layer_sets import halving
+from stetholib.layer_sets import halving, layer_count, layer_energies
 from stetholib.models.sums import CONTRASTS
 from stetholib.statistics import Values
 from stetholib.study import instruments
@@ -25,6 +25,7 @@ def rivals(
     """selector -> (contrast, a score for each layer). scores: the paper's layer scores, by contrast."""
     tests, thorough = features.self_tests(), world.profile.selection.thorough
     several = instruments.random_scores(features) if thorough else {}
+    share = world.profile.selection.layer_share
     found: dict[str, tuple[str, Values]] = {}
     for contrast in CONTRASTS:
         end, random = ENDS[contrast], tests[f"score_random_{contrast}"].to_numpy()
@@ -42,7 +43,10 @@ def rivals(
     }
     skips = {"zero_ablation": selectors.zero_ablation(losses.of(()).mean(), [one.mean() for one in losses.skipped()])}
     every = heard | skips | _by_gradient(world, vectors)
-    return found | {name: ("-", score) for name, score in every.items()}
+    found |= {name: ("-", score) for name, score in every.items()}
+    believed = np.isin(np.arange(world.layers), features.believed)  # random sets are drawn of these, so rules choose of these
+    placed = {name: (contrast, np.where(believed, score, np.nan)) for name, (contrast, score) in found.items()}
+    return {name: one for name, one in placed.items() if np.isfinite(one[1]).sum() >= layer_count(world.layers, share)}
 
 
 def _mean_difference(world: World, features: SaeFeatures) -> np.ndarray:
@@ -75,9 +79,7 @@ def _by_gradient(world: World, vectors: TaskVectors) -> dict[str, np.ndarray]:
     longest = min(p.data.max_tokens, p.projection.gradient_tokens)
     met = world.store.made(probes.couplings, world.model, vectors.tau, texts, closings, longest).value
     shape = world.store.made(selectors.geometry, world.weights, vectors.tau).value
-    energy = np.zeros(world.layers)
-    for (layer, _), one in vectors.energies().items():
-        energy[layer] += one
+    energy = layer_energies(vectors.energies())
     return {
         "taylor": selectors.taylor(met.along),
         "fisher": selectors.fisher(met.weighted),

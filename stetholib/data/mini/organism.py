@@ -48,7 +48,7 @@ class Organism(Recipe):
 
     @property
     def specialist(self) -> Recipe:
-        """The recipe of the few blocks that learn mathematics alone, at twice the rates."""
+        """The recipe of the few blocks that learn mathematics alone, at higher rates."""
         kept = {
             name: value for name, value in asdict(self).items() if name not in ("blocks", "specialist_tokens", "silent_share")
         }
