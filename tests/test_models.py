@@ -85,7 +85,7 @@ def test_the_tokens_of_the_closing_sentence_are_known(toy):
 
 def test_a_problem_whose_prompt_fills_the_limit_has_no_loss_and_stops_nothing(toy):
     texts, ends = solved()
-    (batch,) = streams.pool_of(toy, [(texts[0][0] * 9, texts[0][1])], 16, 1000, ends[:1])
+    (batch,) = streams.pool_of(toy, [(texts[0][0] * 9, texts[0][1])], 16, 1000, ends[:1], share=False)
     assert not batch.scored.any() and not streams.token_losses(toy.model, batch).any()
 
 
