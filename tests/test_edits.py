@@ -94,12 +94,12 @@ IN_SMOKE = {
     "a side table of step 06": (code("significance.py", "index=index).astype(float)", "index=index).astype(float).round(9)"), {"pairs_table"}),
     "docstrings and comments everywhere": (prose, set()),
     "the scorer": (code("adapters/harness.py", 'exact_match=int(sample["exact_match"])', 'exact_match=int(bool(sample["exact_match"]))'), {"asked", "records", "verdicts"}),
-    "the prompt": (PROMPT, {"toy", "finetuned", "trained_sae", "dictionary_of", "hear", "gradient_moments", "rounding", "losses", "general_losses", "top_tokens", "token_limits", "repetition", "pairs_table"} | OF_SCORES | OF_DIRECTIONS | OF_EDITED | OF_MODEL),
+    "the prompt": (PROMPT, {"toy", "finetuned", "trained_sae", "dictionary_of", "hear", "gradient_moments", "rounding", "losses", "general_losses", "top_tokens", "token_limits", "repetition", "pairs_table"} | OF_SCORES | OF_DIRECTIONS | OF_EDITED | OF_MODEL - {"losses_skipping", "document_means"}),
 }  # fmt: skip
 OWN_PROMPT = {"gradient_moments", "couplings"} | OF_DIRECTIONS | OF_EDITED  # losses are those under the task's own prompt
 IN_OWN = {
     "the prompt, with a fine-tune and SAEs of one's own": (PROMPT, OWN_PROMPT),
-    "the task's prompt": (text("mine/task.yaml", 'doc_to_text: "Q:', 'doc_to_text: "Question:'), {"asked", "losses", "losses_skipping", "general_losses", "planned", "scored_tokens", "answer_some", "verdicts", "repetition", "token_limits", "energy_or_direction", "measure", "pairs_table"} | OF_EDITED - {"text_loss"}),
+    "the task's prompt": (text("mine/task.yaml", 'doc_to_text: "Q:', 'doc_to_text: "Question:'), {"asked", "losses", "losses_skipping", "planned", "scored_tokens", "answer_some", "verdicts", "repetition", "token_limits", "energy_or_direction", "measure", "pairs_table"} | OF_EDITED - {"text_loss"}),
     "a stop string": (text("mine/task.yaml", '"Q:"]', '"Q:", "A:"]'), {"asked", "answers", "records", "answer_some", "verdicts", "repetition"}),
     "the task's filter": (text("mine/task.yaml", "(-?[0-9]+)", "(-?[0-9]+) *"), {"asked", "records", "verdicts"}),
     "a bit of an SAE": (bit("mine/saes/block_1/sae_weights.safetensors", "W_dec"), {"fetched_sae", "dictionary_of", "hear", "hear_again", "top_tokens"} | OF_SCORES | OF_DIRECTIONS | OF_EDITED),

@@ -77,7 +77,7 @@ def test_several_worlds_go_on_after_a_kill_and_end_as_undisturbed_ones(first, tm
     assert set(peaks) == {"world 0", "world 1"} and max(peaks.values()) < 3
     assert kept.items() <= runs.stages(folder).items()
     one, other = ({path.name: path.read_bytes() for path in (where / "figures" / "seeds").iterdir()} for where in (folder, first))
-    tables = {f"{stem}.csv" for stem in ("claims", "worlds", "stability", "spread")}
+    tables = {f"{stem}.csv" for stem in ("claims", "worlds", "stability", "spread", "selectors")}
     assert one == other and set(one) == tables | {"manifest.json", "seeds.png", "seeds.svg"}
     manifest = json.loads(one["manifest.json"])
     assert manifest["seeds"] == [0, 1] and manifest == json.loads(made(first)["manifest.json"]) | dict(seeds=[0, 1])
