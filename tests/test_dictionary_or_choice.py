@@ -46,5 +46,5 @@ def test_the_gap_is_split_in_words():
     table = pd.DataFrame(dict(choice=[*dc.CHOICES], energy_retained=[0.05, 0.03, 0.06, 0.09, 0.045, 0.13, 0.03]))
     text = dc.summary(table)
     assert "keep 5.0%, more than features drawn at random (3.0%) and less than the most often firing (6.0%)" in text
-    assert "of the gap to it, 50% is the choice of features, and 50% that the dictionary" in text
+    assert "of the gap to it, at least 50% is the choice of features, since others of the same dictionary" in text
     assert "**no more than** features drawn at random" in dc.summary(table.replace({0.05: 0.02}))

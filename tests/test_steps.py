@@ -157,7 +157,7 @@ def test_asking_writes_no_figure_and_no_record(study):
 
 def test_01_the_vector_and_its_invariants(study):
     step = study.task_vectors
-    assert step.restored() == dict.fromkeys(step.restored(), True) and len(step.restored()) == 3
+    assert step.restored() == dict.fromkeys(step.restored(), True) and len(step.restored()) == 4
     vector = step.vector
     assert set(vector.energies()) == set(step.energies()) and vector.layers == tuple(LAYERS)
     assert (step.folder / "config.json").is_file()
