@@ -16,7 +16,7 @@ from stetholib.editing import TaskVector
 from stetholib.models.dictionary import Dictionary
 from stetholib.models.subspaces import orthonormal, principal
 from stetholib.models.sums import firing_rates
-from stetholib.sae_features import Heard, specificities
+from stetholib.sae_features import Heard, most_specific, specificities
 from stetholib.subspace_projection import own_moments
 
 CHOICES = {
@@ -84,8 +84,7 @@ def measure(
         one = heard[layer].sums[f"corpus.{layer}"]
         (features,) = specificities([one], labels, kind, minimum_firing, False)
         assert features is not None
-        values, fires = features
-        ranked = torch.sort(torch.where(fires, values, -torch.inf), descending=True, stable=True).indices[: int(fires.sum())]
+        ranked = most_specific(*features, int(features[1].sum()))
         moment = own_moments(vector, layer)["both"]
         decoders, rates = (
             dictionaries[layer].W_dec[ranked.to(dictionaries[layer].W_dec.device)].cpu(),

@@ -302,6 +302,15 @@ class Report:
     stored: pd.DataFrame
 
 
+def kept_in(base: LanguageModel, exact: TaskVector, before: Weights, dtype: str, folder: Path) -> pd.DataFrame:
+    """Save a model that was tuned in place, with its tokenizer, in `dtype`: how much of the exact change is left there, of `survival`."""
+    kept = getattr(torch, dtype)
+    stored = survival(exact, rounded(before, exact, kept))
+    base.model.to(kept).save_pretrained(folder)
+    base.tokenizer.save_pretrained(folder)
+    return stored
+
+
 def finetuned(
     base: LanguageModel,
     before: Weights,
@@ -318,10 +327,7 @@ def finetuned(
     """theta_1, saved in `folder` in `dtype`, with the A that a LoRA began with, and how much of the exact change is left there.
     base: theta_0, which is trained in place; before: its weights as they are stored."""
     tuned = finetune(base, rows, spec, unfinished, seed, max_tokens, [showing("01 fine-tune", watch)])
-    kept = getattr(torch, dtype)
-    stored = survival(tuned.exact, rounded(before, tuned.exact, kept))
-    base.model.to(kept).save_pretrained(folder)
-    base.tokenizer.save_pretrained(folder)
+    stored = kept_in(base, tuned.exact, before, dtype, folder)
     if spec.method == "lora":
         atomic(folder / START / WEIGHTS, lambda draft: shutil.copy(unfinished / START / WEIGHTS, draft))  # beside no weights
     return Report(tuned.curve, stored)

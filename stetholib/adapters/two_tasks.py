@@ -11,8 +11,19 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from stetholib.adapters.finetuning import Examples, Report, arguments_of, collate, goes_on_from, saving, showing, trainer_of
-from stetholib.editing import TaskVector, rounded, survival
+from stetholib.adapters.finetuning import (
+    SAVE_EVERY,
+    Examples,
+    Report,
+    arguments_of,
+    collate,
+    goes_on_from,
+    kept_in,
+    saving,
+    showing,
+    trainer_of,
+)
+from stetholib.editing import TaskVector
 from stetholib.errors import UserError
 from stetholib.models.loading import LanguageModel
 from stetholib.models.streams import Texts, Watch, tokenize, unwatched
@@ -58,7 +69,7 @@ def learnt(
     arguments = arguments_of(spec, unfinished, seed, base.device.type == "cpu")
     arguments.learning_rate = rate
     kept = dict(model=base.model, args=arguments, train_dataset=Told(base, texts, max_tokens), data_collator=collate)
-    trainer = trainer_of(unfinished, **kept, callbacks=[callback, saving(unfinished, 300.0)])
+    trainer = trainer_of(unfinished, **kept, callbacks=[callback, saving(unfinished, SAVE_EVERY)])
     trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=goes_on_from(unfinished))
     base.model.eval().requires_grad_(False)
@@ -100,11 +111,8 @@ def two_tasks(
             changed, losses = learnt(base, texts, sorted(blocks), spec, rate, seed, max_tokens, place, shown)
             deltas |= changed
             curves.append(losses)
-    kept, exact = getattr(torch, dtype), TaskVector(deltas)
     with torch.no_grad():
         for where, weight in weights.items():
             weight.add_(deltas[where].to(weight.device))
-    stored = survival(exact, rounded(before, exact, kept))
-    base.model.to(kept).save_pretrained(folder)
-    base.tokenizer.save_pretrained(folder)
+    stored = kept_in(base, TaskVector(deltas), before, dtype, folder)
     return Report(pd.DataFrame(curves[0], columns=["step", "loss"]), stored)

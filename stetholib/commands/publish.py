@@ -10,7 +10,7 @@ from typing import Any
 
 from stetholib import profiles
 from stetholib.commands.notebooks import STEPS, notebook_text
-from stetholib.commands.reproduce import key_of
+from stetholib.commands.reproduce import code_key, key_of
 from stetholib.errors import UserError
 from stetholib.store.files import atomic, digest_of
 from stetholib.store.tables import Workspace
@@ -22,30 +22,31 @@ def publish(root: Path | None = None) -> None:
     """Write the outputs of the last run into the six notebooks. Raises UserError where a notebook has changed since, or shows what
     belongs to one machine or one run."""
     workspace = Workspace(PROFILE, root)
-    texts = {}
+    profile, texts = profiles.load(PROFILE), {}
+    code = code_key(profile, "cpu")
     for step in STEPS:
         path = workspace.root / "notebooks" / f"{step}.ipynb"
         notebook = json.loads(path.read_text(encoding="utf-8"))
-        texts[path] = shown(notebook, *_ran(workspace, path), str(workspace.root))
+        texts[path] = shown(notebook, *_ran(workspace, path, profile.digest, code), str(workspace.root))
     for path, notebook in texts.items():
         text = json.dumps(notebook, indent=1, ensure_ascii=False) + "\n"
         atomic(path, partial(Path.write_text, data=text, encoding="utf-8"))
 
 
-def _ran(workspace: Workspace, path: Path) -> tuple[list[Any], dict[str, Any]]:
+def _ran(workspace: Workspace, path: Path, digest: str, code: str) -> tuple[list[Any], dict[str, Any]]:
     """The cells of a notebook as they ran, and what it says of that run."""
     again = f"run `make reproduce PROFILE={PROFILE}` first"
     ran, mark = (workspace.executed / f"{path.stem}.{kind}" for kind in ("ipynb", "json"))
     if not (ran.is_file() and mark.is_file()):
         raise UserError(f"notebooks/{path.name} has not run to its end in this folder; {again}")
-    done, now = json.loads(mark.read_text(encoding="utf-8")), key_of(path.stem, path, profiles.load(PROFILE), "cpu", workspace)
+    done, now = json.loads(mark.read_text(encoding="utf-8")), key_of(path.stem, path, code, workspace)
     if done["key"] != now:
         raise UserError(f"notebooks/{path.name} ran with other code, libraries or another device than the CPU; {again}")
     cells = [cell for cell in json.loads(ran.read_text(encoding="utf-8"))["cells"] if _injected(cell) is False]
     if [(cell["cell_type"], "".join(cell["source"])) for cell in cells] != notebook_text(path):
         raise UserError(f"notebooks/{path.name} has changed since it ran; {again}")
     figures = {Path(name).name: known for name, known in done["files"].items() if name.startswith("figures/")}
-    about = dict(profile=PROFILE, digest=profiles.load(PROFILE).digest, source=digest_of(notebook_text(path)), figures=figures)
+    about = dict(profile=PROFILE, digest=digest, source=digest_of(notebook_text(path)), figures=figures)
     return cells, about
 
 

@@ -62,9 +62,10 @@ def _run_all(
 ) -> None:
     times: dict[str, float] = {}
     peaks: dict[str, dict[str, float]] = {}
+    code = code_key(profile, parameters["device"])
     for step, path in notebooks.items():
         mark = workspace.executed / f"{step}.json"
-        key = key_of(step, path, profile, parameters["device"], workspace)
+        key = key_of(step, path, code, workspace)
         if _is_done(mark, key, workspace):
             print(f"{step}: unchanged", file=out, flush=True)
             continue
@@ -88,10 +89,10 @@ def _run_all(
         )
 
 
-def key_of(step: str, path: Path, profile: Profile, device: str, workspace: Workspace) -> str:
-    """What a notebook's files hang on: its text, the profile, code, libraries and models, and the worlds whose tables it reads."""
+def key_of(step: str, path: Path, code: str, workspace: Workspace) -> str:
+    """What a notebook's files hang on: its text, `code_key`, and the worlds whose tables it reads."""
     reads = workspace.over_worlds() if step == SELECTING else ()
-    return digest_of(_code_key(profile, device), notebook_text(path), [file_hash(one) for one in reads if one.is_file()])
+    return digest_of(code, notebook_text(path), [file_hash(one) for one in reads if one.is_file()])
 
 
 def check_processes(processes: int, device: str) -> None:
@@ -148,7 +149,7 @@ def set_environment(threads: int, runs: Path) -> None:
     }
 
 
-def _code_key(profile: Profile, device: str) -> str:
+def code_key(profile: Profile, device: str) -> str:
     """Everything that a notebook's result depends on besides its own text."""
     package = Path(__file__).parents[1]
     code = {str(p.relative_to(package)): canonical(p.read_text(encoding="utf-8")) for p in sorted(package.rglob("*.py"))}

@@ -49,10 +49,10 @@ class Doubles(SaeFeatures):
         return Input.of(hashed([kept, list(layers)]), lambda: Lazy(layers, placed))
 
 
-def scores_of(step: SaeFeatures, contrast: str) -> np.ndarray:
-    """Layer scores alone, [layer]."""
-    inputs = (step.sums(contrast), torch.tensor(step.listening.corpus_of), step.rule(), contrast == "matched")
-    return np.array(step._store.made(layer_selection.plain_scores, *inputs).value)
+def scores_of(step: SaeFeatures, contrast: str, kind: str | None = None) -> list[float]:
+    """Layer scores alone, under any definition of specificity."""
+    inputs = (step.sums(contrast), torch.tensor(step.listening.corpus_of), step.rule(kind), contrast == "matched")
+    return step._store.made(layer_selection.plain_scores, *inputs).value
 
 
 def random_scores(step: SaeFeatures, count: int = DICTIONARIES) -> dict[str, np.ndarray]:

@@ -1,6 +1,5 @@
 """Step 04 wired to a world: layer scores, and losses of sets of layers on the validation split."""
 
-from dataclasses import replace
 from functools import cached_property
 
 import numpy as np
@@ -16,6 +15,7 @@ from stetholib.layer_sets import LayerSet, PlannedSet
 from stetholib.models.sums import CONTRASTS
 from stetholib.statistics import Values
 from stetholib.store.progress import progress
+from stetholib.study.instruments import reseeded, scores_of
 from stetholib.study.losses import Losses
 from stetholib.study.rivals import rivals
 from stetholib.study.sae_features import SaeFeatures, against
@@ -60,9 +60,7 @@ class LayerSelection(Step):
 
     def plain_scores(self, contrast: str, kind: str | None = None, features: SaeFeatures | None = None) -> list[float]:
         """Layer scores alone, under any definition of specificity, or with other SAEs."""
-        heard = features or self._features
-        inputs = (heard.sums(contrast), torch.tensor(heard.listening.corpus_of), heard.rule(kind), contrast == "matched")
-        return self._store.made(layer_selection.plain_scores, *inputs).value
+        return scores_of(features or self._features, contrast, kind)
 
     def agreement(self) -> pd.DataFrame:
         """Layers that each definition of specificity selects under each contrast, and rho with the default's scores."""
@@ -76,13 +74,12 @@ class LayerSelection(Step):
         Columns contrast, sae_seed, rho (Spearman with the default's scores), layers, common (of the default's m layers
         chosen again) and chance (what m random layers would share). No rows where SAEs are fetched: they have one seed.
         """
-        spec, rows = self._profile.sae, []
-        for seed in range(spec.seed + 1, spec.seed + 1 + draws) if spec.release == "train" else ():
-            other = SaeFeatures(self._world, replace(spec, seed=seed))
+        rows = []
+        for other in reseeded(self._features, draws):
             for contrast in CONTRASTS:
                 ours, theirs = self.plain_scores(contrast), self.plain_scores(contrast, features=other)
                 found = layer_selection.stability(ours, theirs, self.selected_count)
-                rows.append(dict(contrast=contrast, sae_seed=seed) | found)
+                rows.append(dict(contrast=contrast, sae_seed=other._spec.seed) | found)
         return pd.DataFrame(rows, columns=["contrast", "sae_seed", "rho", "layers", "common", "chance"])
 
     @cached_property

@@ -36,7 +36,7 @@ def rivals(
             f"random_dictionary_rise{end}": (contrast, selectors.rise(random)),
         }
         if thorough and features._spec.release == "train":
-            found[f"frozen_decoder{end}"] = (contrast, instruments.scores_of(instruments.frozen(features), contrast))
+            found[f"frozen_decoder{end}"] = (contrast, np.array(instruments.scores_of(instruments.frozen(features), contrast)))
     heard = {
         "listening_change": _listening_change(world, vectors, features),
         "mean_difference": _mean_difference(world, features),
