@@ -75,11 +75,13 @@ def test_each_kind_of_damage_is_named_and_set_aside(undisturbed, tmp_path, caplo
     shutil.copytree(undisturbed, folder)
     store, wanted = folder / "runs" / "smoke" / "store", runs.made(folder)
     found = {"tables": "measure-*/value.parquet", "ledger": "losses-*.jsonl"}.get(place, f"score_layers-*/{place}")
-    path = sorted(store.glob(found))[0]
-    path.write_bytes(path.read_bytes()[:-7])
+    spoiled = sorted(store.glob(found))[: None if place == "tables" else 1]  # the tables below read most of the measures, not all
+    for path in spoiled:
+        path.write_bytes(path.read_bytes()[:-7])
     everything(folder)
     assert "damaged" in caplog.text and runs.made(folder) == wanted
-    assert place == "ledger" or any(p.name.startswith(f"damaged-{path.parent.name}") for p in store.iterdir())
+    set_aside = [p.name for p in store.glob("damaged-*")]
+    assert place == "ledger" or any(name.startswith(f"damaged-{p.parent.name}") for name in set_aside for p in spoiled)
 
 
 def test_a_table_that_was_altered_is_written_anew(undisturbed, tmp_path):
