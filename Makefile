@@ -12,6 +12,7 @@ WORLDS ?= $(if $(filter mini,$(PROFILE)),seeds,seeds-$(notdir $(basename $(PROFI
 ENV ?= auto
 PYTHON ?= python3
 VENV := .venv/bin/python
+SETS = $(foreach one,$(SET),--set "$(one)")
 
 export PYTHONPATH := $(CURDIR)
 export OMP_WAIT_POLICY ?= PASSIVE
@@ -40,11 +41,11 @@ else ifeq ($(RUN),$(VENV))
 	  $(VENV) -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e . ; }
 endif
 
-reproduce: env  ## the six notebooks, every table and figure: make reproduce [PROFILE=mini] [DEVICE=cpu] [PROCESSES=1]
-	@$(RUN) -m stetholib reproduce --profile $(PROFILE) --device $(DEVICE) --processes $(PROCESSES)
+reproduce: env  ## the six notebooks, every table and figure: make reproduce [PROFILE=mini] [DEVICE=cpu] [SET="selection.layer_share=0.25"]
+	@$(RUN) -m stetholib reproduce --profile $(PROFILE) --device $(DEVICE) --processes $(PROCESSES) $(SETS)
 
 doctor: env  ## what this machine lacks for a profile: make doctor PROFILE=paper [DEVICE=cuda]
-	@$(RUN) -m stetholib doctor --profile $(PROFILE) --device $(DEVICE)
+	@$(RUN) -m stetholib doctor --profile $(PROFILE) --device $(DEVICE) $(SETS)
 
 rehearse: env  ## a profile's notebooks on fabricated weights, for time and memory: make rehearse PROFILE=paper [SCALE=1]
 	@$(RUN) -m stetholib rehearse --profile $(PROFILE) --device $(DEVICE) --scale $(SCALE)

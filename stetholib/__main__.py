@@ -89,6 +89,14 @@ def parser(inner: bool = False) -> Parser:
         ("seeds", "how many worlds at once (1)"),
     ):
         made[name].add_argument("--processes", type=int, default=1, help=processes)
+    for name in ("reproduce", "doctor", "answer") if inner else ("reproduce", "doctor"):
+        made[name].add_argument(
+            "--set",
+            action="append",
+            default=[],
+            metavar="KEY=VALUE",
+            help="override one key of the profile, e.g. selection.layer_share=0.25",
+        )
     made["rehearse"].add_argument("--scale", type=float, default=1.0, help="of the true shapes: above 0, at most 1 (1)")
     made["seeds"].add_argument("--count", type=int, default=5, help="how many worlds (5)")
     made["seeds"].add_argument("--into", help="folder below figures/ for what they say (seeds-<profile>)")
@@ -108,6 +116,22 @@ def parser(inner: bool = False) -> Parser:
     return top
 
 
+def overrides_of(given: list[str]) -> dict[str, Any]:
+    """Dotted keys and their values, as YAML reads them, of what was typed as KEY=VALUE. Raises UserError for anything else."""
+    import yaml
+
+    found: dict[str, Any] = {}
+    for one in given:
+        key, equals, value = one.partition("=")
+        if not (equals and key.strip() and value.strip()):
+            raise UserError(f"--set {one}: give KEY=VALUE, e.g. selection.layer_share=0.25, without spaces in between")
+        try:
+            found[key.strip()] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise UserError(f"--set {one}: {value} cannot be read as YAML") from None
+    return found
+
+
 def run(options: argparse.Namespace) -> int:
     """Run a command, whose module is loaded only now: help and complaints need no PyTorch."""
     module: Any = import_module(f"stetholib.commands.{'reproduce' if options.command == 'answer' else options.command}")
@@ -120,7 +144,7 @@ def run(options: argparse.Namespace) -> int:
         return 0
     asked = options.profile, options.device
     if options.command == "doctor":
-        return 0 if module.report(*asked, print) else 1
+        return 0 if module.report(*asked, print, overrides_of(options.set)) else 1
     if options.command == "rehearse":
         module.rehearse(*asked, options.scale)
     elif options.command == "seeds":
@@ -131,9 +155,9 @@ def run(options: argparse.Namespace) -> int:
         folder = module.export(options.variant, *asked, options.into, options.delta)
         print(f"{options.variant}: {sum(path.stat().st_size for path in folder.iterdir()) / 2**20:.1f} MiB in {folder}")
     elif options.command == "answer":
-        module.answer(*asked)
+        module.answer(*asked, overrides_of(options.set))
     else:
-        module.reproduce(*asked, processes=options.processes)
+        module.reproduce(*asked, processes=options.processes, overrides=overrides_of(options.set))
     return 0
 
 

@@ -39,6 +39,14 @@ def select(scores: Values, count: int) -> LayerSet:
     return tuple(sorted(ranked[:count]))
 
 
+def check_layers(layers: Sequence[int], count: int) -> None:
+    """Raise UserError where layers of one's own are not so many different ones of the model's `count`."""
+    if odd := [layer for layer in layers if layer >= count]:
+        raise UserError(f"edit.layers: there is no layer {odd[0]}; this model has {count}, 0 to {count - 1}")
+    if len({*layers}) < len(layers):
+        raise UserError(f"edit.layers: {' '.join(map(str, layers))} names a layer twice; leave one out")
+
+
 def layer_count(layers: int, share: float) -> int:
     """m = round(L * share), at least one; a third by default, fixed before any result."""
     return max(1, round(layers * share))

@@ -233,6 +233,7 @@ SHOWN = {
     "full": "{} whole vector",
     "stethoscope": "**{}** stethoscope",
     "full_shrunk": "{} whole vector shrunk to its energy",
+    "own": "{} your own edit",
 }
 
 
@@ -276,8 +277,9 @@ def _within(rows: Mapping[str, Any]) -> str:
 def _by(judges: Sequence[str], table: pd.DataFrame, subject: str) -> str:
     """A subject's accuracy of the variants that the claim turns on, by exact match and in brackets by `math_verify`."""
     rows: Any = table[table["subject"] == subject].set_index("variant")
-    verify = {name: f" ({rows.loc[name, 'math_verify']:.1%})" if "math_verify" in judges else "" for name in SHOWN}
-    return ", ".join(text.format(f"{rows.loc[name, 'accuracy']:.1%}{verify[name]}") for name, text in SHOWN.items())
+    shown = {name: text for name, text in SHOWN.items() if name in rows.index}
+    verify = {name: f" ({rows.loc[name, 'math_verify']:.1%})" if "math_verify" in judges else "" for name in shown}
+    return ", ".join(text.format(f"{rows.loc[name, 'accuracy']:.1%}{verify[name]}") for name, text in shown.items())
 
 
 def _beside_random(table: pd.DataFrame, judges: Sequence[str]) -> str:

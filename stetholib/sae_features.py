@@ -342,7 +342,7 @@ FAINT = {"cohen_d": (0.0, 0.2), "firing_log_ratio": (0.0, 0.2), "auroc": (0.5, 0
 def summary(table: pd.DataFrame, kind: str = "cohen_d") -> str:
     """What step 02 saw, as Markdown; table: of step 02, kind: the definition of specificity."""
     once, tops = table[table["contrast"] == "corpus"], table.groupby("contrast")["top_specificity"].max()
-    best, (chance, faint) = best_features(table), FAINT[kind]
+    best, (chance, faint) = best_features(table), FAINT.get(kind, FAINT["cohen_d"])
     fvu = f"mean FVU {once['fvu'].mean():.2f} against {once['fvu_random'].mean():.2f}"
     trust = f"Every SAE reconstructs better than a random dictionary of the same L0: **True** ({fvu})."
     if len(odd := once[once["refused"].fillna("") != ""]):

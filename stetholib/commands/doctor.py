@@ -4,7 +4,7 @@ Needs are rules of thumb from the sizes of the weights: they err on the safe sid
 
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,9 +103,9 @@ def refuse(profile: Profile, device: str, processes: int = 1) -> None:
             raise UserError(f"{check.name}: {check.line}")
 
 
-def report(name: str, device: str, say: Callable[[str], None]) -> bool:
+def report(name: str, device: str, say: Callable[[str], None], overrides: Mapping[str, Any] | None = None) -> bool:
     """Say every check of a profile in a line; True when all is well."""
-    found = list(examine(profiles.load(name), device))
+    found = list(examine(profiles.load(name, overrides), device))
     for check in found:
         say(f"{'ok  ' if check.ok else 'MEND'} {check.name:9} {check.line}")
     return all(check.ok for check in found)

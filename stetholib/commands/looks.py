@@ -2,18 +2,19 @@
 
 What ships with the package needs none, and of what is still to be fetched nothing is said."""
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
 from types import SimpleNamespace
 
-from stetholib.adapters import harness, saes
+from stetholib import layer_sets
+from stetholib.adapters import harness, own_code, saes
 from stetholib.data import corpora
 from stetholib.data.source import Source
 from stetholib.errors import UserError
 from stetholib.models.answering import planned
 from stetholib.models.loading import LanguageModel, check_room, opens_with_bos, read_tokenizer
 from stetholib.models.streams import tokenize
-from stetholib.profiles import Profile
+from stetholib.profiles import OWN, Profile
 
 
 def looks(profile: Profile, here: Collection[str], layers: Callable[[], int]) -> Iterator[tuple[str, Callable[[], str]]]:
@@ -22,6 +23,10 @@ def looks(profile: Profile, here: Collection[str], layers: Callable[[], int]) ->
     yield "task file" if own_task else "subjects", partial(harness.check_task, data.subjects, profile.evaluation.task)
     maths = "maths" in here and data.maths != "generated"
     model = "model" in here and Source.of(profile.model.base).where != "shipped"
+    if profile.edit.layers and "model" in here:
+        yield "own edit", lambda: _own_edit(profile.edit.layers or (), layers())
+    if OWN.fullmatch(profile.features.specificity):
+        yield "specificity", partial(_own_specificity, profile.features.specificity)
     if maths:
         yield "problems", partial(_problems, profile)
     if "general" in here and data.general != "generated":
@@ -32,6 +37,16 @@ def looks(profile: Profile, here: Collection[str], layers: Callable[[], int]) ->
         yield "prompts", partial(_prompts, profile, model)
     if "model" in here and "SAEs" in here and Source.of(profile.sae.release, kind="sae").where == "folder":
         yield "SAE files", partial(_sae_files, profile, layers)
+
+
+def _own_edit(wanted: Sequence[int], layers: int) -> str:
+    layer_sets.check_layers(wanted, layers)
+    return f"layers {' '.join(map(str, sorted(wanted)))} of {layers}"
+
+
+def _own_specificity(kind: str) -> str:
+    own_code.specificity(kind)
+    return f"{kind} is code that runs; it was read and defines what it must"
 
 
 def _problems(profile: Profile) -> str:

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, suppress
 from functools import partial
 from importlib.metadata import version
@@ -19,15 +20,15 @@ from typing import Any
 import torch
 
 import stetholib
-from stetholib import profiles
-from stetholib.adapters import harness
+from stetholib import comparison, profiles
+from stetholib.adapters import harness, own_code
 from stetholib.commands import doctor, watch
 from stetholib.commands.environment import LIBRARIES
 from stetholib.commands.notebooks import STEPS, check_all, execute, notebook_text
 from stetholib.data.mini import MODELS
 from stetholib.data.source import Source
 from stetholib.errors import UserError
-from stetholib.profiles import Profile
+from stetholib.profiles import Profile, signed
 from stetholib.store.code import canonical
 from stetholib.store.files import atomic, digest_of, file_hash, held
 from stetholib.store.tables import Workspace
@@ -35,12 +36,20 @@ from stetholib.store.tables import Workspace
 SELECTING, ANSWERING = "04_layer_selection", "05_minerva_math"
 
 
-def reproduce(name: str, device: str, root: Path | None = None, out: Any = sys.stderr, processes: int = 1) -> None:
-    """Bring `figures/<profile>/` up to date. Raises UserError with one line where that cannot be done.
+def reproduce(
+    name: str,
+    device: str,
+    root: Path | None = None,
+    out: Any = sys.stderr,
+    processes: int = 1,
+    overrides: Mapping[str, Any] | None = None,
+) -> None:
+    """Bring `figures/<profile>/` up to date, or with single keys overridden a folder beside it, and say what they changed. Raises
+    UserError with one line where that cannot be done.
     processes: how many of them answer the test, one a GPU; the answers are the same as one alone would give."""
     check_processes(processes, device)
-    profile = profiles.load(name)
-    workspace = Workspace(profile.name, root)
+    profile = profiles.load(name, overrides)
+    workspace = Workspace.of(profile.name, profile.digest, overrides or {}, root)
     notebooks = check_all(workspace.root / "notebooks")
     set_environment(profile.threads, workspace.root / "runs")
     with alone(workspace, profile.name):
@@ -48,7 +57,10 @@ def reproduce(name: str, device: str, root: Path | None = None, out: Any = sys.s
             for left in folder.glob(".[0-9]*.*"):  # by a run that was killed while it wrote
                 left.unlink()
         asked = str(Path(name).resolve()) if name.endswith((".yaml", ".yml")) else name
-        _run_all(profile, dict(profile=asked, device=device), workspace, notebooks, out, processes)
+        parameters = dict(profile=asked, device=device) | (dict(overrides=dict(overrides)) if overrides else {})
+        _run_all(profile, parameters, workspace, notebooks, out, processes)
+    if overrides:
+        print(comparison.told(workspace, signed(profile.title, overrides)), file=out, flush=True)
 
 
 def alone(workspace: Workspace, name: str) -> AbstractContextManager[Any]:
@@ -58,7 +70,7 @@ def alone(workspace: Workspace, name: str) -> AbstractContextManager[Any]:
 
 
 def _run_all(
-    profile: Profile, parameters: dict[str, str], workspace: Workspace, notebooks: dict[str, Path], out: Any, processes: int
+    profile: Profile, parameters: dict[str, Any], workspace: Workspace, notebooks: dict[str, Path], out: Any, processes: int
 ) -> None:
     times: dict[str, float] = {}
     peaks: dict[str, dict[str, float]] = {}
@@ -103,13 +115,15 @@ def check_processes(processes: int, device: str) -> None:
         raise UserError(f"PROCESSES is {processes}, but PyTorch sees {torch.cuda.device_count()} GPUs; give at most so many")
 
 
-def _answer(workspace: Workspace, parameters: dict[str, str], processes: int) -> None:
+def _answer(workspace: Workspace, parameters: dict[str, Any], processes: int) -> None:
     """Let several processes answer the test before its notebook runs, by `accelerate launch`."""
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(processes), "--num_machines", "1"]
     launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
     launch += ["--num_cpu_threads_per_process", os.environ["OMP_NUM_THREADS"]]
     launch += ["--multi_gpu"]  # on CPUs as well: with `--cpu` it would start one process only
     command = ["--module", "stetholib", "answer", "--profile", parameters["profile"], "--device", parameters["device"]]
+    for key, value in parameters.get("overrides", {}).items():
+        command += ["--set", f"{key}={json.dumps(value)}"]  # which YAML reads as well
     done = subprocess.run([*launch, *command], cwd=workspace.root, capture_output=True, text=True)
     if done.returncode:
         said = [line for line in done.stderr.splitlines() if line.startswith("stetholib: ")]
@@ -120,12 +134,12 @@ def _answer(workspace: Workspace, parameters: dict[str, str], processes: int) ->
         raise UserError(said[0].removeprefix("stetholib: ") if said else f"answering in {processes} processes failed: {why}")
 
 
-def answer(name: str, device: str) -> None:
+def answer(name: str, device: str, overrides: Mapping[str, Any] | None = None) -> None:
     """What each process of `accelerate launch` does: its share of every variant's batches, into a file of its own."""
     from accelerate import PartialState
 
     state = PartialState(cpu=device == "cpu")
-    step = stetholib.Study.open(name, device=device).minerva_math
+    step = stetholib.Study.open(name, overrides, device).minerva_math
     for variant in step.variants().values():
         step.answers(variant, state.process_index, state.num_processes)
     state.destroy_process_group()
@@ -166,7 +180,7 @@ def _local_files(profile: Profile) -> list[tuple[str, int, int]]:
     files = [
         file for place in places if place.where == "folder" or place.name in MODELS for file in sorted(place.folder().rglob("*"))
     ]
-    files += harness.task_files(profile.evaluation.task)
+    files += [*harness.task_files(profile.evaluation.task), *filter(None, [own_code.file_of(profile.features.specificity)])]
     return [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file()]
 
 

@@ -16,6 +16,7 @@ HEADLINE = {
     "stethoscope": "stethoscope, all tokens",
     "full_shrunk": "whole vector, shrunk",
     "full": "whole vector",
+    "own": "your own edit",
 }
 
 

@@ -18,7 +18,7 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 
 BLACK, ORANGE, SKY, GREEN, BLUE, RED, PURPLE = ["#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7"]
-GREY, PALE = "#8C8C8C", "#D9D9D9"
+GREY, PALE, VIOLET = "#8C8C8C", "#D9D9D9", "#5E3C99"
 
 
 class Look(NamedTuple):
@@ -52,6 +52,7 @@ SELECTORS = {
     "last": Look("last", BLACK, ">"),
     "least_specific": Look("least specific", GREY, "v"),
     "full_shrunk": Look("whole vector, shrunk", SKY, "h"),
+    "own": Look("your own edit", VIOLET, "X"),
 }
 LOSSES = {
     "solution": Look("solution", BLUE, "o"),

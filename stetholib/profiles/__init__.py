@@ -19,6 +19,7 @@ from stetholib.store.files import repository
 
 FOLDER = Path(__file__).parent
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+OWN = re.compile(r".+\.py:[A-Za-z_]\w*")  # a function in a file of one's own
 COMMITTED = ("seeds", "seeds-organism")  # folders of figures/ that are no profile's
 LARGEST = 2**63 - 1
 # of PyYAML beside its own, for a value that is not what its tag says, or a file that is nested without end
@@ -177,7 +178,7 @@ def _text(value: str, limits: Any, where: str) -> str:
         raise ProfileError(
             f"profile {where}: {_shown(value)} must be one line of text, without line breaks or control characters"
         )
-    if (choices := limits.get("choices")) and value not in choices:
+    if (choices := limits.get("choices")) and value not in choices and not (limits.get("own") and OWN.fullmatch(value)):
         raise ProfileError(f"profile {where}: {_shown(value)}{nearest(value, choices)}; it must be one of {', '.join(choices)}")
     return check_name(value, f"profile {where}") if limits.get("name") else value
 
@@ -197,6 +198,11 @@ def _shown(value: Any) -> str:
     except (ValueError, RecursionError):
         text = f"a {type(value).__name__} that is too long to show"
     return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def signed(title: str, overrides: typing.Mapping[str, Any]) -> str:
+    """What a run is called where its numbers are shown: its profile's title, and every override."""
+    return ", ".join([title, *(f"{key.rpartition('.')[2].replace('_', ' ')} = {value}" for key, value in overrides.items())])
 
 
 def nearest(name: str, names: typing.Iterable[str]) -> str:

@@ -7,9 +7,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 
-def key(low: float | None = None, high: float | None = None, choices: tuple[str, ...] = (), name: bool = False) -> Any:
-    """A profile's key with its closed range, or its choices; name: whether it is one, which files and folders may bear."""
-    return field(metadata={"low": low, "high": high, "choices": choices, "name": name})
+def key(
+    low: float | None = None, high: float | None = None, choices: tuple[str, ...] = (), name: bool = False, own: bool = False
+) -> Any:
+    """A profile's key with its closed range, or its choices; name: whether it is one, which files and folders may bear; own: whether
+    a function in a file of one's own, `mine.py:function`, may take a choice's place."""
+    return field(metadata={"low": low, "high": high, "choices": choices, "name": name, "own": own})
 
 
 @dataclass(frozen=True)
@@ -96,9 +99,10 @@ class Sae:
 
 @dataclass(frozen=True)
 class Features:
-    """How features are heard: the specificity and the guard rails around it."""
+    """How features are heard: the specificity, which may be a function of one's own (`mine.py:function`, which is code that will
+    run), and the guard rails around it."""
 
-    specificity: str = key(choices=("cohen_d", "firing_log_ratio", "auroc"))
+    specificity: str = key(choices=("cohen_d", "firing_log_ratio", "auroc"), own=True)
     minimum_firing: float = key(0.0, 1.0)
     matched_minimum: int = key(1)
     memory_gib: float = key(0.001)
@@ -130,6 +134,21 @@ class Selection:
     thorough: bool = key()
     small_step: float = key(0.0, 1.0)
     batch_tokens: int = key(1)
+
+
+@dataclass(frozen=True)
+class OwnEdit:
+    """An edit of one's own, which stands as `own` beside the others from step 04 on: which vector, into which layers (null: the
+    stethoscope's), how much of it. With the values that profiles ship with there is none."""
+
+    layers: tuple[int, ...] | None = key(0)
+    alpha: float = key(-10.0, 10.0)
+    vector: str = key(choices=("raw", "projected", "projected_rescaled", "raw_shrunk"))
+
+    @property
+    def wanted(self) -> bool:
+        """Whether anything was asked for."""
+        return self != OwnEdit(None, 1.0, "raw")
 
 
 @dataclass(frozen=True)
@@ -165,6 +184,9 @@ LATER = {
     ("sae", "warm_up"): 0.0,
     ("sae", "frozen_decoder"): False,
     ("selection", "thorough"): False,
+    ("edit", "layers"): None,
+    ("edit", "alpha"): 1.0,
+    ("edit", "vector"): "raw",
 }
 
 
@@ -184,6 +206,7 @@ class Profile:
     features: Features = key()
     projection: Projection = key()
     selection: Selection = key()
+    edit: OwnEdit = key()
     evaluation: Evaluation = key()
     significance: Significance = key()
 
@@ -195,5 +218,6 @@ class Profile:
         for (section, name), usual in LATER.items():
             if values[section][name] == usual:
                 del values[section][name]
+        values = {section: value for section, value in values.items() if value != {}}
         text = json.dumps(values, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]

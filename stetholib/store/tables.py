@@ -1,6 +1,7 @@
 """The tables that a run leaves, by contract, and the folders of a profile: the only place that knows a path."""
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,19 @@ class Workspace:
         self.runs = self.root / "runs" / name
         self.figures = self.root / "figures" / name
         self.store, self.records, self.executed = (self.runs / part for part in ("store", "records", "notebooks"))
+        self.usual: Workspace | None = None  # the profile's own, of one that is overridden
+
+    @classmethod
+    def of(cls, name: str, digest: str, overrides: Mapping[str, Any], root: Path | None = None) -> "Workspace":
+        """The folders of a profile with single keys overridden: named for what is overridden, beside the profile's own, with the
+        same store. digest: of the profile so overridden."""
+        usual = cls(name, root)
+        if not overrides:
+            return usual
+        said = "-".join(f"{key.rpartition('.')[2]}-{value}" for key, value in sorted(overrides.items()))
+        apart = cls(f"{name}--{re.sub(r'[^A-Za-z0-9._]+', '-', said).strip('-.')[:48]}-{digest[:6]}", root)
+        apart.store, apart.usual = usual.store, usual
+        return apart
 
     def over_worlds(self) -> tuple[Path, Path]:
         """Where `make seeds` of this profile and `make organisms` leave how every rule does, beside `figures/<profile>/`."""

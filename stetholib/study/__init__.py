@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from IPython.display import Markdown
 from matplotlib.figure import Figure
 
-from stetholib import plots
+from stetholib import comparison, plots
 from stetholib.adapters import saes
 from stetholib.commands.environment import check_imported_from
 from stetholib.data import corpora, installed
@@ -81,7 +82,7 @@ class Study:
         """
         for thing in things:
             if isinstance(thing, Figure):
-                plots.labelled(thing, f"Ours, {self.profile.title}")
+                plots.labelled(thing, f"Ours, {self.world.whose}")
                 for kind in ("png", "svg"):
                     self.workspace.file(f"{stem}.{kind}", partial(plots.save, thing))
             elif isinstance(thing, pd.DataFrame) and stem == "records":
@@ -95,6 +96,11 @@ class Study:
             else:
                 raise TypeError(f"keep: {type(thing).__name__} is no table, figure or dict")
 
+    def compare(self) -> Markdown:
+        """What the overrides changed, beside the profile's own run, and what of it noise alone would give; of the tables that both
+        have left so far."""
+        return Markdown(comparison.told(self.workspace, self.world.whose))
+
     def manifest(self) -> dict[str, Any]:
         """What is stable about this run."""
         p, made, d_sae = self.profile, self.profile.finetune, int(self.sae_features.self_tests()["d_sae"].max())
@@ -102,7 +108,8 @@ class Study:
         how: dict[str, Any] = dict(method=None if made.finetuned else made.method, lora_rank=None)
         if made.lora:
             how |= dict(lora_rank=made.lora_rank, lora_start=made.lora_start)
-        run = dict(profile=p.name, profile_hash=p.digest, seed=p.seed, threads=p.threads, device=self.device)
+        run: dict[str, Any] = dict(profile=p.name, profile_hash=p.digest, seed=p.seed, threads=p.threads, device=self.device)
+        run |= dict(overrides=self.world.overrides) if self.world.overrides else {}
         return run | dict(
             libraries=library_versions(),
             model=dict(base=named(p.model.base), revision=p.model.revision, dtype=p.model.dtype, key=self.world.base_key)

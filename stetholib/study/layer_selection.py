@@ -12,6 +12,7 @@ from stetholib.data import corpora
 from stetholib.errors import UserError
 from stetholib.layer_selection import Scores
 from stetholib.layer_sets import LayerSet, PlannedSet
+from stetholib.minerva_math import Variant
 from stetholib.models.sums import CONTRASTS
 from stetholib.statistics import Values
 from stetholib.store.progress import progress
@@ -65,7 +66,8 @@ class LayerSelection(Step):
     def agreement(self) -> pd.DataFrame:
         """Layers that each definition of specificity selects under each contrast, and rho with the default's scores."""
         default = self._profile.features.specificity
-        scores = {(contrast, kind): self.plain_scores(contrast, kind) for contrast in CONTRASTS for kind in DEFINITIONS}
+        kinds = dict.fromkeys((*DEFINITIONS, default))  # one of one's own stands beside those that ship
+        scores = {(contrast, kind): self.plain_scores(contrast, kind) for contrast in CONTRASTS for kind in kinds}
         return layer_selection.agreement(scores, self.selected_count, default)
 
     def sae_stability(self, draws: int) -> pd.DataFrame:
@@ -105,6 +107,21 @@ class LayerSelection(Step):
         """The alpha at which the whole vector has the energy of the stethoscope's layers (all tokens)."""
         return layer_sets.shrunk_to(self._layer_energy, self.chosen()["stethoscope"][1])
 
+    @cached_property
+    def own(self) -> Variant | None:
+        """The edit of the profile's keys `edit`, if one was asked for. Raises UserError for layers that the model, or the scalpel,
+        does not have."""
+        p, every = self._profile.edit, range(self._world.layers)
+        if not p.wanted:
+            return None
+        layers = tuple(sorted(p.layers or self.chosen()["stethoscope"][1]))
+        layer_sets.check_layers(layers, len(every))
+        if p.vector != "raw" and (left := sorted({*layers} - {*self._features.believed})):
+            raise UserError(
+                f"edit.layers: the scalpel has no directions for layer {left[0]}, whose SAE is not believed; leave it out"
+            )
+        return Variant("own", p.vector, layers, p.alpha)
+
     @property
     def _known(self) -> tuple[int, ...]:
         """The layers that mathematics was put into, where that is known."""
@@ -120,6 +137,8 @@ class LayerSelection(Step):
         half = layer_sets.halving(losses.subjects, self._world.seed("halves"))
         plan += known.planned(self._known, self._world.layers) if self._known else []
         plan += layer_sets.rival_sets(layer_sets.chosen_sets(self._rivals, self.selected_count))
+        if self.own and self.own.vector == "raw":
+            plan.append(PlannedSet("own", 0, "-", self.own.layers, self.own.alpha))
         smooth = {one.selector: one.layers for one in plan if one.selector in ("stethoscope", "stethoscope_rise")}
         plan += layer_sets.smooth_sets(smooth, self._world.layers)
         sizes = (self._world.layers, self.selected_count, p.small_step, p.greedy)

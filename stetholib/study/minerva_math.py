@@ -50,7 +50,8 @@ class MinervaMath(Step):
         seed = self._world.seed("random variants")
         drawn = layer_sets.sampled_sets(self._scalpel.layers, self._stethoscope.selected_count, 3, seed)
         wanted, shrunk = self._profile.evaluation.variants, self._stethoscope.shrunk
-        return minerva_math.variants(self._world.layers, self._scalpel.layers, chosen, drawn, wanted, shrunk)
+        found = minerva_math.variants(self._world.layers, self._scalpel.layers, chosen, drawn, wanted, shrunk)
+        return found | ({own.name: own} if (own := self._stethoscope.own) else {})
 
     def variants(self) -> dict[str, Variant]:
         """The edited models that answer the test, in the profile's order."""

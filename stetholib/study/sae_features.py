@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from stetholib import sae_features
-from stetholib.adapters import saes
+from stetholib.adapters import own_code, saes
 from stetholib.belief import Declared, check_enough, refusals
 from stetholib.data import corpora, hub
 from stetholib.data.source import Source
@@ -144,7 +144,7 @@ class SaeFeatures(Step):
         """How features become a layer's score."""
         p = self._profile
         share, minimum = p.selection.score_share, p.selection.score_minimum
-        return ScoreRule(kind or p.features.specificity, share, minimum, p.features.minimum_firing)
+        return ScoreRule(own_code.specificity(kind or p.features.specificity), share, minimum, p.features.minimum_firing)
 
     def sums(self, contrast: str) -> Input[Iterator[DocumentSums | None]]:
         """Document sums under one contrast as an input of stages: layer by layer, each read when its turn comes; None where a

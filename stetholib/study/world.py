@@ -20,7 +20,7 @@ from stetholib.data.prompts import problem_id, prompt, target
 from stetholib.editing import weights
 from stetholib.models.loading import LanguageModel, check_room, load
 from stetholib.models.weights import Checkpoint, Weights, weight_names
-from stetholib.profiles import Profile, ProfileError
+from stetholib.profiles import Profile, ProfileError, signed
 from stetholib.profiles import load as load_profile
 from stetholib.store.artefacts import Store
 from stetholib.store.code import code_of
@@ -58,11 +58,13 @@ class World:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         profile = load_profile(name, overrides)
         harness.check_task(profile.data.subjects, profile.evaluation.task)
-        workspace = Workspace(profile.name, root)
-        if overrides:
-            apart = Workspace(f"{profile.name}-{profile.digest}", root)
-            apart.store, workspace = workspace.store, apart
+        workspace = Workspace.of(profile.name, profile.digest, overrides or {}, root)
         return cls(profile, device, workspace, overrides or {})
+
+    @property
+    def whose(self) -> str:
+        """Whose numbers these are, as figures sign it: the profile's title, and every override."""
+        return signed(self.profile.title, self.overrides)
 
     def seed(self, purpose: str) -> int:
         """A seed of its own for each use of chance, derived from the profile's."""
