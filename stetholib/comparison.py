@@ -39,9 +39,9 @@ def told(here: Workspace, whose: str) -> str:
             f"**{whose}**: the default has left nothing here to compare with; `make reproduce PROFILE={usual.figures.name}` does."
         )
     rows = [*_chosen(usual, here), *_sets(usual, here), *_accuracies(usual, here), *_verdicts(usual, here)]
-    changed = [row for row in rows if row[1] != row[2]]
-    same = ", ".join(dict.fromkeys(row[0] for row in rows if row[1] == row[2]))
-    kept = f"\n\nUnchanged: {same}." if same else ""
+    changed = [row for row in rows if row[1] != row[2] or "your own" in row[0]]
+    same = len(rows) - len(changed)
+    kept = f"\n\n{same} further measurement{'s are' if same > 1 else ' is'} the same in both." if same else ""
     if not changed:
         return f"**{whose}**: nothing that both runs have measured so far differs.{kept}"
     table = pd.DataFrame(changed, columns=list(COLUMNS)).to_markdown(index=False)

@@ -16,6 +16,7 @@ from stetholib import calibration, plots
 from stetholib.adapters import finetuning
 from stetholib.data.mini import base as mini_base
 from stetholib.data.mini.problems import SUBJECTS
+from stetholib.errors import UserError
 from stetholib.models.subspaces import Ranks, default_rows
 from stetholib.models.sums import CONTRASTS
 from stetholib.models.weights import READERS
@@ -313,7 +314,7 @@ def test_keep_refuses_what_is_no_table_figure_or_dict_and_what_breaks_its_contra
 def test_an_overridden_world_keeps_its_files_apart_in_the_same_store(tmp_path):
     plain, changed = (Study.open("smoke", given, root=tmp_path).workspace for given in (None, {"seed": 1}))
     assert plain.store == changed.store and plain.figures != changed.figures and plain.records != changed.records
-    assert plain.figures.name == "smoke" and changed.figures.name.startswith("smoke-")
+    assert plain.figures.name == "smoke" and changed.figures.name.startswith("smoke--seed-1-")
 
 
 def test_the_readmes_ten_lines_run_as_they_stand_but_for_the_profile(study, capsys):
@@ -322,3 +323,52 @@ def test_the_readmes_ten_lines_run_as_they_stand_but_for_the_profile(study, caps
     exec(lines.replace('"mini"', '"smoke", root=root'), found := {"root": study.workspace.root})
     said = capsys.readouterr().out.splitlines()
     assert "layer" in said[0] and found["layers"] and all(0 < float(loss) < 20 for loss in said[-1].split())
+
+
+def test_an_edit_of_ones_own_stands_beside_the_others_from_step_04_on(study):
+    root = study.workspace.root
+    own = Study.open("smoke", SMALL | {"edit.layers": [2, 0], "edit.alpha": 0.5}, root=root)
+    (row,) = own.layer_selection.sets().query("selector == 'own'").to_dict("records")
+    assert row["layers"] == "0 2" and row["alpha"] == 0.5
+    change = own.losses.of((0, 2), 0.5).mean("solution") - own.losses.of(()).mean("solution")
+    tokens = own.losses.of(()).tokens
+    nats = (own.losses.of((0, 2), 0.5).nats("solution") - own.losses.of(()).nats("solution")).sum() / tokens.sum()
+    assert row["loss_change"] == pytest.approx(nats) and np.sign(change) == np.sign(nats)
+    variants = own.minerva_math.variants()
+    assert list(variants) == [*VARIANTS, "own"] and variants["own"].layers == (0, 2) and variants["own"].alpha == 0.5
+    assert set(own.minerva_math.records(["base", "own"])["variant"]) == {"base", "own"}
+    assert "own" not in study.minerva_math.variants() and "own" not in set(study.layer_selection.sets()["selector"])
+    scalpel = Study.open("smoke", SMALL | {"edit.vector": "projected"}, root=root)
+    assert scalpel.minerva_math.variants()["own"].layers == scalpel.layer_selection.chosen()["stethoscope"][1]
+    assert "own" not in set(scalpel.layer_selection.sets()["selector"])  # losses of step 04 are of the raw vector
+    with pytest.raises(UserError, match="there is no layer 7; this model has 3"):
+        Study.open("smoke", SMALL | {"edit.layers": [7]}, root=root).minerva_math.variants()
+
+
+SAME = "def mine(m):\n    return (m.mean_maths - m.mean_general) / ((m.var_maths + m.var_general) / 2 + 1e-6).sqrt()\n"
+
+
+def test_a_specificity_of_ones_own_is_a_function_in_a_file_and_its_hash_is_part_of_every_key(study, tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text(SAME)
+    monkeypatch.chdir(tmp_path)
+    ours = study.layer_selection.plain_scores("corpus")
+    theirs = study.layer_selection.plain_scores("corpus", "mine.py:mine")
+    assert theirs == pytest.approx(ours, nan_ok=True)
+    first = study.sae_features.rule("mine.py:mine")
+    (tmp_path / "mine.py").write_text(SAME.replace("return (", "return 2 * ("))
+    assert study.sae_features.rule("mine.py:mine") != first
+    doubled = study.layer_selection.plain_scores("corpus", "mine.py:mine")
+    assert doubled == pytest.approx([2 * score for score in ours], nan_ok=True)
+    own = Study.open("smoke", SMALL | {"features.specificity": "mine.py:mine"}, root=study.workspace.root)
+    agreement = own.layer_selection.agreement()
+    assert set(agreement["definition"]) == {"cohen_d", "firing_log_ratio", "auroc", "mine.py:mine"}
+    for text, said in (
+        ("mine = 1\n", "defines no function mine"),
+        ("def mine(m):\n    return m.nothing\n", "mine.py:mine failed: AttributeError"),
+        ("def mine(m):\n    return m.mean_maths[0]\n", "must return a tensor of finite numbers of shape"),
+        ("def mine(m):\n    return m.mean_maths / 0\n", "must return a tensor of finite numbers"),
+        ("def mine(m:\n", "mine.py does not run: SyntaxError"),
+    ):
+        (tmp_path / "mine.py").write_text(text)
+        with pytest.raises(UserError, match=re.escape(said)):
+            study.layer_selection.plain_scores("corpus", "mine.py:mine")
