@@ -52,7 +52,7 @@ def _check_parameters(path: Path, source: str) -> None:
     if given["overrides"] != "{}":
         raise UserError(
             f"notebooks/{path.name} has overrides in its parameters cell, which make would write beside the profile's own files; "
-            "run it in JupyterLab (make lab), or give them to make: make reproduce SET=\"selection.layer_share=0.25\""
+            'run it in JupyterLab (make lab), or give them to make: make reproduce SET="selection.layer_share=0.25"'
         )
 
 
