@@ -24,5 +24,6 @@ from stetholib.plots.subspace_projection import (
     overlap_by_basis,
     projection_in_a_plane,
 )
+from stetholib.plots.tables import readable
 from stetholib.plots.task_vectors import layer_bars, loss_curve, matrix_heatmap
 from stetholib.plots.worlds import claims_by_world, gains_by_world, percentiles_by_world
