@@ -53,15 +53,12 @@ def readable(table: pd.DataFrame, digits: int = 3, shares: bool | Collection[str
     for all) as percentages; without an index of its own, the first column takes its place."""
     shown = table.set_index(table.columns[0]) if isinstance(table.index, pd.RangeIndex) else table.copy()
     for at, name in enumerate(shown.columns):
-        last = name[-1] if isinstance(name, tuple) else name
-        column = shown.iloc[:, at]
+        last, column = name[-1] if isinstance(name, tuple) else name, shown.iloc[:, at]
         if pd.api.types.is_float_dtype(column):
-            form = f"{{:.{digits}f}}"
-            form = (
-                "{:.1%}" if shares is True or (shares is not False and last in shares) else "{:.2g}" if last in P_VALUES else form
-            )
-            shown.isetitem(at, column.map(lambda value, form=form: "" if value != value else form.format(value)).to_numpy(object))
+            share = shares is True or (shares is not False and last in shares)
+            form = "{:.1%}" if share else "{:.2g}" if last in P_VALUES else f"{{:.{digits}f}}"
+            shown.isetitem(at, ["" if value != value else form.format(value) for value in column])
         else:
-            shown.isetitem(at, column.map(words, na_action="ignore").to_numpy(object))
+            shown.isetitem(at, [words(value) for value in column])
     shown = shown.rename(index=words, columns=words)
     return shown.rename_axis(index=words, columns=words)
