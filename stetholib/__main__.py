@@ -59,7 +59,7 @@ COMMANDS = {
 }
 
 
-ORGANISMS = ("organism", "organism-negative")
+ORGANISMS = ("organism", "organism-drawn", "organism-other", "organism-negative")
 
 
 class Parser(argparse.ArgumentParser):
