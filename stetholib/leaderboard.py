@@ -43,3 +43,11 @@ def paired_error(one: DocumentLosses, other: DocumentLosses) -> float:
     read under both, so that what is hard about a problem cancels."""
     difference = one.nats() - other.nats()
     return float(np.sqrt(len(difference) * difference.var(ddof=1)) / one.tokens.sum())
+
+
+def paired_errors(study: Any, sets: Sequence[str]) -> np.ndarray:
+    """`paired_error` of each two sets, [set, set]; sets: as in the column layers."""
+    covariance = np.cov(by_problem(study, sets))
+    own = np.diag(covariance)
+    spread = np.maximum(own[:, None] + own[None] - 2 * covariance, 0)  # of sets alike, rounding may go below 0
+    return np.sqrt(len(study.losses.subjects) * spread) / study.losses.of(()).tokens.sum()

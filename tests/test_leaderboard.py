@@ -18,7 +18,7 @@ def of(layers, alpha=1.0):
     return DocumentLosses(HARD - fall, np.zeros(6), TOKENS)
 
 
-STUDY = SimpleNamespace(world=SimpleNamespace(layers=5), losses=SimpleNamespace(of=of))
+STUDY = SimpleNamespace(world=SimpleNamespace(layers=5), losses=SimpleNamespace(of=of, subjects=["sums"] * 6))
 
 
 def test_every_set_is_ranked_by_what_its_layers_are_worth_and_equals_share_a_place():
@@ -41,6 +41,13 @@ def test_the_paired_error_forgets_what_is_hard_about_a_problem():
     difference = np.array([6.0, 0, 0, 0, 0, 0])
     expected = np.sqrt(6 * difference.var(ddof=1)) / 60
     assert leaderboard.paired_error(of((1, 4)), of((1,))) == pytest.approx(expected) and expected > 0
+
+
+def test_the_paired_errors_of_all_sets_are_those_of_each_two():
+    sets = ["0 3", "1 4", "3 4", "1"]
+    found = leaderboard.paired_errors(STUDY, sets)
+    edits = [of(tuple(map(int, one.split()))) for one in sets]
+    assert np.allclose(found, [[leaderboard.paired_error(one, other) for other in edits] for one in edits], atol=1e-9)
 
 
 @pytest.mark.parametrize("size", [0, 5, 6])
