@@ -25,7 +25,7 @@ RUN := $(shell $(PYTHON) -m stetholib.commands.environment 2>/dev/null && echo $
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help env reproduce doctor rehearse seeds claim export test test-all faults bench mini-base organism organisms lab lint readme publish clean
+.PHONY: help env reproduce doctor rehearse seeds claim export page test test-all faults bench mini-base organism organisms lab lint readme publish clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 24
@@ -61,6 +61,9 @@ claim: env  ## one claim of the paper checked alone: make claim CLAIM=C3 [PROFIL
 
 export: env  ## an edited model as a folder that any tool loads: make export VARIANT=stethoscope [PROFILE=mini] [INTO=folder]
 	@$(RUN) -m stetholib export --variant "$(VARIANT)" --profile $(PROFILE) --device $(DEVICE) $(if $(INTO),--into "$(INTO)")
+
+page: env  ## one page that needs nothing, with the miniature live in it: make page [PROFILE=mini]
+	@$(RUN) -m stetholib page --profile $(PROFILE) --device $(DEVICE)
 
 test: env  ## the tests of every day: offline, at most five minutes on two cores
 	$(RUN) -m pytest -q -n 2 --dist loadfile -m "not slow and not campaign" --cov=stetholib --cov-report=term

@@ -56,6 +56,11 @@ COMMANDS = {
         "Write the model of a variant with a card, its provenance and, where there is one, a recipe for mergekit; the base's files "
         "are kept, but for the matrices that were edited. What the variant stands on is found, or computed.",
     ),
+    "page": (
+        "write one page that needs nothing",
+        "Write figures/<profile>/stethoscope.html: the story, the miniature run live in the browser, every set of layers, and the "
+        "ledger, in one file that opens without a network. What it shows is found, or computed: run reproduce first.",
+    ),
 }
 
 
@@ -110,6 +115,7 @@ def parser(inner: bool = False) -> Parser:
     for side, what in (("maths", "of the kind to listen for"), ("general", "to hold them against")):
         made["listen"].add_argument(f"--{side}", required=True, help=f"texts {what}: .txt (one a line), .jsonl or .parquet")
     made["listen"].add_argument("--into", help="a CSV file for the table")
+    made["page"].add_argument("--organism", default=ORGANISMS[0], help=f"whose layers are known ({ORGANISMS[0]})")
     made["export"].add_argument("--variant", required=True, help="which edited model, e.g. stethoscope")
     made["export"].add_argument("--into", help="a new folder, or an earlier export (runs/<profile>/export/<variant>)")
     made["export"].add_argument("--delta", action="store_true", help="only the tensors that are added, in float32")
@@ -154,6 +160,9 @@ def run(options: argparse.Namespace) -> int:
     elif options.command == "export":
         folder = module.export(options.variant, *asked, options.into, options.delta)
         print(f"{options.variant}: {sum(path.stat().st_size for path in folder.iterdir()) / 2**20:.1f} MiB in {folder}")
+    elif options.command == "page":
+        path = module.write(*asked, options.organism)
+        print(f"{path.stat().st_size / 2**20:.1f} MiB in {path}")
     elif options.command == "answer":
         module.answer(*asked, overrides_of(options.set))
     else:
