@@ -39,7 +39,8 @@ else ifeq ($(RUN),$(VENV))
 	@$(VENV) -m stetholib.commands.environment --installed || { \
 	  echo "installing requirements.lock into .venv (once, some minutes) ..."; \
 	  $(VENV) -m pip install --quiet --disable-pip-version-check $(WHEELS) -r requirements.lock && \
-	  $(VENV) -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e . ; }
+	  $(VENV) -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e . || \
+	  { echo "the environment was not made; make check-laptop says what this machine lacks"; exit 1; }; }
 endif
 
 reproduce: env  ## the six notebooks, every table and figure: make reproduce [PROFILE=mini] [DEVICE=cpu] [PROCESSES=1]
