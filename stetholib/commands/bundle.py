@@ -50,11 +50,17 @@ def bundle(into: str | None, platforms: Sequence[str] | None, pythons: Sequence[
         size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
         if place.suffix == ".tar":
             with tarfile.open(Path(draft, place.name), "w") as tar:
-                tar.add(folder, place.stem, filter=lambda one: one.replace(uid=0, gid=0, uname="", gname=""))
+                tar.add(folder, place.stem, filter=nobodys)
             folder = Path(draft, place.name)
         folder.rename(place)
     say(f"{size / 2**20:.0f} MiB in {place}; copy it to each laptop, then there: make check-laptop, make env, make lab")
     return not lacking
+
+
+def nobodys(one: tarfile.TarInfo) -> tarfile.TarInfo:
+    """A member of a tar without the name of whoever made it."""
+    one.uid, one.gid, one.uname, one.gname = 0, 0, "", ""
+    return one
 
 
 def here() -> str:
