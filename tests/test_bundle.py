@@ -267,6 +267,29 @@ def test_a_bundle_that_cannot_be_is_refused_before_anything_is_fetched(into, pla
         bundle.bundle(into, platform, python, print)
 
 
+@pytest.mark.parametrize("lack", [[], ["Linux x86_64, Python 3.11: no wheel for torch"]], ids=["whole", "lacking"])
+def test_a_bundle_is_a_folder_or_a_tar_that_names_nobody_and_says_what_it_lacks(tmp_path, monkeypatch, lack):
+    said = []
+
+    def clone(checkout, folder, say):
+        (folder / "wheels").mkdir(parents=True)
+        (folder / "README.md").write_text("read me")
+
+    monkeypatch.setattr(bundle, "clone", clone)
+    monkeypatch.setattr(bundle, "wheels", lambda folder, targets, say: iter(lack))
+    monkeypatch.setattr(bundle, "warm", lambda checkout, folder: "store")
+    for name in ("a room", "a room.tar"):
+        assert bundle.bundle(str(tmp_path / name), ["linux-x86_64"], ["3.11"], said.append) == (not lack)
+    assert said.count("store") == 2 and said.count(f"MEND {lack[0]}" if lack else "MEND") == 2 * len(lack)
+    assert f"MiB in {tmp_path / 'a room.tar'}; copy it to each laptop" in said[-1]
+    with tarfile.open(tmp_path / "a room.tar") as tar:
+        assert {(one.uid, one.uname, one.gname) for one in tar} == {(0, "", "")}
+        tar.extractall(tmp_path / "there", filter="data")
+    for folder in (tmp_path / "a room", tmp_path / "there" / "a room"):
+        assert laptop.sums(folder) == [] and (folder / "README.md").read_text() == "read me"
+    assert not list(tmp_path.glob(".bundle-*"))
+
+
 def test_the_environment_is_made_from_wheels_where_they_lie_in_the_checkout(tmp_path):
     def asked(*words):
         make = ["make", "-n", "env", "PYTHON=false", *words]
