@@ -13,6 +13,8 @@ ENV ?= auto
 PYTHON ?= python3
 VENV := .venv/bin/python
 SETS = $(foreach one,$(SET),--set "$(one)")
+# A bundle's wheels, where they lie here; with a network they can be passed over: make env WHEELS=
+WHEELS := $(if $(wildcard wheels/*.whl),--no-index --find-links wheels)
 
 export PYTHONPATH := $(CURDIR)
 export OMP_WAIT_POLICY ?= PASSIVE
@@ -25,7 +27,7 @@ RUN := $(shell $(PYTHON) -m stetholib.commands.environment 2>/dev/null && echo $
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help env reproduce doctor rehearse seeds claim export page test test-all faults bench mini-base organism organisms lab lint readme publish clean
+.PHONY: help env reproduce doctor rehearse seeds claim export page bundle check-laptop test test-all faults bench mini-base organism organisms lab lint readme publish clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 24
@@ -37,8 +39,9 @@ else ifeq ($(RUN),$(VENV))
 	@test -x $(VENV) || $(PYTHON) -m venv .venv
 	@$(VENV) -m stetholib.commands.environment --installed || { \
 	  echo "installing requirements.lock into .venv (once, some minutes) ..."; \
-	  $(VENV) -m pip install --quiet --disable-pip-version-check -r requirements.lock && \
-	  $(VENV) -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e . ; }
+	  $(VENV) -m pip install --quiet --disable-pip-version-check $(WHEELS) -r requirements.lock && \
+	  $(VENV) -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e . || \
+	  { echo "the environment was not made; make check-laptop says what this machine lacks"; exit 1; }; }
 endif
 
 reproduce: env  ## the six notebooks, every table and figure: make reproduce [PROFILE=mini] [DEVICE=cpu] [SET="selection.layer_share=0.25"]
@@ -84,7 +87,13 @@ organism: env  ## train an organism anew: make organism NAME=organism SEED=0 BLO
 	$(RUN) -m stetholib.data.mini.organism --device $(DEVICE) --folder stetholib/data/mini/$(NAME) --seed $(SEED) --blocks $(BLOCKS)
 
 lab: env  ## JupyterLab on the notebooks
-	$(RUN) -m jupyter lab --ServerApp.root_dir=$(CURDIR) --LabApp.default_url=/lab/tree/notebooks/01_task_vectors.ipynb
+	$(RUN) -m jupyter lab --ServerApp.root_dir="$(CURDIR)" --LabApp.default_url=/lab/tree/notebooks/01_task_vectors.ipynb
+
+bundle: env  ## a folder for laptops without a network: make bundle [INTO=x.tar] [PLATFORM="linux-x86_64 macos-arm64"] [PYTHONS="3.11 3.12"]
+	@$(RUN) -m stetholib bundle $(if $(INTO),--into "$(INTO)") $(if $(PLATFORM),--platform $(PLATFORM)) $(if $(PYTHONS),--python $(PYTHONS))
+
+check-laptop:  ## will this laptop do, and what to mend: before anything is installed, with any python3
+	@$(PYTHON) stetholib/commands/laptop.py
 
 lint: env  ## style, types and declared dependencies: ruff, mypy, deptry
 	$(RUN) -m ruff check stetholib bench tests notebooks

@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
@@ -61,6 +62,12 @@ COMMANDS = {
         "Write figures/<profile>/stethoscope.html: the story, the miniature run live in the browser, every set of layers, and the "
         "ledger, in one file that opens without a network. What it shows is found, or computed: run reproduce first.",
     ),
+    "bundle": (
+        "make a folder for laptops without a network",
+        "Clone the commit and add what a laptop needs to set up, run and open the notebooks without a network: wheels of "
+        "requirements.lock for each platform, what the miniature's notebooks open warm with, and a hash of every file. What has no "
+        "wheel is named. The exit status is 0 when nothing is lacking.",
+    ),
 }
 
 
@@ -84,6 +91,8 @@ def parser(inner: bool = False) -> Parser:
         made["answer"] = commands.add_parser("answer")
     for name, one in made.items():
         default = "paper" if name == "rehearse" else "mini"
+        if name == "bundle":
+            continue
         if name not in ("listen", "organisms"):
             one.add_argument(
                 "--profile", default=default, help=f"a shipped profile's name, or a YAML file of your own ({default})"
@@ -119,6 +128,9 @@ def parser(inner: bool = False) -> Parser:
     made["export"].add_argument("--variant", required=True, help="which edited model, e.g. stethoscope")
     made["export"].add_argument("--into", help="a new folder, or an earlier export (runs/<profile>/export/<variant>)")
     made["export"].add_argument("--delta", action="store_true", help="only the tensors that are added, in float32")
+    made["bundle"].add_argument("--into", help="a new folder, or a new file that ends in .tar (dist/stetholib)")
+    made["bundle"].add_argument("--platform", nargs="+", help="linux-x86_64, linux-aarch64, macos-arm64 (this machine's)")
+    made["bundle"].add_argument("--python", nargs="+", help="3.11, 3.12 (the one that runs)")
     return top
 
 
@@ -145,6 +157,8 @@ def run(options: argparse.Namespace) -> int:
         texts = options.maths, options.general
         print(module.run(options.model, options.revision, options.saes, options.sae_id, texts, options.device, options.into))
         return 0
+    if options.command == "bundle":
+        return 0 if module.bundle(options.into, options.platform, options.python, partial(print, flush=True)) else 1
     if options.command == "organisms":
         module.run(options.profiles, options.device, options.count)
         return 0
