@@ -78,6 +78,7 @@ class BenchPanel:
         shown = widgets.Box([self.loss, self.accuracy], layout={"flex_flow": "row wrap"})
         scale = widgets.HBox([self.alpha, slider])
         self.whole = widgets.VBox([self.start, boxes, scale, self.vector, buttons, self.status, shown])
+        self.whole.add_class("stetholib-bench")
         self.start.observe(self._begin, "value")
         for control in (*self.layers, self.alpha, self.vector):
             control.observe(self._change, "value")
@@ -171,7 +172,7 @@ def described_setting(setting: Setting) -> str:
 
 def _picture(plot: Any, table: pd.DataFrame) -> str:
     """A plot as an image of HTML, which can say in words what it shows, as a widget's image cannot."""
-    fig, ax = panels(width=5.6, height=3.2)
+    fig, ax = panels(width=4.5, height=3.0)
     plot(table, ax)
     plt.close(fig)  # or the kernel would show it below the cell
     fig.savefig(buffer := BytesIO(), format="png", dpi=100)

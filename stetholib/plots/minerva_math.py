@@ -96,7 +96,7 @@ def loss_parts(table: pd.DataFrame, ax: Axes, setting: str = "this setting") -> 
         ax.bar_label(bars, fmt="{:+.4f}", padding=3, fontsize=8.5)
     ax.axvline(0, color=BLACK, lw=0.8)
     ax.margins(x=0.25)
-    rows(["solution", "closing sentence"], ax).set(xlabel="change of the loss against the base (nats a token); left is better")
+    rows(["solution", "closing sentence"], ax).set(xlabel="change of the loss (nats a token); left is better")
     ax.set_title(f"{setting[0].upper()}{setting[1:]}: {change.loc['setting', 'solution']:+.4f} on the solution")
     ax.legend(ncols=2, loc="upper center", bbox_to_anchor=(0.45, -0.2))
     return ax

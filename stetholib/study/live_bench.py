@@ -5,9 +5,11 @@ by this process and never written: the tables of the run are those of all proble
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import replace
 from functools import cached_property
+from io import StringIO
 from math import ceil
 from typing import Any, TypeVar
 
@@ -154,7 +156,7 @@ class LiveBench:
         answers = self.answers(setting)
 
         def measured() -> pd.DataFrame:
-            with libraries_quiet(), self._tasks.opened() as tasks:
+            with _quiet(), self._tasks.opened() as tasks:
                 return harness.verdicts(tasks, answers).drop_duplicates("problem_id").set_index("problem_id")
 
         return self._once("verdicts", self._checked(setting), measured)
@@ -209,10 +211,19 @@ class LiveBench:
         if what == "losses":
             with self._pool.opened() as batches:
                 return reading * sum(batch.input_ids.numel() for batch in batches)
-        known, limits = self._beside["base"].loc[self.asked], self._step._limits()
-        rounds = ceil(len(known) / limits.slots)
-        with libraries_quiet(), self._tasks.opened():  # which takes seconds the first time, and is wanted soon
-            return reading * known["prompt_tokens"].sum() + step * known["completion_tokens"].max() * rounds
+        known, limits = self._step.answers(self.variants["base"]), self._step._limits()
+        base = [known[name] for name in self.asked]
+        with _quiet(), self._tasks.opened() as tasks:  # which takes seconds the first time, and is wanted soon
+            harness.verdicts(tasks, base[:1])
+        rounds, longest = ceil(len(base) / limits.slots), max(one.completion_tokens for one in base)
+        return reading * sum(one.prompt_tokens for one in base) + step * longest * rounds
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Inside, the harness draws no bars, neither as widgets nor on stderr."""
+    with libraries_quiet(), redirect_stderr(StringIO()):
+        yield
 
 
 def _compared(base: pd.Series, other: pd.Series) -> dict[str, Any]:
