@@ -8,14 +8,16 @@ import numpy as np
 import pandas as pd
 import pytest
 from conftest import ROOT
+from matplotlib.text import Text
 
 from stetholib import plots
 from stetholib.claims import BUILT, HOLDS, SAME
 from stetholib.commands.seeds import spread
 from stetholib.models.subspaces import LossSplit, default_rows
 from stetholib.plots import style
+from stetholib.plots import worlds as worlds_drawn
 
-FIGURES = {"panels", "labelled", "save"}
+FIGURES = {"panels", "described", "labelled", "save"}
 NAMES = {"base": "base", "full": "whole vector", "stethoscope": "stethoscope", "my_own": "a variant of one's own"}
 
 
@@ -61,6 +63,8 @@ def draw(name, ax):
         "power": lambda f: f(effects, ax),
         "accuracies": lambda f: f(table("05_minerva_math"), "all", shown, ax),
         "headline": lambda f: f(table("05_minerva_math"), "number_theory", ax),
+        "loss_parts": lambda f: f(pd.DataFrame(dict(solution=[3, 2, 1], closing=[1, 1, 0.5]), index=[*BENCH]), ax),
+        "answered": lambda f: f(bench(), ax),
         "gain_split": lambda f: f(table("06_significance").query("metric == 'exact_match'"), shown[1:], ax),
         "token_limits": lambda f: f(limits, NAMES, ax),
         "forest": lambda f: f(
@@ -74,6 +78,17 @@ def draw(name, ax):
     return calls[name](getattr(plots, name))
 
 
+BENCH = ("base", "setting", "full")
+
+
+def bench():
+    """Accuracies as the live bench has them, of ten problems, none right of the base's."""
+    ends = dict(
+        n=10, accuracy=[0.0, 0.4, 1.0], low=[1e-17, 0.2, 0.7], high=[0.3, 0.7, 1.0], gain=0.4, gain_low=0.1, gain_high=0.7
+    )
+    return pd.concat([pd.DataFrame(dict(metric=metric, variant=[*BENCH]) | ends) for metric in ("exact_match", "math_verify")])
+
+
 def gains():
     """Gains by math_verify in three worlds, made up."""
     shares = dict(full=0.2, full_shrunk=0.15, stethoscope=0.1, stethoscope_matched=0.05)
@@ -85,7 +100,10 @@ def energies(by=()):
     return rows.groupby(["basis", "rank", *by])[["energy_retained", "chance"]].mean().reset_index()
 
 
-@pytest.mark.parametrize("name", sorted({name for name, thing in vars(plots).items() if inspect.isfunction(thing)} - FIGURES))
+PLOTS = sorted({name for name, thing in vars(plots).items() if inspect.isfunction(thing)} - FIGURES)
+
+
+@pytest.mark.parametrize("name", PLOTS)
 def test_a_plot_gives_its_axis_back_named_and_twice_the_same_bytes(name, tmp_path):
     made = []
     for _ in range(2):
@@ -100,6 +118,48 @@ def test_a_plot_gives_its_axis_back_named_and_twice_the_same_bytes(name, tmp_pat
             made.append((tmp_path / f"plot.{kind}").read_bytes())
         plt.close(figure)
     assert made[:2] == made[2:] and made[0].startswith(b"\x89PNG") and b"Ours, a test" in made[1]
+
+
+@pytest.mark.parametrize("name", PLOTS)
+def test_whatever_is_written_in_a_plot_can_be_read_and_is_among_its_words(name):
+    figure, ax = plots.panels()
+    draw(name, ax)
+    plots.labelled(figure, "Ours, a test")
+    figure.draw_without_rendering()
+    written = [text for text in figure.findobj(Text) if text.get_text().strip() and text.get_visible()]
+    signs = {sign: colour for sign, (_, colour) in worlds_drawn.SIGNS.items()} if name == "claims_by_world" else {}
+    assert len(written) >= 5
+    for text in written:
+        ground = signs.get(text.get_text(), "white")
+        assert style.contrast_of(text.get_color(), ground) >= style.READABLE, text.get_text()
+    words = plots.described(figure)
+    for one in (ax.get_title("left"), ax.get_xlabel(), ax.get_ylabel(), "Ours, a test"):
+        assert one.replace("\n", " ").replace("$", "") in words
+    plt.close(figure)
+
+
+def test_contrast_is_wcags_and_ink_is_no_darker_than_it_must_be():
+    assert (
+        style.contrast_of("black") == pytest.approx(21) == style.contrast_of("white", "black")
+        and style.contrast_of("red", "red") == 1
+    )
+    assert style.contrast_of("#767676") == pytest.approx(4.54, abs=0.01) and style.ink(style.BLUE) == style.BLUE.lower()
+    for look in [*style.VARIANTS.values(), *style.BASES.values(), *style.LOSSES.values()]:
+        assert style.READABLE <= style.contrast_of(style.ink(look.colour)) < max(5.0, style.contrast_of(look.colour) + 0.01)
+
+
+def test_a_notebook_keeps_a_figure_with_its_words():
+    from IPython.core.interactiveshell import InteractiveShell
+
+    shell = InteractiveShell.instance()
+    try:
+        figure, ax = plots.panels()
+        ax.set(xlabel="layer", title="A finding")
+        data, about = shell.display_formatter.format(figure, include=["image/png"])
+        assert data["image/png"] and about == {"image/png": {"alt": "A finding; across: layer."}}
+    finally:
+        InteractiveShell.clear_instance()
+        plt.close("all")
 
 
 def test_one_thing_has_one_colour():

@@ -20,6 +20,7 @@ from stetholib.plots.style import (
     PALE,
     RED,
     SELECTORS,
+    ink,
     lines,
     percent,
     rows,
@@ -58,7 +59,7 @@ def score_against_effect(table: pd.DataFrame, ax: Axes) -> Axes:
     lines(table, "score", "effect_alone", "contrast", CONTRASTS, ax, ls="none")
     beside: dict[str, Any] = dict(xytext=(4, 3), textcoords="offset points", fontsize=7.5)
     for layer, contrast, *at in table[["layer", "contrast", "score", "effect_alone"]].dropna().to_numpy():
-        ax.annotate(str(layer), tuple(at), color=CONTRASTS[contrast].colour, **beside)
+        ax.annotate(str(layer), tuple(at), color=ink(CONTRASTS[contrast].colour), **beside)
     ax.set(xlabel="layer score", ylabel="fall of the loss, injected alone (nats a token)")
     ax.legend()
     return ax

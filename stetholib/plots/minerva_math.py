@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
-from stetholib.plots.style import BLACK, BLUE, ORANGE, PALE, SKY, VARIANTS, lines, percent, rows, twin_bars
+from stetholib.plots.style import BLACK, BLUE, ORANGE, PALE, RED, SKY, VARIANTS, Look, lines, percent, rows, twin_bars
 
 HEADLINE = {
     "base": "base",
@@ -81,4 +81,47 @@ def token_limits(table: pd.DataFrame, names: Mapping[str, str], ax: Axes) -> Axe
     ax.set(xlabel="limit on new tokens", ylabel="accuracy (exact match)", ylim=(0, None))
     percent(ax.yaxis)
     ax.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0))
+    return ax
+
+
+BENCH = {"base": VARIANTS["base"], "setting": Look("this setting", RED, "o"), "full": VARIANTS["full"]}
+WORDS = {"exact_match": "exact match", "math_verify": "Math-Verify"}
+
+
+def loss_parts(table: pd.DataFrame, ax: Axes, setting: str = "this setting") -> Axes:
+    """Change of both parts of the loss against the base, of a setting beside the whole vector; rows base, setting and full,
+    columns solution and closing. setting: what it is called."""
+    change: Any = table[["solution", "closing"]] - table.loc["base", ["solution", "closing"]]
+    for shift, name, called in ((-0.2, "setting", setting), (0.2, "full", BENCH["full"].name)):
+        bars = ax.barh(np.arange(2) + shift, change.loc[name], height=0.36, color=BENCH[name].colour, label=called)
+        ax.bar_label(bars, fmt="{:+.4f}", padding=3, fontsize=8.5)
+    ax.axvline(0, color=BLACK, lw=0.8)
+    ax.margins(x=0.25)
+    rows(["solution", "closing sentence"], ax).set(xlabel="change of the loss (nats a token); left is better")
+    ax.set_title(f"{setting[0].upper()}{setting[1:]}: {change.loc['setting', 'solution']:+.4f} on the solution")
+    ax.legend(ncols=2, loc="upper center", bbox_to_anchor=(0.45, -0.2))
+    return ax
+
+
+def answered(table: pd.DataFrame, ax: Axes, setting: str = "this setting") -> Axes:
+    """Accuracies of a setting beside the base and the whole vector with 95 % intervals; of `LiveBench.accuracy_table`.
+    setting: what it is called."""
+    metrics = list(dict.fromkeys(table["metric"]))
+    looks = BENCH | {"setting": BENCH["setting"]._replace(name=setting)}
+    for shift, (name, look) in zip((-0.25, 0.0, 0.25), looks.items(), strict=True):
+        of: Any = table[table["variant"] == name].set_index("metric").loc[metrics]
+        at, p = np.arange(len(of)) + shift, of["accuracy"]
+        ends = [(p - of["low"]).clip(lower=0), (of["high"] - p).clip(lower=0)]  # below 0 by rounding, where all or none are right
+        ax.errorbar(p, at, xerr=ends, fmt=look.marker, color=look.colour, capsize=3, label=look.name)
+        for y, (share, high) in zip(at, of[["accuracy", "high"]].to_numpy(), strict=True):
+            ax.annotate(f"{share:.0%}", (high, y), xytext=(6, 0), textcoords="offset points", va="center", fontsize=8.5)
+    rows([WORDS[metric] for metric in metrics], ax).set(xlim=(0, min(1.2, 1.25 * table["high"].max())))
+    ax.set_xlabel(f"accuracy of {int(table['n'].iloc[0])} problems, with 95 % intervals")
+    last: Any = table[table["variant"] == "setting"].iloc[-1]
+    span = f"{last['gain_low']:+.1%} to {last['gain_high']:+.1%}"
+    ax.set_title(
+        f"{setting[0].upper()}{setting[1:]}: {last['gain']:+.1%} by {WORDS[last['metric']]}\n(against the base; 95 %: {span})"
+    )
+    percent(ax.xaxis)
+    ax.legend(ncols=3, loc="upper center", bbox_to_anchor=(0.45, -0.2))
     return ax

@@ -11,14 +11,38 @@ from typing import Any, NamedTuple
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 import seaborn as sns
+from IPython import get_ipython
+from IPython.core.pylabtools import print_figure
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
+from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
+from matplotlib.text import Text
+from matplotlib.ticker import FixedLocator
 
 BLACK, ORANGE, SKY, GREEN, BLUE, RED, PURPLE = ["#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7"]
 GREY, PALE, VIOLET = "#8C8C8C", "#D9D9D9", "#5E3C99"
+
+
+READABLE = 4.5  # to 1: the contrast that WCAG wants of text
+
+
+def contrast_of(colour: Any, ground: Any = "white") -> float:
+    """Contrast of two colours by WCAG 2, from 1 to 21."""
+    linear = [
+        np.where((c := np.array(to_rgb(one))) <= 0.04045, c / 12.92, ((c + 0.055) / 1.055) ** 2.4) for one in (colour, ground)
+    ]
+    low, high = sorted(float(one @ (0.2126, 0.7152, 0.0722)) + 0.05 for one in linear)
+    return high / low
+
+
+def ink(colour: str) -> str:
+    """A colour to write in on white: the same hue, as dark as it must be to be read."""
+    darker = (to_hex(share * np.array(to_rgb(colour))) for share in np.linspace(1, 0, 51))
+    return next(one for one in darker if contrast_of(one) >= READABLE)
 
 
 class Look(NamedTuple):
@@ -85,15 +109,45 @@ STYLE: Any = {
 
 
 def panels(columns: int = 1, rows: int = 1, width: float = 6.4, height: float = 3.8, **options: Any) -> tuple[Figure, Any]:
-    """A figure with a grid of axes in the project's style."""
+    """A figure with a grid of axes in the project's style; a notebook keeps it with its words."""
     mpl.rcParams.update(STYLE)
-    return plt.subplots(rows, columns, figsize=(width * columns, height * rows), **options)
+    made = plt.subplots(rows, columns, figsize=(width * columns, height * rows), **options)
+    if (shell := get_ipython()) is not None:  # after pyplot has set up what a kernel shows
+        shell.display_formatter.formatters["image/png"].for_type(Figure, _in_words)
+    return made
+
+
+def described(figure: Figure) -> str:
+    """A figure in words, for who cannot see it: of each panel its title, its axes, what stands on them by name, and its legend."""
+    said = []
+    for ax in figure.axes:
+        title, legend = ax.get_title("left") or ax.get_title(), ax.get_legend()
+        words = {
+            "across": ax.get_xlabel(),
+            "upwards": ax.get_ylabel(),
+            "columns": _listed(ax.get_xticklabels() if isinstance(ax.xaxis.get_major_locator(), FixedLocator) else ()),
+            "rows": _listed(ax.get_yticklabels() if isinstance(ax.yaxis.get_major_locator(), FixedLocator) else ()),
+            "shown": _listed(legend.get_texts() if legend else ()),
+            "written in it": _listed(ax.texts if len(ax.texts) < 30 else ()),
+        }
+        said.append("; ".join([title, *(f"{what}: {text}" for what, text in words.items() if text)]).removeprefix("; "))
+    said += [text.get_text() for text in figure.texts]
+    return " ".join(f"{one.strip('.')}." for one in said if one).replace("\n", " ").replace("$", "")
+
+
+def _listed(texts: Iterable[Text]) -> str:
+    return ", ".join(filter(None, (text.get_text() for text in texts)))
+
+
+def _in_words(figure: Figure) -> tuple[str, dict[str, str]]:
+    """A figure as a notebook keeps it: the picture, and its words beside it."""
+    return print_figure(figure, "png", base64=True), {"alt": described(figure)}
 
 
 def labelled(figure: Figure, whose: str) -> Figure:
     """Say in the figure itself whose numbers it shows; one that says so already stays as it is."""
     if not figure.texts:
-        figure.text(0.995, -0.005, whose, ha="right", va="top", fontsize=8, color=GREY)
+        figure.text(0.995, -0.005, whose, ha="right", va="top", fontsize=8, color=ink(GREY))
     return figure
 
 

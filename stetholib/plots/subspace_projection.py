@@ -9,7 +9,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from scipy import stats
 
-from stetholib.plots.style import BASES, BLACK, GREEN, GREY, ORANGE, PALE, RED, SKY, lines, percent, rows, twin_bars
+from stetholib.plots.style import BASES, BLACK, GREEN, GREY, ORANGE, PALE, RED, SKY, ink, lines, percent, rows, twin_bars
 
 
 def projection_in_a_plane(ax: Axes, degrees: float = 55.0) -> Axes:
@@ -19,7 +19,7 @@ def projection_in_a_plane(ax: Axes, degrees: float = 55.0) -> Axes:
     ax.axhline(0, color=GREY, lw=0.8)
     for (x, y), colour, name, place in ((vector, BLACK, "the change", (-6, 6)), ((along, 0), ORANGE, "what is kept", (-20, -14))):
         ax.annotate("", (x, y), (0, 0), arrowprops=dict(arrowstyle="-|>", color=colour, lw=2, shrinkA=0, shrinkB=0))
-        ax.annotate(name, (x, y), xytext=place, textcoords="offset points", color=colour, ha="right" if y else "center")
+        ax.annotate(name, (x, y), xytext=place, textcoords="offset points", color=ink(colour), ha="right" if y else "center")
     ax.plot([along, along], [0, vector[1]], color=GREY, ls=":")
     ax.set(xlim=(-0.25, 1.05), ylim=(-0.25, 1.0), aspect="equal", xticks=[], yticks=[])
     ax.set(xlabel="along a direction", ylabel="across it")

@@ -1,5 +1,6 @@
 """Figures over many worlds: which claims hold in all of them, and how far their figures spread."""
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,20 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Patch
 
 from stetholib.claims import BUILT, HOLDS, SAME
-from stetholib.plots.style import BLACK, BLUE, CONTRASTS, GREY, ORANGE, PALE, SKY, VARIANTS, percent, rows, whole_numbers
+from stetholib.plots.style import (
+    BLACK,
+    BLUE,
+    CONTRASTS,
+    GREY,
+    ORANGE,
+    PALE,
+    SKY,
+    VARIANTS,
+    contrast_of,
+    percent,
+    rows,
+    whole_numbers,
+)
 
 SIGNS = {  # sign -> (what it says, its colour)
     "yes": ("holds", BLUE),
@@ -29,6 +43,8 @@ def claims_by_world(table: pd.DataFrame, column: str, ax: Axes) -> Axes:
     signs, legend = grid.map(sign_of.__getitem__), [Patch(color=colour, label=said) for said, colour in SIGNS.values()]
     squares = dict(cmap=[colour for _, colour in SIGNS.values()], vmin=0, vmax=len(SIGNS) - 1, cbar=False, linewidths=3)
     sns.heatmap(signs.map([*SIGNS].index), annot=signs, fmt="", annot_kws={"size": 8}, ax=ax, **squares)
+    for text in ax.texts:
+        text.set_color(max(BLACK, "white", key=partial(contrast_of, SIGNS[text.get_text()][1])))
     for row, holds in enumerate((signs == "yes").sum(axis=1)):
         ax.text(grid.shape[1] + 0.1, row + 0.5, f"{holds} of {grid.shape[1]}", va="center", fontsize=9)
     ax.tick_params(length=0, rotation=0)

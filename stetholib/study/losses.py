@@ -42,8 +42,13 @@ class Losses:
     @cached_property
     def pool(self) -> Input[list[Batch]]:
         """Validation problems with gold solutions, asked as the test asks, in batches, as an input of stages."""
+        return self.pool_where(np.ones(len(self._problems), bool))
+
+    def pool_where(self, mask: np.ndarray) -> Input[list[Batch]]:
+        """The problems of the pool where a mask is True, in batches of their own."""
         texts = self._world.solved_as_tested(self._problems)
-        return self._batches(texts, [closing(text) for _, text in texts])
+        few = [text for text, wanted in zip(texts, mask, strict=True) if wanted]
+        return self._batches(few, [closing(text) for _, text in few])
 
     @cached_property
     def _general(self) -> Input[list[Batch]]:
