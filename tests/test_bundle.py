@@ -90,12 +90,12 @@ def wheel(folder, name, *needs):
 
 
 def test_what_wheels_ask_for_beside_the_lock_depends_on_the_laptop(tmp_path):
-    needs = 'appnope>=0.1; platform_system == "Darwin"', 'tomli; python_version < "3.12"', 'extra-one; extra == "x"', "b.b"
+    needs = 'appnope>=0.1; platform_system == "Darwin"', 'tomli<3; python_version < "3.12"', 'extra-one; extra == "x"', "b.b"
     wheel(tmp_path, "a-1-py3-none-any", *needs)
     wheel(tmp_path, "b_b-1-py3-none-any")
-    assert bundle.required(tmp_path, LINUX) == ["tomli"]
-    assert bundle.required(tmp_path, MAC) == ["appnope>=0.1"]
-    assert bundle.required(tmp_path, ARM) == []
+    assert bundle.required(tmp_path, LINUX) == {"tomli": "tomli<3"}
+    assert bundle.required(tmp_path, MAC) == {"appnope": "appnope>=0.1"}
+    assert bundle.required(tmp_path, ARM) == {}
 
 
 def test_what_is_asked_for_is_fetched_until_nothing_is_and_what_is_not_to_be_had_is_named(tmp_path, monkeypatch):
@@ -115,11 +115,15 @@ def test_what_is_asked_for_is_fetched_until_nothing_is_and_what_is_not_to_be_had
     assert bundle.names(tmp_path) == [f"{name}-1-py3-none-any.whl" for name in ("one", "three", "two")]
 
 
-def test_a_pytorch_that_wants_cuda_is_no_wheel_for_a_laptop(tmp_path):
+def test_a_pytorch_that_wants_cuda_is_no_wheel_for_a_laptop(tmp_path, monkeypatch):
     wheel(tmp_path, "torch-2.13.0-cp312-cp312-manylinux_2_28_aarch64", 'nvidia-nccl-cu13==2; platform_system == "Linux"')
     wheel(tmp_path, "torch-2.13.0-cp312-cp312-macosx_14_0_arm64", 'nvidia-nccl-cu13==2; platform_system == "Linux"')
-    assert bundle.complete(tmp_path, MAC) == [] and bundle.complete(tmp_path, ARM) == [f"torch ({bundle.CPU})"]
-    assert bundle.names(tmp_path) == ["torch-2.13.0-cp312-cp312-macosx_14_0_arm64.whl"]
+    wheel(tmp_path, "accelerate-1-py3-none-any", "torch>=2")  # for which another version would do as well
+    monkeypatch.setattr(bundle, "pip", None)
+    assert bundle.complete(tmp_path, MAC, ["Torch"]) == [] and bundle.complete(tmp_path, ARM, ["Torch"]) == [
+        f"torch ({bundle.CPU})"
+    ]
+    assert bundle.names(tmp_path)[1:] == ["torch-2.13.0-cp312-cp312-macosx_14_0_arm64.whl"]
 
 
 @pytest.fixture()

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from packaging.requirements import Requirement
-from packaging.utils import canonicalize_name
+from packaging.utils import NormalizedName, canonicalize_name
 
 from stetholib.commands import laptop
 from stetholib.commands.environment import CHECKOUT, pins
@@ -116,22 +116,23 @@ def wheels(folder: Path, targets: Sequence[Laptop], say: Callable[[str], None]) 
         name = f"{one.system} {one.machine}, Python {one.python[0]}.{one.python[1]}"
         say(f"wheels: {name} ...")
         wanted = [f"{package}=={pins(lock)[package]}" for package in laptop.lacking(lock, names(place), one)]
-        missing = fetch(wanted, place, one) + complete(place, one)
+        missing = fetch(wanted, place, one) + complete(place, one, list(pins(lock)))
         if missing:
             yield f"{name}: no wheel for {', '.join(missing)}"
 
 
-def complete(place: Path, one: Laptop) -> list[str]:
-    """Fetch what the wheels for a laptop ask for beside the lock; returns what is not to be had, PyTorch where only CUDA's is."""
+def complete(place: Path, one: Laptop, locked: Sequence[str] = ()) -> list[str]:
+    """Fetch what the wheels for a laptop ask for beside the lock; returns what is not to be had, PyTorch where only CUDA's is.
+    locked: the lock's names, which are never fetched in another version."""
     missing: list[str] = []
-    tried: set[str] = set()
-    while further := [need for need in required(place, one) if need not in tried]:
-        if any(need.startswith(("nvidia-", "cuda-")) for need in further):
+    tried = {canonicalize_name(name) for name in locked}
+    while further := {name: need for name, need in required(place, one).items() if name not in tried}:
+        if any(name.startswith(("nvidia-", "cuda-")) for name in further):
             next(path for path in place.glob("torch-*.whl") if laptop.fits(path.name, one)).unlink()
             missing.append(f"torch ({CPU})")
         else:
-            tried |= set(further)
-            missing += fetch(further, place, one)
+            tried |= further.keys()
+            missing += fetch(list(further.values()), place, one)
     return missing
 
 
@@ -164,14 +165,14 @@ def names(place: Path) -> list[str]:
     return sorted(path.name for path in place.glob("*.whl"))
 
 
-def required(place: Path, one: Laptop) -> list[str]:
-    """What wheels that fit a laptop ask for there, beside the lock, and the folder lacks: pip would stop at it."""
+def required(place: Path, one: Laptop) -> dict[NormalizedName, str]:
+    """What wheels that fit a laptop ask for there and the folder lacks, so that pip would stop at it, by name."""
     fitting = [path for path in sorted(place.glob("*.whl")) if laptop.fits(path.name, one)]
     there = {canonicalize_name(path.name.split("-")[0]) for path in fitting}
     version = f"{one.python[0]}.{one.python[1]}"
     words = dict(sys_platform=one.system.lower(), platform_system=one.system, platform_machine=one.machine, os_name="posix")
     words |= dict(python_version=version, python_full_version=f"{version}.1", extra="")
-    found = {}
+    found: dict[NormalizedName, str] = {}
     for path in fitting:
         with zipfile.ZipFile(path) as wheel:
             about = next(name for name in wheel.namelist() if name.endswith(".dist-info/METADATA"))
@@ -180,7 +181,7 @@ def required(place: Path, one: Laptop) -> list[str]:
             name = canonicalize_name(need.name)
             if name not in there and (need.marker is None or need.marker.evaluate(dict(words))):
                 found[name] = f"{name}{need.specifier}"
-    return sorted(found.values())
+    return found
 
 
 def warm(checkout: Path, folder: Path) -> str:
