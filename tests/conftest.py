@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from jaxtyping import install_import_hook
 
 PACKAGE = Path(__file__).parents[1] / "stetholib"
@@ -36,7 +37,7 @@ def covered():
 
 
 # the files that take longest, first: begun last, one of them would run alone while the other worker waits
-LONGEST = ("test_real_rungs", "test_corruption", "test_whole_runs", "test_bad_input", "test_edits")
+LONGEST = ("test_real_rungs", "test_corruption", "test_whole_runs", "test_bad_input", "test_browser", "test_edits")
 
 
 def pytest_collection_modifyitems(items):
@@ -68,11 +69,16 @@ def pytest_terminal_summary(terminalreporter):
 
 @pytest.fixture(scope="session")
 def undisturbed(tmp_path_factory):
-    """A clone in which the smoke profile ran to its end; to be read and copied only."""
+    """A clone in which the smoke profile ran to its end; to be read and copied only. Both workers share the one that is made."""
     import runs
 
-    folder = runs.clone(tmp_path_factory.mktemp("undisturbed"))
-    runs.run(folder)
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base
+    folder, done = shared / "undisturbed", shared / "undisturbed.done"
+    with FileLock(shared / "undisturbed.lock"):
+        if not done.exists():
+            runs.run(runs.clone(folder))
+            done.touch()
     return folder
 
 
