@@ -8,6 +8,7 @@ BLOCKS ?= 2 3 8 9
 SCALE ?= 1
 PROCESSES ?= 1
 RUNS ?= 5
+FROM ?= notebooks
 WORLDS ?= $(if $(filter mini,$(PROFILE)),seeds,seeds-$(notdir $(basename $(PROFILE))))
 ENV ?= auto
 PYTHON ?= python3
@@ -27,7 +28,7 @@ RUN := $(shell $(PYTHON) -m stetholib.commands.environment 2>/dev/null && echo $
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help env reproduce doctor rehearse seeds claim export page bundle check-laptop test test-all faults bench mini-base organism organisms lab lint readme publish clean
+.PHONY: help env reproduce doctor rehearse seeds claim export page bundle check-laptop test test-all faults bench mini-base organism organisms lab lint readme publish slides clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 24
@@ -100,6 +101,10 @@ lint: env  ## style, types and declared dependencies: ruff, mypy, deptry
 	$(RUN) -m ruff format --check stetholib bench tests notebooks
 	$(RUN) -m mypy stetholib bench
 	$(RUN) -m deptry .
+
+slides: env  ## the notebooks' figures and questions as slides that need no network: runs/slides/ [FROM=runs/mini/notebooks]
+	@$(RUN) -m nbconvert --log-level ERROR --to html --template slides --TemplateExporter.extra_template_basedirs=notebooks \
+	  --output-dir runs/slides $(FROM)/0*.ipynb
 
 clean:  ## remove what runs produced (figures/mini, which is committed, stays)
 	rm -rf runs

@@ -23,7 +23,7 @@ from stetholib.store.files import digest_of, file_hash
 from stetholib.store.tables import CONTRACTS
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-READMES = ["README.md", *(f"{place}/README.md" for place in ("stetholib", "stetholib/profiles", "figures", "bench"))]
+READMES = ["README.md", *(f"{place}/README.md" for place in ("stetholib", "stetholib/profiles", "figures", "bench", "notebooks"))]
 MODULES = sorted([*(ROOT / "stetholib").rglob("*.py"), *(ROOT / "bench").glob("*.py")])
 
 
@@ -45,7 +45,7 @@ def test_there_are_six_notebooks_each_with_its_module():
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_a_notebook_is_short_and_defines_nothing(path):
-    content = json.loads(path.read_text())["cells"]
+    content = [one for one in json.loads(path.read_text())["cells"] if "exercise" not in one["metadata"].get("tags", [])]
     code = cells(path)
     lines = [line for cell in code for line in cell.splitlines() if line.strip() and not line.strip().startswith("#")]
     assert len(content) <= 40 and len(lines) <= 120 and max(len(cell.splitlines()) for cell in code) <= 20
@@ -340,3 +340,10 @@ def test_what_is_linked_to_is_committed(place):
     for link in re.findall(r"\]\(((?!https?://)[^)\s]+)\)", text):
         target = os.path.normpath(Path(place).parent / link)
         assert target in kept or any(one.startswith(f"{target}/") for one in kept), link
+
+
+@pytest.mark.parametrize("place", READMES)
+def test_what_make_is_asked_for_is_a_target(place):
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
+    asked = set(re.findall(r"`make ([a-z-]+)", (ROOT / place).read_text()))
+    assert asked <= targets, asked - targets

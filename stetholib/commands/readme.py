@@ -1,5 +1,5 @@
 """Write the generated parts of the READMEs from committed tables: what was found, the ledger of the miniature, which rule one would
-bet on, what real weights say, and the table of `make bench`. A part stands between `<!-- name -->` and `<!-- /name -->`."""
+bet on, what real weights say, the table of `make bench`, and a workshop's vote sheet and answers. A part stands between `<!-- name -->` and `<!-- /name -->`."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -237,6 +237,40 @@ def peers(root: Path) -> str:
     return beside_peers(read(root, "bench/bench"))
 
 
+def votes(root: Path) -> str:
+    """A sheet for votes on the nine claims, before and after."""
+    claims = read(root, "mini/06_claims").drop_duplicates("claim")
+    lines = ["| claim | paper | before | after | what changed my mind |", "|---|---|---|---|---|"]
+    lines += [
+        f"| **{row.claim}** {row.statement} | {row.published} | yes · no · ? | yes · no · ? | |" for row in claims.itertuples()
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def questions(root: Path) -> str:
+    """The likeliest questions of a workshop, answered by what was found."""
+    answers: Any = read(root, "mini/05_minerva_math").query("subject == 'all'").set_index("variant")
+    exact, verify = (answers[name].map(percent) for name in ("accuracy", "math_verify"))
+    sets, worlds = (
+        named_sets(read(root, "mini/04_layer_sets")),
+        read(root, "seeds/claims").query("claim == 'C4' and contrast == 'corpus'"),
+    )
+    said = facts(root / "figures" / "mini")
+    kept, chance, ceiling = (part.split(" at ")[0] for part in said["energy that the scalpel keeps; chance; ceiling"].split("; "))
+    alone, closing = said["best layers alone: solution; closing sentence"].split("; ")
+    return f"""1. **Why not simply fine-tune?** Do: the whole vector *is* the fine-tune, and nothing that was chosen here does as well ({exact["full"]} of all answers right by exact match, the stethoscope's layers {exact["stethoscope"]}). The question is what SAEs can say about a vector, not whether to have one.
+2. **Are the 97 % only the rank?** Mostly. On the miniature a random subspace of that rank keeps {chance} of the energy, the scalpel {kept}, the best one {ceiling}. So most is lost whatever the directions are, and what could have been kept is missed as well: notebook 03 splits the two.
+3. **Why a third of the layers?** The paper does not say how many. A third was fixed before any result; `overrides = {{"selection.layer_share": ...}}` in notebook 04 tries another.
+4. **Why paired tests?** The same problems are answered twice, so that only those whose verdict changed say anything. Two groups of different problems, as the published test has it, are another experiment: notebook 06.
+5. **Is it format?** In part. The base gets {exact["base"]} by exact match and {verify["base"]} by Math-Verify, which needs no closing sentence; the whole vector gets {exact["full"]} and {verify["full"]}. The first gap is what format alone could bring.
+6. **Does it hold for Gemma 3 4B?** Not known: that rung has not run here. Its profile is ready (`make doctor PROFILE=paper`). On the real weights that have run, the geometry carries over and the choice of layers does not: [what real weights say](../figures/README.md).
+7. **How can a claim be "consistent" without a small p?** A claim that says "no effect" (C2, C7) is consistent when the paper's test finds none. That is no evidence of none, which is why the strict verdict asks for an interval inside a margin, and may say "not testable".
+8. **What is energy?** The sum of the squares of all entries of a change: it adds up over layers and matrices. It says how much was changed, not what that does: [glossary](GLOSSARY.md).
+9. **What would change your mind?** Each notebook says at its top what would refute its claim, and the ledger by which rule it is judged. For the stethoscope: that it beats the shrunk whole vector. C4 held strictly in {int(worlds["verdict_strict"].isin(HOLDS).sum())} of {len(worlds)} worlds.
+10. **Why the middle layers?** Not here: alone, layers {alone} bring most to the solution and {closing} to its closing sentence, and the middle third beats {percent(sets["percentile"]["middle"])} of random sets. What another network does, its own figure of effects says.
+"""
+
+
 # name -> (file, what stands there)
 PARTS: dict[str, tuple[str, Callable[[Path], str]]] = {
     "found": ("README.md", found),
@@ -245,6 +279,8 @@ PARTS: dict[str, tuple[str, Callable[[Path], str]]] = {
     "rules": ("figures/README.md", rules),
     "real weights": ("figures/README.md", real_weights),
     "bench": ("bench/README.md", peers),
+    "votes": ("notebooks/README.md", votes),
+    "questions": ("notebooks/README.md", questions),
 }
 
 
