@@ -156,7 +156,7 @@ def test_a_notebook_keeps_a_figure_with_its_words():
         figure, ax = plots.panels()
         ax.set(xlabel="layer", title="A finding")
         data, about = shell.display_formatter.format(figure, include=["image/png"])
-        assert data["image/png"] and about == {"image/png": {"alt": "A finding; across: layer."}}
+        assert data["image/png"] and about == {"image/png": {"alt": "A finding. Across: layer."}}
     finally:
         InteractiveShell.clear_instance()
         plt.close("all")

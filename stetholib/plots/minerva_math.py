@@ -98,7 +98,7 @@ def loss_parts(table: pd.DataFrame, ax: Axes, setting: str = "this setting") -> 
     ax.axvline(0, color=BLACK, lw=0.8)
     ax.margins(x=0.25)
     rows(["solution", "closing sentence"], ax).set(xlabel="change of the loss (nats a token); left is better")
-    ax.set_title(f"{setting[0].upper()}{setting[1:]}: {change.loc['setting', 'solution']:+.4f} on the solution")
+    ax.set_title(f"{setting[0].upper()}{setting[1:]}: {change.loc['setting', 'solution']:+.4f} nats\non the solution")
     ax.legend(ncols=2, loc="upper center", bbox_to_anchor=(0.45, -0.2))
     return ax
 
@@ -118,10 +118,8 @@ def answered(table: pd.DataFrame, ax: Axes, setting: str = "this setting") -> Ax
     rows([WORDS[metric] for metric in metrics], ax).set(xlim=(0, min(1.2, 1.25 * table["high"].max())))
     ax.set_xlabel(f"accuracy of {int(table['n'].iloc[0])} problems, with 95 % intervals")
     last: Any = table[table["variant"] == "setting"].iloc[-1]
-    span = f"{last['gain_low']:+.1%} to {last['gain_high']:+.1%}"
-    ax.set_title(
-        f"{setting[0].upper()}{setting[1:]}: {last['gain']:+.1%} by {WORDS[last['metric']]}\n(against the base; 95 %: {span})"
-    )
+    judge, span = WORDS[last["metric"]], f"{last['gain_low']:+.1%} to {last['gain_high']:+.1%}"
+    ax.set_title(f"{setting[0].upper()}{setting[1:]} gains {last['gain']:+.1%}\nby {judge} (95 %: {span})")
     percent(ax.xaxis)
     ax.legend(ncols=3, loc="upper center", bbox_to_anchor=(0.45, -0.2))
     return ax

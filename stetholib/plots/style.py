@@ -119,24 +119,24 @@ def panels(columns: int = 1, rows: int = 1, width: float = 6.4, height: float = 
 
 def described(figure: Figure) -> str:
     """A figure in words, for who cannot see it: of each panel its title, its axes, what stands on them by name, and its legend."""
-    said = []
+    said: list[str] = []
     for ax in figure.axes:
         title, legend = ax.get_title("left") or ax.get_title(), ax.get_legend()
         words = {
-            "across": ax.get_xlabel(),
-            "upwards": ax.get_ylabel(),
-            "columns": _listed(ax.get_xticklabels() if isinstance(ax.xaxis.get_major_locator(), FixedLocator) else ()),
-            "rows": _listed(ax.get_yticklabels() if isinstance(ax.yaxis.get_major_locator(), FixedLocator) else ()),
-            "shown": _listed(legend.get_texts() if legend else ()),
-            "written in it": _listed(ax.texts if len(ax.texts) < 30 else ()),
+            "Across": ax.get_xlabel(),
+            "Up": ax.get_ylabel(),
+            "Columns": _listed(ax.get_xticklabels() if isinstance(ax.xaxis.get_major_locator(), FixedLocator) else ()),
+            "Rows": _listed(ax.get_yticklabels() if isinstance(ax.yaxis.get_major_locator(), FixedLocator) else ()),
+            "Shown": _listed(legend.get_texts() if legend else ()),
+            "Written in it": _listed(ax.texts if len(ax.texts) < 30 else ()),
         }
-        said.append("; ".join([title, *(f"{what}: {text}" for what, text in words.items() if text)]).removeprefix("; "))
+        said += [title, *(f"{what}: {text}" for what, text in words.items() if text)]
     said += [text.get_text() for text in figure.texts]
-    return " ".join(f"{one.strip('.')}." for one in said if one).replace("\n", " ").replace("$", "")
+    return " ".join(f"{one.rstrip('.')}." for one in said if one).replace("\n", " ").replace("$", "")
 
 
 def _listed(texts: Iterable[Text]) -> str:
-    return ", ".join(filter(None, (text.get_text() for text in texts)))
+    return "; ".join(filter(None, (text.get_text() for text in texts)))
 
 
 def _in_words(figure: Figure) -> tuple[str, dict[str, str]]:
