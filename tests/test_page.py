@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import subprocess
+from functools import cache
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,7 +13,9 @@ import pytest
 import torch
 from conftest import ROOT
 
+import stetholib
 from stetholib import claims, leaderboard, significance, statistics
+from stetholib.__main__ import main
 from stetholib.commands import page as command
 from stetholib.data.mini import base as mini_base
 from stetholib.data.mini import problems, stories
@@ -296,6 +299,10 @@ def answered():
     return pd.concat(parts, ignore_index=True)
 
 
+def never():
+    raise AssertionError("no rule that is judged here asks for it")
+
+
 def judged(answered, margins):
     """The ledger of Python on these answers, its other evidence made up."""
     place = pd.DataFrame(
@@ -308,25 +315,36 @@ def judged(answered, margins):
         )
     )
 
+    @cache
     def against(variant, base):
         return significance.measure(answered[answered["variant"].isin([variant, base])], margins, base=base)
 
     evidence = claims.Evidence(
-        split=None, control=None, sets=lambda: place, tells_apart=lambda: True, chosen=lambda: dict(stethoscope=(1,), stethoscope_matched=(2,)),
-        against=against, checks=None, carried=lambda: 1.0, rank=2, published_rung=False, level=margins.level,
+        split=never, control=never, sets=lambda: place, tells_apart=lambda: True, chosen=lambda: dict(stethoscope=(1,), stethoscope_matched=(2,)),
+        against=against, checks=never, carried=lambda: 1.0, rank=2, published_rung=False, level=margins.level,
     )  # fmt: skip
     return claims.ledger(evidence, ("C2", "C4", "C5", "C6", "C7"))
 
 
-KNOBS = [(0.05, 0.03, 0.05), (0.01, 0.1, 0.12), (0.2, 0.0, 0.02), (0.002, 0.15, 0.15)]
+KNOBS = [(0.05, 0.03, 0.05), (0.01, 0.1, 0.12), (0.2, 0.0, 0.02)]
 
 
 @pytest.fixture(scope="module")
-def ledger(page, answered):
+def wanted(answered):
+    """Python's rows and ledger by level and margins."""
+    found = {}
+    for knobs in KNOBS:
+        margins = significance.Margins(*knobs, 2000, 7)
+        found[knobs] = significance.measure(answered, margins), judged(answered, margins)
+    return found
+
+
+@pytest.fixture(scope="module")
+def ledger(page, answered, wanted):
     """Open the page's ledger on these answers; undone by the module's end, since other tests read what is shown only."""
     margins = significance.Margins(*KNOBS[0], 2000, 7)
     by = {metric: {n: command.outcomes(p[metric]) for n, p in answered.groupby("variant")} for metric in significance.METRICS}
-    data = dict(outcomes=by, draws=command.drawn(answered, margins), claims=command.records(judged(answered, margins)))
+    data = dict(outcomes=by, draws=command.drawn(answered, margins), claims=command.records(wanted[KNOBS[0]][1]))
     data |= dict(tells_apart=True, percentile_low=dict(stethoscope=0.96, stethoscope_matched=0.4), same_layers=False, carried=1.0)
     rows = answered[answered["variant"] == "base"][["subject"]].to_dict("records")
     page.evaluate("([data, rows]) => Ledger.open(data, rows)", [data, rows])
@@ -334,11 +352,10 @@ def ledger(page, answered):
 
 
 @pytest.mark.parametrize("knobs", KNOBS)
-def test_the_ledgers_rows_and_verdicts_are_pythons_at_any_level_and_margin(ledger, answered, knobs):
-    margins = significance.Margins(*knobs, 2000, 7)
+def test_the_ledgers_rows_and_verdicts_are_pythons_at_any_level_and_margin(ledger, wanted, knobs):
     given = dict(level=knobs[0], overall=knobs[1], subject=knobs[2])
-    wanted = significance.measure(answered, margins).set_index(["variant", "metric", "subject"])
-    for (variant, metric), part in wanted.groupby(level=[0, 1]):
+    table, verdicts = wanted[knobs]
+    for (variant, metric), part in table.set_index(["variant", "metric", "subject"]).groupby(level=[0, 1]):
         found = ledger.evaluate("([v, m, k]) => Ledger.rows(v, m, k)", [variant, metric, given])
         mine = pd.DataFrame(found).T.loc[part.index.get_level_values("subject")]
         assert mine["verdict"].tolist() == part["verdict"].tolist()
@@ -356,20 +373,15 @@ def test_the_ledgers_rows_and_verdicts_are_pythons_at_any_level_and_margin(ledge
         }
         assert close(mine[columns].astype(float), part[columns].astype(float))
     told = ledger.evaluate("([k, s]) => Ledger.claims(k, s)", [given, "number_theory"])
-    table = judged(answered, margins)
-    assert [one["verdict"] for one in told] == table["verdict"].tolist()
-    assert [one["strict"] for one in told] == table["verdict_strict"].tolist()
+    assert [one["verdict"] for one in told] == verdicts["verdict"].tolist()
+    assert [one["strict"] for one in told] == verdicts["verdict_strict"].tolist()
 
 
-def test_these_answers_bring_every_verdict(answered):
+def test_these_answers_bring_every_verdict(wanted):
     """Or the test above would compare little."""
-    tables = [judged(answered, significance.Margins(*knobs, 2000, 7)) for knobs in KNOBS]
-    assert {word for table in tables for word in (*table["verdict"], *table["verdict_strict"])} == {
-        "consistent",
-        "contradicted",
-        "not testable",
-    }
-    told = {word for knobs in KNOBS for word in significance.measure(answered, significance.Margins(*knobs, 2000, 7))["verdict"]}
+    words = {word for _, table in wanted.values() for word in (*table["verdict"], *table["verdict_strict"])}
+    assert words == {"consistent", "contradicted", "not testable"}
+    told = {word for table, _ in wanted.values() for word in table["verdict"]}
     assert told == {"improved", "degraded", "no worse", "inconclusive"}
 
 
@@ -414,12 +426,12 @@ def test_it_is_used_by_keyboard_alone(opened):
     assert not page.said
 
 
-def test_an_answer_takes_a_second_at_most_and_its_deciding_sentence_is_marked(page, mini):
+def test_an_answer_takes_a_second_at_most_and_its_deciding_sentence_is_marked(opened):
+    page = opened()
     page.select_option("#subject", "number_theory")
     page.evaluate("Live.state.layers.clear(); Live.update();")
-    spent = page.evaluate(
-        "(() => { const t = performance.now(); Live.complete(Live.weights(Live.current()), DATA.problems[0].problem); return performance.now() - t; })()"
-    )
+    once = "t => { Live.complete(Live.weights(Live.current()), DATA.problems[0].problem); return performance.now() - t; }"
+    spent = min(page.evaluate(f"({once})(performance.now())") for _ in range(5))  # others may be at work beside it
     page.click("#ask")
     page.wait_for_selector("#verdict-edited:not(:empty)", timeout=30_000)
     marked = "".join(page.locator("#answer-base .right, #answer-base .wrong").all_text_contents())
@@ -468,6 +480,17 @@ def test_a_page_that_is_too_large_is_refused(given, monkeypatch):
         command.assembled(given)
 
 
+def test_the_command_writes_the_page_beside_the_figures(study, given, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("STETHOLIB_HOME", str(tmp_path))
+    monkeypatch.setattr(command, "set_environment", lambda *environment: None)
+    monkeypatch.setattr(command, "payload", lambda *studies: given)
+    monkeypatch.setattr(stetholib, "Study", SimpleNamespace(open=lambda *name, **how: study))
+    assert main(["page", "--profile", "smoke", "--organism", "smoke"]) == 0
+    path = study.workspace.figures / command.PAGE
+    assert capsys.readouterr().out == f"{path.stat().st_size / 2**20:.1f} MiB in {path}\n"
+    assert path.read_text(encoding="utf-8") == command.assembled(given)
+
+
 def test_what_is_embedded_cannot_end_the_script(given):
-    page = command.assembled(given | dict(profile=given["profile"] | dict(title="toy", name="</script><b>")))
-    assert "</script><b>" not in page and "<\\/script><b>" in page
+    page = command.assembled(given | dict(profile=given["profile"] | dict(title="<toy>", name="</script><b>")))
+    assert "</script><b>" not in page and "<toy>" not in page.split("<style>")[0] and "<\\/script><b>" in page

@@ -5,6 +5,7 @@ JavaScript, and are put into one file. What the page says is computed in the bro
 """
 
 import base64
+import html
 import json
 import re
 from collections.abc import Mapping
@@ -72,7 +73,7 @@ def assembled(data: Mapping[str, Any]) -> str:
     template, css = ((SOURCES / f"page.{kind}").read_text(encoding="utf-8") for kind in ("html", "css"))
     said = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False).replace("</", "<\\/")
     code = "\n".join((SOURCES / f"{name}.js").read_text(encoding="utf-8") for name in SCRIPTS)
-    parts = {"title": data["profile"]["title"], "style": css, "data": said, "script": code}
+    parts = {"title": html.escape(data["profile"]["title"]), "style": css, "data": said, "script": code}
     page = re.sub(r"\{\{ (\w+) \}\}", lambda hole: parts[hole[1]], template)
     if (size := len(page.encode())) > LARGEST:
         raise UserError(f"page: it would hold {size / 2**20:.1f} MiB, more than 12; lower data.test_problems")

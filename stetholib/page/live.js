@@ -8,12 +8,12 @@ const Live = (() => {
   const layers = () => config().layer_types.map((_, l) => l);
   const prompt = (problem) => `Problem:\n${problem}\n\nSolution:`;
 
-  function open(given, presets) {
+  function open(given) {
     data = given;
     base = Gemma.unpack(Gemma.numbers(data.model.weights), data.model.shapes);
     vector = Gemma.unpack(Gemma.numbers(data.model.vector), data.model.changed);
     tokenizer = new Gemma.Tokenizer(data.model.tokenizer);
-    if (presets) show();
+    show();
   }
 
   /** The vector that an edit adds: raw as it is; projected is computed once, from the scalpel's subspaces. */
@@ -53,14 +53,14 @@ const Live = (() => {
     }
     const subjects = [...new Set(data.problems.map((p) => p.subject))].sort();
     find("subject").append(...subjects.map((s) => make("option", {value: s, selected: s === data.profile.headline}, titled(s))));
-    find("subject").addEventListener("change", () => pick(0));
+    find("subject").addEventListener("change", () => pick(telling()));
     find("draw").addEventListener("click", () => pick());
     find("ask").addEventListener("click", ask);
     find("exam").addEventListener("click", exam);
     find("problem").addEventListener("input", () => { find("gold").value = ""; find("worked").textContent = ""; });
     Object.assign(state, {layers: new Set((data.edits.find((e) => e.name === "stethoscope") ?? data.edits.at(-1)).layers)});
     update();
-    pick(0);
+    pick(telling());
   }
 
   function update() {
@@ -72,11 +72,19 @@ const Live = (() => {
     find(`vector-${state.vector}`).checked = true;
     const edit = current();
     const where = edit.layers.length === layers().length ? "all layers" : edit.layers.length ? `layers ${list(edit.layers.map(String))}` : "no layer";
+    const board = data.games.at(-1), place = state.vector === "raw" && state.alpha === 1 ? board.layers.indexOf(edit.layers.join(" ")) : -1;
     find("edit-said").textContent = `The edited model is the base plus ${state.alpha.toFixed(2)} times the ${state.vector} vector in `
-      + `${where}: ${percent(energy(edit))} of the whole vector's energy.`;
+      + `${where}: ${percent(energy(edit))} of the whole vector's energy.`
+      + (place < 0 ? "" : ` By validation loss this set takes place ${place + 1} of all ${board.layers.length} of its size.`);
     for (const id of ["answer-edited", "verdict-edited"]) find(id).textContent = "";
     find("exam-said").textContent = "";
     busy++;
+  }
+
+  /** Where a problem of the subject stands that the stethoscope's model solved in the study and the base did not; else the first. */
+  function telling() {
+    const [before, after] = ["base", "stethoscope"].map((name) => Ledger.of(name, Ledger.metrics()[0], find("subject").value));
+    return Math.max(0, before.findIndex((right, i) => !right && after[i]));
   }
 
   function pick(index) {

@@ -8,7 +8,6 @@ const Start = (() => {
   const small = (p) => p >= 0.001 ? p.toFixed(3) : p === 0 ? "0" : p.toExponential(0).replace("e-", " · 10⁻").replace(/\d+$/, (d) => [...d].map((c) => "⁰¹²³⁴⁵⁶⁷⁸⁹"[c]).join(""));
 
   function ledger(data) {
-    Ledger.open(data.ledger, data.problems);
     const m = data.ledger.margins, subjects = Ledger.subjects();
     find("ledger-subject").append(...[Ledger.ALL, ...subjects].map((s) => make("option", {value: s, selected: s === data.profile.headline}, s === "all" ? "All subjects" : titled(s))));
     find("metric").append(...Ledger.metrics().map((s) => make("option", {value: s}, titled(s))));
@@ -49,7 +48,8 @@ const Start = (() => {
     for (const [name, colour] of Object.entries(data.palette)) root.setProperty(`--${name}`, colour);
     find("whose").textContent = `All numbers on this page are ours, ${data.profile.title} (profile ${data.profile.name}, seed ${data.profile.seed}), `
       + "unless they say that they are the paper's.";
-    Live.open(data, true);
+    Ledger.open(data.ledger, data.problems);
+    Live.open(data);
     Story.tell(data);
     Game.open(data);
     ledger(data);
