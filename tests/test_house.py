@@ -18,7 +18,7 @@ from stetholib import profiles
 from stetholib.__main__ import COMMANDS, main
 from stetholib.commands import environment, notebooks
 from stetholib.errors import UserError
-from stetholib.plots.tables import words
+from stetholib.plots.style import words
 from stetholib.store.files import digest_of, file_hash
 from stetholib.store.tables import CONTRACTS
 

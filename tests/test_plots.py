@@ -17,7 +17,7 @@ from stetholib.models.subspaces import LossSplit, default_rows
 from stetholib.plots import style
 from stetholib.plots import worlds as worlds_drawn
 
-FIGURES = {"panels", "described", "labelled", "save"}
+FIGURES = {"panels", "described", "labelled", "save", "readable", "words"}  # what is no plot
 NAMES = {"base": "base", "full": "whole vector", "stethoscope": "stethoscope", "my_own": "a variant of one's own"}
 
 

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 
 from stetholib.errors import UserError
 from stetholib.plots.minerva_math import answered, loss_parts
-from stetholib.plots.style import described, labelled, panels
+from stetholib.plots.style import described, labelled, panels, words
 from stetholib.study.live_bench import LiveBench, Setting
 
 SCALE = 2.0  # the largest alpha
@@ -60,7 +60,7 @@ class BenchPanel:
         """bench: what is measured; nothing is, before `open`."""
         self._bench, self._quiet, start = bench, False, bench.variants[DEFAULT]
         wide: Any = dict(style={"description_width": "90px"}, layout={"width": "330px"})
-        names = [(name.replace("_", " "), name) for name in bench.variants]
+        names = [(words(name), name) for name in bench.variants]
         self.start = widgets.Dropdown(options=names, value=DEFAULT, description="start from", **wide)
         self.layers = [
             widgets.Checkbox(layer in start.layers, description=f"layer {layer}", indent=False, layout={"width": "84px"})

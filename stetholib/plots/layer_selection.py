@@ -90,8 +90,7 @@ def rules(table: pd.DataFrame, ax: Axes) -> Axes:
         ax.plot(ends.iloc[0], at, look.marker if look else "o", color=colour, ms=7)
     ax.axvline(0.5, color=GREY, ls=":", label="chance")
     ax.axvline(0.95, color=BLACK, lw=0.8, label="better than 95 %")
-    names = [str(name).replace("_", " ") for name in named.index]
-    rows(names, ax).set(xlabel="random sets of as many layers that do worse", xlim=(-0.02, 1.02))
+    rows(map(str, named.index), ax).set(xlabel="random sets of as many layers that do worse", xlim=(-0.02, 1.02))
     percent(ax.xaxis)
     ax.legend(ncols=2, loc="upper center", bbox_to_anchor=(0.45, -0.1))
     return ax

@@ -4,6 +4,7 @@ Colours are Okabe and Ito's, which survive colour blindness, and every series ha
 Chance and ceiling are drawn wherever they exist.
 """
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
@@ -88,6 +89,36 @@ VARIANTS = SELECTORS | {
     "full": Look("whole vector", GREEN, "D"),
     "scalpel": Look("scalpel", ORANGE, "^"),
 }
+CODE = re.compile(r"[A-Za-z0-9|]+(?:_[A-Za-z0-9]+)+|\b(?:taylor|fisher|auroc)\b")
+NAMES = {key: look.name for key, look in (BASES | CONTRASTS | VARIANTS).items()} | {
+    "full": "whole vector",
+    "raw": "the raw vector",
+    "projected": "projected (the scalpel)",
+    "own_svd_matrix": "best for each matrix",
+    "l0": "L0",
+    "fvu": "FVU",
+    "fvu_random": "FVU, random dictionary",
+    "fvu_neighbour": "FVU, next layer's stream",
+    "l0_random": "L0, random dictionary",
+    "score_random": "score, random dictionary",
+    "p_value": "p",
+    "p_max": "p, largest of all layers",
+    "ci_low": "low",
+    "ci_high": "high",
+    "mcnemar_p": "p (McNemar)",
+    "mcnemar_p_holm": "p (McNemar, Holm)",
+    "mde": "smallest detectable",
+    "r2": "R²",
+    "r_held_out": "best beyond median, held out",
+    "r_in_sample": "best beyond median, in sample",
+    "math_verify": "Math-Verify",
+    "cohen_d": "Cohen's d",
+    "auroc": "AUROC",
+    "taylor": "Taylor",
+    "fisher": "Fisher",
+    "all": "all subjects",
+    "|tau|": "norm of the change",
+}
 STYLE: Any = {
     "figure.dpi": 110,
     "savefig.dpi": 150,
@@ -106,6 +137,13 @@ STYLE: Any = {
     "svg.fonttype": "none",
     "figure.constrained_layout.use": True,
 }
+
+
+def words(name: Any) -> Any:
+    """A name of the code in words, names within a text too; whatever is no text stays as it is."""
+    if not isinstance(name, str):
+        return name
+    return NAMES.get(name) or CODE.sub(lambda found: NAMES.get(found[0], found[0].replace("_", " ")), name)
 
 
 def panels(columns: int = 1, rows: int = 1, width: float = 6.4, height: float = 3.8, **options: Any) -> tuple[Figure, Any]:
@@ -173,9 +211,9 @@ def percent(axis: Axis, symbol: str = "%") -> None:
 
 def rows(names: Iterable[str], ax: Axes) -> Axes:
     """One row a name, the first on top, also where axes are shared."""
-    words = [name.replace("_", " ") for name in names]
-    ax.set_yticks(range(len(words)), words)
-    ax.set_ylim(len(words) - 0.4, -0.6)
+    said = [words(name) for name in names]
+    ax.set_yticks(range(len(said)), said)
+    ax.set_ylim(len(said) - 0.4, -0.6)
     return ax
 
 
