@@ -99,6 +99,7 @@ NAMES = {key: look.name for key, look in (BASES | CONTRASTS | VARIANTS).items()}
     "fvu": "FVU",
     "fvu_random": "FVU, random dictionary",
     "fvu_neighbour": "FVU, next layer's stream",
+    "fvu_with_outliers": "FVU, outliers too",
     "l0_random": "L0, random dictionary",
     "score_random": "score, random dictionary",
     "p_value": "p",
