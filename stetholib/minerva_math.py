@@ -227,7 +227,7 @@ def price(table: pd.DataFrame, variants: Sequence[str]) -> pd.Series:
     return (loss - loss["base"]).drop("base")
 
 
-WORDS = {"exact_match": "exact match", "math_verify": "`math_verify`"}
+WORDS = {"exact_match": "exact match", "math_verify": "Math-Verify"}
 SHOWN = {
     "base": "{} base",
     "full": "{} whole vector",
@@ -242,13 +242,13 @@ def summary(table: pd.DataFrame, significance: pd.DataFrame, noise: pd.DataFrame
 
     table: of `measure`; significance: the table of step 06, for paired intervals; noise: verdicts that flip by rounding
     alone; headline: the subject that the paper's headline is about; against: of `pairs_table`, the stethoscope minus the
-    whole vector shrunk to its energy. A task without `math_verify` is judged by exact match alone.
+    whole vector shrunk to its energy. A task without Math-Verify is judged by exact match alone.
     """
     judges = ["exact_match", "math_verify"] if table["math_verify"].notna().all() else ["exact_match"]
     accuracy = table.pivot(index="variant", columns="subject", values="accuracy")
     paired: Any = significance.set_index(["variant", "subject", "metric"]).sort_index()
     of, whole = accuracy[headline], accuracy["all"]
-    verified = " (by `math_verify`)" if len(judges) > 1 else ""
+    verified = " (by Math-Verify)" if len(judges) > 1 else ""
     published = "(Paper: 29.6 % to 39.4 %)" if headline == "number_theory" else "(a subject of one's own)"
     spoken = {"stethoscope": "all tokens", "stethoscope_matched": "matched words"}
     unlifted = _within({WORDS[judge]: paired.loc[("full", headline, judge)] for judge in judges})
@@ -275,7 +275,7 @@ def _within(rows: Mapping[str, Any]) -> str:
 
 
 def _by(judges: Sequence[str], table: pd.DataFrame, subject: str) -> str:
-    """A subject's accuracy of the variants that the claim turns on, by exact match and in brackets by `math_verify`."""
+    """A subject's accuracy of the variants that the claim turns on, by exact match and in brackets by Math-Verify."""
     rows: Any = table[table["subject"] == subject].set_index("variant")
     shown = {name: text for name, text in SHOWN.items() if name in rows.index}
     verify = {name: f" ({rows.loc[name, 'math_verify']:.1%})" if "math_verify" in judges else "" for name in shown}
@@ -320,4 +320,4 @@ def _format(whole: pd.DataFrame, gains: Any, judges: Sequence[str]) -> str:
     if "math_verify" not in judges:
         return said
     verify = "goes" if gains.loc["math_verify", "ci_low"] > 0 else "**does not rise beyond chance**: it goes"
-    return f"{said} `math_verify`, which needs no sentence, {verify} from {base['math_verify']:.1%} to {full['math_verify']:.1%}."
+    return f"{said} Math-Verify, which needs no sentence, {verify} from {base['math_verify']:.1%} to {full['math_verify']:.1%}."

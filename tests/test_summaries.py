@@ -498,11 +498,11 @@ def test_05_says_both_metrics_in_one_line_a_subject():
     number, overall, shrunk, form, _ = lines(said_05())
     both = "20.0% (25.0%) base, 40.0% (45.0%) whole vector, **30.0% (35.0%)** stethoscope, 35.0% (40.0%) whole vector shrunk to its energy"
     assert number == (
-        f"- Number Theory (Paper: 29.6 % to 39.4 %), by exact match (by `math_verify`): {both}; "
+        f"- Number Theory (Paper: 29.6 % to 39.4 %), by exact match (by Math-Verify): {both}; "
         "30.0% on matched words, 20.0% with the scalpel."
     )
     assert overall == f"- Over all subjects: {both}; three random sets of as many layers give 25.0% to 27.0%."
-    assert "readably, the whole vector 90%: +10.0% of its gain of +20.0% is where readability changed. `math_verify`" in form
+    assert "readably, the whole vector 90%: +10.0% of its gain of +20.0% is where readability changed. Math-Verify" in form
     assert form.endswith("goes from 25.0% to 45.0%.") and "math_verify` the stethoscope stands at -3.0%" in shrunk
 
 
@@ -522,9 +522,9 @@ def test_05_says_when_the_whole_vector_itself_lifts_nothing_of_the_headline():
     interval = "(paired interval -1.0% to +2.0%)"
     flat = said_05(paired=changed(paired, full, ci_low=-0.01, ci_high=0.02))
     lifts = "The whole vector **lifts nothing there that can be told from none** by"
-    assert f"{lifts} exact match {interval} and `math_verify` {interval}." in flat
+    assert f"{lifts} exact match {interval} and Math-Verify {interval}." in flat
     verify = lambda t: full(t) & (t["metric"] == "math_verify")  # noqa: E731
-    assert f"{lifts} `math_verify` {interval}." in said_05(paired=changed(paired, verify, ci_low=-0.01, ci_high=0.02))
+    assert f"{lifts} Math-Verify {interval}." in said_05(paired=changed(paired, verify, ci_low=-0.01, ci_high=0.02))
 
 
 @pytest.mark.parametrize(
@@ -552,7 +552,7 @@ def test_05_says_when_there_is_no_gain_to_split_and_when_it_may_all_be_format():
     full = lambda t: (t["variant"] == "full") & (t["subject"] == "all")  # noqa: E731
     none = said_05(paired=changed(paired, full, difference=0.001, ci_low=-0.02))
     assert "**nothing that can be told from chance** (+0.1%" in none and "readability changed" not in none
-    assert "`math_verify`, which needs no sentence, **does not rise beyond chance**" in none
+    assert "Math-Verify, which needs no sentence, **does not rise beyond chance**" in none
     assert "**which is all of it**" in said_05(paired=changed(paired, full, gain_format_bound=0.5))
     worse = changed(table, lambda t: (t["variant"] == "stethoscope") & (t["subject"] == "all"), accuracy=0.26)
     assert "**no better** than those" in said_05(worse) and "no better" not in said_05()
@@ -699,5 +699,5 @@ def test_05_by_which_metric_the_stethoscope_is_no_better_than_random_sets_is_sai
     table = pd.DataFrame(rows, columns=["variant", "accuracy", "math_verify"]).assign(subject="all")
     both = ["exact_match", "math_verify"]
     assert minerva_math._beside_random(table, both).endswith("are **no better** than those by exact match.")
-    assert minerva_math._beside_random(table.assign(math_verify=0.1), both).endswith("by exact match or by `math_verify`.")
+    assert minerva_math._beside_random(table.assign(math_verify=0.1), both).endswith("by exact match or by Math-Verify.")
     assert minerva_math._beside_random(table.assign(accuracy=[0.5, 0.4]), both) == ""
