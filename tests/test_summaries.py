@@ -503,7 +503,7 @@ def test_05_says_both_metrics_in_one_line_a_subject():
     )
     assert overall == f"- Over all subjects: {both}; three random sets of as many layers give 25.0% to 27.0%."
     assert "readably, the whole vector 90%: +10.0% of its gain of +20.0% is where readability changed. Math-Verify" in form
-    assert form.endswith("goes from 25.0% to 45.0%.") and "math_verify` the stethoscope stands at -3.0%" in shrunk
+    assert form.endswith("goes from 25.0% to 45.0%.") and "by Math-Verify the stethoscope stands at -3.0%" in shrunk
 
 
 def test_05_says_whether_a_gain_is_told_from_none():
