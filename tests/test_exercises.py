@@ -3,6 +3,7 @@
 import ast
 import json
 import re
+import shutil
 from functools import cache
 from types import SimpleNamespace
 
@@ -296,10 +297,11 @@ def test_answers_for_whoever_teaches_name_every_question(mini):
 
 
 @pytest.mark.slow
-def test_solutions_hold_on_a_whole_run_of_another_profile(undisturbed):
+def test_solutions_hold_on_a_whole_run_of_another_profile(undisturbed, tmp_path):
     from stetholib import Study
 
-    opened = Study.open("smoke", root=undisturbed)
+    shutil.copytree(undisturbed, tmp_path / "room")
+    opened = Study.open("smoke", root=tmp_path / "room")
     for stem, _, _, code, solution in TURNS:
         if "organism" not in code:
             found = shown(stem, code, namespace(opened, stem), solution)
