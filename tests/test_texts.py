@@ -196,7 +196,7 @@ def test_the_doctor_looks_at_installed_text_and_a_manifest_holds_its_hash_where_
     with pytest.raises(UserError, match="10000 are wanted; lower data.general_documents"):
         dict(looks.looks(other, ["maths", "general"], lambda: 1))["documents"]()
     for profile in (mini, other):
-        world = SimpleNamespace(store=SimpleNamespace(folder=tmp_path), base_key="key")
+        world = SimpleNamespace(store=SimpleNamespace(folder=tmp_path), base_key="key", overrides={})
         heard = SimpleNamespace(self_tests=lambda: pd.DataFrame({"d_sae": [2]}))
         said[profile.data.general] = Study.manifest(
             SimpleNamespace(profile=profile, device="cpu", world=world, sae_features=heard)

@@ -107,21 +107,6 @@ class LayerSelection(Step):
         """The alpha at which the whole vector has the energy of the stethoscope's layers (all tokens)."""
         return layer_sets.shrunk_to(self._layer_energy, self.chosen()["stethoscope"][1])
 
-    @cached_property
-    def own(self) -> Variant | None:
-        """The edit of the profile's keys `edit`, if one was asked for. Raises UserError for layers that the model, or the scalpel,
-        does not have."""
-        p, every = self._profile.edit, range(self._world.layers)
-        if not p.wanted:
-            return None
-        layers = tuple(sorted(p.layers or self.chosen()["stethoscope"][1]))
-        layer_sets.check_layers(layers, len(every))
-        if p.vector != "raw" and (left := sorted({*layers} - {*self._features.believed})):
-            raise UserError(
-                f"edit.layers: the scalpel has no directions for layer {left[0]}, whose SAE is not believed; leave it out"
-            )
-        return Variant("own", p.vector, layers, p.alpha)
-
     @property
     def _known(self) -> tuple[int, ...]:
         """The layers that mathematics was put into, where that is known."""
@@ -137,8 +122,8 @@ class LayerSelection(Step):
         half = layer_sets.halving(losses.subjects, self._world.seed("halves"))
         plan += known.planned(self._known, self._world.layers) if self._known else []
         plan += layer_sets.rival_sets(layer_sets.chosen_sets(self._rivals, self.selected_count))
-        if self.own and self.own.vector == "raw":
-            plan.append(PlannedSet("own", 0, "-", self.own.layers, self.own.alpha))
+        if (own := own_edit(self)) and own.vector == "raw":
+            plan.append(PlannedSet("own", 0, "-", own.layers, own.alpha))
         smooth = {one.selector: one.layers for one in plan if one.selector in ("stethoscope", "stethoscope_rise")}
         plan += layer_sets.smooth_sets(smooth, self._world.layers)
         sizes = (self._world.layers, self.selected_count, p.small_step, p.greedy)
@@ -161,6 +146,21 @@ class LayerSelection(Step):
     def relations(self) -> pd.DataFrame:
         """How layer scores go with effects over layers: Spearman with an interval, and given depth and |tau_l|."""
         return layer_selection.relations(self.table(), self._layer_energy, self._world.seed("spearman"))
+
+
+def own_edit(step: LayerSelection) -> Variant | None:
+    """The edit of the profile's keys `edit`, if one was asked for. Raises UserError for layers that the model, or the scalpel, does
+    not have."""
+    p = step._profile.edit
+    if not p.wanted:
+        return None
+    layers = tuple(sorted(p.layers or step.chosen()["stethoscope"][1]))
+    layer_sets.check_layers(layers, step._world.layers)
+    if p.vector != "raw" and (left := sorted({*layers} - {*step._features.believed})):
+        raise UserError(
+            f"edit.layers: the scalpel has no directions for layer {left[0]}, whose SAE is not believed; leave it out"
+        )
+    return Variant("own", p.vector, layers, p.alpha)
 
 
 def formal_text(step: LayerSelection) -> pd.DataFrame:

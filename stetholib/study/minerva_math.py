@@ -24,7 +24,7 @@ from stetholib.store.code import code_of
 from stetholib.store.files import held
 from stetholib.store.progress import progress
 from stetholib.store.values import Input, hashed
-from stetholib.study.layer_selection import LayerSelection
+from stetholib.study.layer_selection import LayerSelection, own_edit
 from stetholib.study.subspace_projection import SubspaceProjection
 from stetholib.study.task_vectors import TaskVectors
 from stetholib.study.world import Step, World
@@ -51,7 +51,7 @@ class MinervaMath(Step):
         drawn = layer_sets.sampled_sets(self._scalpel.layers, self._stethoscope.selected_count, 3, seed)
         wanted, shrunk = self._profile.evaluation.variants, self._stethoscope.shrunk
         found = minerva_math.variants(self._world.layers, self._scalpel.layers, chosen, drawn, wanted, shrunk)
-        return found | ({own.name: own} if (own := self._stethoscope.own) else {})
+        return found | ({own.name: own} if (own := own_edit(self._stethoscope)) else {})
 
     def variants(self) -> dict[str, Variant]:
         """The edited models that answer the test, in the profile's order."""

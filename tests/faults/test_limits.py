@@ -74,6 +74,15 @@ def test_the_wheel_outside_a_checkout_says_what_it_needs_and_explains_itself(
     assert re.search(" ".join(wanted.split()), said), said
     if arguments == ["--help"]:
         shown = set(re.findall(r"^    (\w+)", done.stdout, re.M))
-        assert shown == {"reproduce", "doctor", "rehearse", "seeds", "claim", "listen", "export", "organisms"}, (
-            "each with a line of what it does"
-        )
+        assert shown == {
+            "reproduce",
+            "doctor",
+            "rehearse",
+            "seeds",
+            "claim",
+            "listen",
+            "export",
+            "organisms",
+            "page",
+            "bundle",
+        }, "each with a line of what it does"
