@@ -74,15 +74,22 @@ def over_worlds(worlds: pd.DataFrame, organisms: pd.DataFrame | None = None, lev
     `layer_sets.standing` and `measure` of each, with a column world; organisms also with `holds`."""
     rows: list[dict[str, Any]] = []
     for name, group in worlds.groupby("selector", sort=False):
-        mean, low, high = mean_interval(group["percentile"], level)
+        mean, low, high = _share_interval(group["percentile"], level)
         rows.append(dict(selector=name, worlds=len(group), percentile=mean, low=low, high=high))
     table = pd.DataFrame(rows).set_index("selector")
     for name, group in organisms[organisms["holds"]].groupby("selector", sort=False) if organisms is not None else ():
         each = group.groupby("world")["auroc"].mean()
-        mean, low, high = mean_interval(each, level)
+        mean, low, high = _share_interval(each, level)
         found = dict(organisms=len(each), auroc=mean, auroc_low=low, auroc_high=high, exact=group["exact"].sum(), runs=len(group))
         table.loc[name, [*found]] = [*found.values()]
     return table.sort_values("percentile", ascending=False, kind="stable")
+
+
+def _share_interval(values: pd.Series, level: float) -> tuple[float, float, float]:
+    """The mean of shares with Student's interval, which ends where shares do."""
+    mean, *ends = mean_interval(values, level)
+    low, high = (min(max(end, 0.0), 1.0) if end == end else end for end in ends)
+    return mean, low, high
 
 
 def between(mean: float, low: float, high: float, form: str = ".1%") -> str:
