@@ -33,6 +33,8 @@ def found(root: Path) -> str:
     chosen, less = (mean_interval(worlds[name]) for name in ("percentile_corpus", "stethoscope_minus_full_shrunk_math_verify"))
     random = ", ".join(said[name] for name in said if name.startswith("random_"))
     there = named_sets(read(root, "smollm2/04_layer_sets")).loc["stethoscope", "percentile"]
+    every = _every_rule(root)
+    beaten = every["percentile"]
     lines = [
         f"**The scalpel keeps {kept} of the task vector's energy**; a random subspace of its rank keeps {chance}, the best one {ceiling}. "
         f"It leaves Number Theory where it was: {said['base']} before, {said['scalpel']} after, {said['full']} with the whole vector.",
@@ -44,7 +46,9 @@ def found(root: Path) -> str:
         f"**On real weights**, SmolLM2-135M-Instruct, the scalpel's geometry is the same, but the stethoscope's layers beat {percent(there)} of random "
         f"sets and take Number Theory from {real['base']} to {real['stethoscope']}, where the whole vector reaches {real['full']}, and its "
         f"shrunk self {real['full_shrunk']}.",
-        f"**Which rule would you bet on?** {known_layers.bet(_every_rule(root))}",
+        f"**Which rule would you bet on?** {known_layers.bet(every)} A random dictionary in the SAE's place beats "
+        f"{percent(beaten['random_dictionary'])}, a difference of means without any SAE {percent(beaten['mean_difference'])}, and simply "
+        f"the first layers {percent(beaten['first'])}.",
     ]  # fmt: skip
     return "".join(f"- {line}\n" for line in lines)
 
