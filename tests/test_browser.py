@@ -28,6 +28,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 pytestmark = pytest.mark.skipif(not CHROMIUM, reason="there is no chromium on this machine: apt-get install chromium")
 
 SCREENS = ROOT / "runs" / "screens"
+TWEAKED = re.compile("^Overridden$")  # the heading's word; prose speaks of overrides as well
 OVERRIDE = '{"selection.score_share": 0.05}'
 QUIET = {  # JupyterLab's settings: the whole notebook is in the page, nothing is fetched, nothing is asked
     "notebook-extension/tracker": dict(windowingMode="none"),
@@ -162,7 +163,7 @@ def test_a_notebook_runs_in_jupyterlab_twice_and_says_what_is_overridden(lab, pa
         assert all(cell.execution_count for cell in code)
         pictures = [one for one in found if "image/png" in one.get("data", {})]
         assert pictures and all(len(one.metadata["image/png"]["alt"]) > 40 for one in pictures)
-    assert page.get_by_text("ours, smoke test").first.is_visible() and not page.get_by_text("Overridden").count()
+    assert page.get_by_text("ours, smoke test").first.is_visible() and not page.locator("strong", has_text=TWEAKED).count()
     shot(page, step)
     if step in CHANGED:
         changed(page, step)
@@ -173,8 +174,11 @@ def changed(page, step):
     """Change an override and run again: the heading names it."""
     typed(page, f'profile = "smoke"\ndevice = "cpu"\noverrides = {OVERRIDE}')
     run_all(page)
-    page.get_by_text("Overridden").first.scroll_into_view_if_needed()
-    assert "selection.score_share = 0.05" in page.locator(".jp-RenderedMarkdown", has_text="Overridden").first.inner_text()
+    page.locator("strong", has_text=TWEAKED).first.scroll_into_view_if_needed()
+    assert (
+        "selection.score_share = 0.05"
+        in page.locator(".jp-RenderedMarkdown", has=page.locator("strong", has_text=TWEAKED)).first.inner_text()
+    )
     shot(page, f"{step}-overridden")
 
 
@@ -208,7 +212,7 @@ def test_the_live_bench_is_moved_by_keyboard_and_its_numbers_and_pictures_follow
     sync_api.expect(status).to_contain_text("scale 0.00")
     rows = [line.split()[-2:] for line in loss.inner_text().splitlines() if line.startswith(("base", "this setting"))]
     assert rows[0] == rows[1]
-    bench.get_by_label("start from").select_option("full")
+    bench.get_by_label("start from").select_option("whole vector")
     sync_api.expect(status).to_contain_text("layers 0, 1, 2, scale 1.00")
     assert all(bench.get_by_role("checkbox", name=f"layer {at}").is_checked() for at in range(3))
     bench.get_by_label("projected").check()
