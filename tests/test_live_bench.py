@@ -18,6 +18,12 @@ GIVEN = SMALL | {"data.validation_problems": 4, "selection.loss_problems": 3}
 ALL = (0, 1, 2)
 
 
+@pytest.fixture(autouse=True)
+def no_figure_is_open():
+    """Those of tests before these are none of theirs."""
+    plt.close("all")
+
+
 @pytest.fixture(scope="module")
 def study(tmp_path_factory):
     return Study.open("smoke", GIVEN, root=tmp_path_factory.mktemp("bench"))
