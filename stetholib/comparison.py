@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from stetholib.significance import METRICS, Margins, paired_against, points
+from stetholib.significance import SPOKEN, Margins, metrics_of, paired_against, points
 from stetholib.store.tables import Workspace
 
 COLUMNS = ("what", "default", "here", "change", "beyond noise?")
@@ -18,7 +18,6 @@ RULES = {
 }
 ANSWERING = {"scalpel": "the scalpel", "stethoscope": "the stethoscope", "stethoscope_matched": "the stethoscope, matched words"}
 ANSWERING |= {"full_shrunk": "the whole vector, shrunk", "full": "the whole vector", "own": "your own edit"}
-JUDGES = dict(zip(METRICS, ("exact match", "Math-Verify"), strict=True))
 NOTHING = (
     "Nothing is overridden here. Change a key in the second cell, for example `overrides = {'selection.layer_share': 0.25}` or "
     "`{'edit.layers': [1, 4, 5, 11]}`, run all cells again, and what that changed stands here, beside the default."
@@ -93,9 +92,9 @@ def _accuracies(usual: Workspace, here: Workspace) -> Iterator[Row]:
         )
         asked = records.groupby("variant")["problem_id"].agg(frozenset)
         beside = "" if rival == name else ", beside the stethoscope"
-        for metric, judge in JUDGES.items() if records[METRICS[1]].notna().all() else [(METRICS[0], JUDGES[METRICS[0]])]:
+        for metric in metrics_of(records):
             share = records.groupby("variant")[metric].mean()
-            shown = f"{words} answers right ({judge}){beside}", f"{share['default']:.2%}", f"{share['here']:.2%}"
+            shown = f"{words} answers right ({SPOKEN[metric]}){beside}", f"{share['default']:.2%}", f"{share['here']:.2%}"
             if asked["default"] != asked["here"]:
                 yield *shown, f"{100 * (share['here'] - share['default']):+.1f} points", "not told: other problems were asked"
                 continue

@@ -19,7 +19,7 @@ from stetholib.errors import UserError
 from stetholib.models.answering import Answer, Limits, answer_some
 from stetholib.models.loading import LanguageModel
 from stetholib.models.weights import weight_hash
-from stetholib.significance import interval
+from stetholib.significance import SPOKEN, interval
 
 
 def records(
@@ -227,7 +227,6 @@ def price(table: pd.DataFrame, variants: Sequence[str]) -> pd.Series:
     return (loss - loss["base"]).drop("base")
 
 
-WORDS = {"exact_match": "exact match", "math_verify": "Math-Verify"}
 SHOWN = {
     "base": "{} base",
     "full": "{} whole vector",
@@ -251,7 +250,7 @@ def summary(table: pd.DataFrame, significance: pd.DataFrame, noise: pd.DataFrame
     verified = " (by Math-Verify)" if len(judges) > 1 else ""
     published = "(Paper: 29.6 % to 39.4 %)" if headline == "number_theory" else "(a subject of one's own)"
     spoken = {"stethoscope": "all tokens", "stethoscope_matched": "matched words"}
-    unlifted = _within({WORDS[judge]: paired.loc[("full", headline, judge)] for judge in judges})
+    unlifted = _within({SPOKEN[judge]: paired.loc[("full", headline, judge)] for judge in judges})
     untold = _within({words: paired.loc[(name, headline, "exact_match")] for name, words in spoken.items()})
     flat = f" The whole vector **lifts nothing there that can be told from none** by {unlifted}." if unlifted else ""
     null = f" The stethoscope shows **no gain there that can be told from none** on {untold}." if untold else ""
@@ -263,7 +262,7 @@ def summary(table: pd.DataFrame, significance: pd.DataFrame, noise: pd.DataFrame
     return f"""
 - {headline.replace("_", " ").title()} {published}, by exact match{verified}: {_by(judges, table, headline)}; {of["stethoscope_matched"]:.1%} on matched words, {of["scalpel"]:.1%} with the scalpel.{flat}{null}
 - Over all subjects: {_by(judges, table, "all")}; {sets} {randoms.min():.1%} to {randoms.max():.1%}.{no_better}
-- {_shrunk(against.xs(judges[-1], level="metric").iloc[0], WORDS[judges[-1]])}
+- {_shrunk(against.xs(judges[-1], level="metric").iloc[0], SPOKEN[judges[-1]])}
 - {_format(overall(table, ["base", "full"]), paired.loc[("full", "all")], judges)}
 - Rounding alone flips {flips} of the verdicts.
 """.strip()
@@ -289,7 +288,7 @@ def _beside_random(table: pd.DataFrame, judges: Sequence[str]) -> str:
     worse = []
     for judge, column in zip(judges, ("accuracy", "math_verify"), strict=False):
         if rows.loc["stethoscope", column] <= rows.loc[random, column].max():
-            worse.append(WORDS[judge])
+            worse.append(SPOKEN[judge])
     return f" The stethoscope's layers are **no better** than those by {' or by '.join(worse)}." if worse else ""
 
 

@@ -18,6 +18,7 @@ from stetholib.errors import UserError
 Families = Mapping[str, str] | None  # problem_id -> family, where the rows have one
 ALL = "all"
 METRICS = ("exact_match", "math_verify")
+SPOKEN = dict(zip(METRICS, ("exact match", "Math-Verify"), strict=True))
 FEW = 30  # discordant pairs below which the bootstrap's interval is too narrow: of 3 in 250 it covers 84 %, not 95 %
 PUBLISHED = dict(base_correct=160, edited_correct=213, n=540)
 

@@ -14,10 +14,10 @@ from stetholib.data.hub import MODEL_FILES, files_key
 from stetholib.data.source import SHIPPED
 from stetholib.editing import Edit
 from stetholib.errors import UserError
-from stetholib.minerva_math import WORDS, Variant
+from stetholib.minerva_math import Variant
 from stetholib.models import export as files
 from stetholib.profiles import Profile, nearest
-from stetholib.significance import ALL, interval
+from stetholib.significance import ALL, SPOKEN, interval
 from stetholib.store.files import file_hash
 from stetholib.store.tables import Workspace
 from stetholib.study.world import library_versions
@@ -121,7 +121,7 @@ def measured(workspace: Workspace, profile: Profile, base_key: str, variant: Var
         return []
     lines = ["| problems | judged by | base | edited | gain | verdict |", "|---|---|---|---|---|---|"]
     for row in rows.to_dict("records"):
-        name, judge = str(row["subject"]).replace("_", " "), WORDS[row["metric"]]
+        name, judge = str(row["subject"]).replace("_", " "), SPOKEN[row["metric"]]
         gain = f"{row['difference']:+.1%}, {interval(row)}"
         parts = (f"{name} ({row['n']})", judge, f"{row['base_accuracy']:.1%}", f"{row['accuracy']:.1%}", gain, row["verdict"])
         lines.append(f"| {' | '.join(parts)} |")
