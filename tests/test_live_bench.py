@@ -164,6 +164,7 @@ def test_without_a_reader_it_is_one_figure_of_the_default_setting_from_the_recor
     words = plots.described(plt.figure(number))
     change = study.losses.of(bench.variants["stethoscope"].layers).mean() - study.losses.of(()).mean()
     assert f"The stethoscope: {change:+.4f}" in words and "accuracy of 14 problems" in words and "Ours, smoke test" in words
+    assert f"Ours, {study.world.whose}" in words
     plt.close("all")
 
 

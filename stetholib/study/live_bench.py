@@ -25,6 +25,7 @@ from stetholib.errors import UserError
 from stetholib.minerva_math import Variant
 from stetholib.models.answering import Answer, answer_some
 from stetholib.models.streams import Batch, DocumentLosses, document_losses
+from stetholib.significance import metrics_of
 from stetholib.statistics import score_interval
 from stetholib.store.progress import libraries_quiet
 from stetholib.store.values import Input
@@ -53,8 +54,8 @@ class LiveBench:
 
     @property
     def title(self) -> str:
-        """What the profile's numbers are called."""
-        return self._world.profile.title
+        """Whose numbers these are, overrides included."""
+        return self._world.whose
 
     @property
     def layers(self) -> range:
@@ -181,10 +182,9 @@ class LiveBench:
         else:
             few = {name: records.loc[self.asked] for name, records in self._beside.items()}
             found = few | {"setting": self.verdicts(setting).loc[self.asked]}
-        metrics = [one for one in ("exact_match", "math_verify") if found["base"][one].notna().all()]
         rows = [
             dict(metric=metric, variant=name) | _compared(found["base"][metric], found[name][metric])
-            for metric in metrics
+            for metric in metrics_of(found["base"])
             for name in ("base", "setting", "full")
         ]
         return pd.DataFrame(rows)
