@@ -54,7 +54,7 @@ def summary(table: pd.DataFrame, sets: pd.DataFrame, reliability: pd.DataFrame) 
     shares = {name: change[name] / change["full"] for name in ("known", "outside")}
     known = named_sets(sets)["layers"]["known"].replace(" ", ", ")
     exact, best = table[table["exact"]]["selector"], table.sort_values("auroc", ascending=False)
-    said = lambda names: ", ".join(f"`{name}`" for name in names) or "none"  # noqa: E731
+    said = lambda names: ", ".join(f"*{name}*" for name in names) or "none"  # noqa: E731
     verdict = "can test a rule" if holds(sets, reliability) else "**cannot test a rule** by the bars that were fixed"
     place = f"Mathematics was put into layers {known}: **by construction**. Alone they bring {shares['known']:.0%} of the whole vector's fall, all others {shares['outside']:.0%}."
     if not (change["full"] < 0 and change["known"] < 0):
@@ -62,7 +62,7 @@ def summary(table: pd.DataFrame, sets: pd.DataFrame, reliability: pd.DataFrame) 
     lines = [
         place,
         f"Two halves of the problems rank sets with rho {told['reliability']:+.2f}, and the best set that one finds is worth {told['r_held_out']:.0%} on the other: this world {verdict}.",
-        f"Exactly the known layers are picked by {said(exact)}; the score that sets them apart best is `{best['selector'].iloc[0]}` (AUROC {best['auroc'].iloc[0]:.2f}), and the paper's has {float(table.set_index('selector')['auroc']['stethoscope']):.2f}; chance is .50.",
+        f"Exactly the known layers are picked by {said(exact)}; the score that sets them apart best is *{best['selector'].iloc[0]}* (AUROC {best['auroc'].iloc[0]:.2f}), and the paper's has {float(table.set_index('selector')['auroc']['stethoscope']):.2f}; chance is .50.",
     ]
     return "\n".join(f"- {line}" for line in lines)
 
@@ -94,7 +94,8 @@ def _share_interval(values: pd.Series, level: float) -> tuple[float, float, floa
 
 def between(mean: float, low: float, high: float, form: str = ".1%") -> str:
     """A mean with its interval in words, alone where one value has none."""
-    return format(mean, form) + ("" if pd.isna(low) else f" ({low:{form}} to {high:{form}})")
+    said = format(mean, form) + ("" if pd.isna(low) else f" ({low:{form}} to {high:{form}})")
+    return said.replace("%", " %")
 
 
 def bet(table: pd.DataFrame) -> str:
@@ -104,10 +105,10 @@ def bet(table: pd.DataFrame) -> str:
     row = rules.loc[best]
     said = lambda row: f"{between(row['percentile'], row['low'], row['high'])} of random sets"  # noqa: E731
     over = f"Over {row['worlds']:.0f} worlds" if row["worlds"] > 1 else "In the default world"
-    worlds = f"{over} `{best}` does best: its sets beat {said(row)}; the stethoscope's beat {said(ours)}."
+    worlds = f"{over} *{best}* does best: its sets beat {said(row)}; the stethoscope's beat {said(ours)}."
     if "auroc" not in rules or rules["auroc"].isna().all():
         return worlds
     right = rules.sort_values(["auroc", "exact"], ascending=False).iloc[0]
     found = f"AUROC {right['auroc']:.2f}, exact in {right['exact']:.0f} of {right['runs']:.0f}"
     mine = f"AUROC {ours['auroc']:.2f}, exact in {ours['exact']:.0f}"
-    return f"{worlds} Where the layers are known, `{right.name}` finds them best ({found}; the stethoscope {mine}; chance .50)."
+    return f"{worlds} Where the layers are known, *{right.name}* finds them best ({found}; the stethoscope {mine}; chance .50)."

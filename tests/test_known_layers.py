@@ -70,7 +70,7 @@ def test_the_summary_says_that_the_place_is_a_construction_and_who_found_it():
     assert (
         "put into layers 2, 3, 8, 9: **by construction**. Alone they bring 90% of the whole vector's fall, all others 10%" in text
     )
-    assert "**cannot test a rule**" in text and "picked by `stethoscope_rise`" in text and "the paper's has 0.88" in text
+    assert "**cannot test a rule**" in text and "picked by *stethoscope_rise*" in text and "the paper's has 0.88" in text
     assert "can test a rule" in kl.summary(kl.measure(RULES, sets(), KNOWN), sets(known=0.99), reliability())
 
 
@@ -89,11 +89,11 @@ def test_rules_over_worlds_have_students_interval_and_a_bet_is_put_in_words():
         table.loc["stethoscope_rise", "exact"] == 3 and "full" not in table.index and table["percentile"].is_monotonic_decreasing
     )
     said = kl.bet(table)
-    assert said.startswith("Over 3 worlds `stethoscope_rise` does best: its sets beat 90.0% (90.0% to 90.0%) of random sets")
-    assert "`stethoscope_rise` finds them best (AUROC 1.00, exact in 3 of 3; the stethoscope AUROC 0.88, exact in 0" in said
+    assert said.startswith("Over 3 worlds *stethoscope_rise* does best: its sets beat 90.0 % (90.0 % to 90.0 %) of random sets")
+    assert "*stethoscope_rise* finds them best (AUROC 1.00, exact in 3 of 3; the stethoscope AUROC 0.88, exact in 0" in said
     assert "Where the layers are known" not in kl.bet(kl.over_worlds(worlds))
     alone = kl.bet(kl.over_worlds(worlds[worlds["world"] == 0]))
-    assert alone.startswith("In the default world `stethoscope_rise` does best: its sets beat 90.0% of random sets; ")
+    assert alone.startswith("In the default world *stethoscope_rise* does best: its sets beat 90.0 % of random sets; ")
 
 
 def test_a_mean_of_one_value_has_no_interval():

@@ -11,6 +11,7 @@ from stetholib import known_layers
 from stetholib.claims import BUILT, HOLDS, SAME, percent
 from stetholib.layer_sets import IN_ALL, named_sets, reliability_of_sets, standing
 from stetholib.models.subspaces import split_loss
+from stetholib.plots import words
 from stetholib.statistics import mean_interval
 
 WORLDS = {"mini": "miniature", "smollm2": "SmolLM2-135M-Instruct", "gemma-3-270m-q4": "Gemma 3 270M, base"}
@@ -46,7 +47,7 @@ def found(root: Path) -> str:
         f"**On real weights**, SmolLM2-135M-Instruct, the scalpel's geometry is the same, but the stethoscope's layers beat {percent(there)} of random "
         f"sets and take Number Theory from {real['base']} to {real['stethoscope']}, where the whole vector reaches {real['full']}, and its "
         f"shrunk self {real['full_shrunk']}.",
-        f"**Which rule would you bet on?** {known_layers.bet(every)} A random dictionary in the SAE's place beats "
+        f"**Which rule would you bet on?** {words(known_layers.bet(every))} A random dictionary in the SAE's place beats "
         f"{percent(beaten['random_dictionary'])}, a difference of means without any SAE {percent(beaten['mean_difference'])}, and simply "
         f"the first layers {percent(beaten['first'])}.",
     ]  # fmt: skip
@@ -69,6 +70,9 @@ def ledger(table: pd.DataFrame, worlds: pd.DataFrame, measured: bool = True) -> 
         cells = [f"**{row['claim']}** {row['statement']}{CONTRASTS[row['contrast']]}", row["published"]]
         cells += [*[row["measured"]] * measured, row["verdict"], row["verdict_strict"], f"{holds}, strictly {strictly}"]
         lines.append(f"| {' | '.join(cells)} |")
+        once = [line.replace(CONTRASTS["corpus"], "").replace(CONTRASTS["matched"], "") for line in lines[-2:]]
+        if once[0] == once[1]:  # both contrasts say the same
+            lines[-2:] = once[:1]
     return "\n".join(lines) + "\n"
 
 
@@ -109,7 +113,7 @@ def rules(root: Path) -> str:
     """Which rule one would bet on, and every rule as a Markdown table."""
     table = _every_rule(root)
     lines = [
-        f"**{known_layers.bet(table)}**",
+        f"**{words(known_layers.bet(table))}**",
         "",
         "| rule | random sets that it beats | AUROC of the known layers | exactly these |",
     ]
@@ -120,7 +124,7 @@ def rules(root: Path) -> str:
             exact = f"{row['exact']:.0f} of {row['runs']:.0f}"
         asked = pd.notna(row["percentile"])
         beaten = known_layers.between(row["percentile"], row["low"], row["high"]) if asked else "not asked"
-        lines.append(f"| `{name}` | {beaten} | {place} | {exact} |")
+        lines.append(f"| {words(name)} | {beaten} | {place} | {exact} |")
     return "\n".join([*lines[:3], "|---" * 4 + "|", *lines[3:]]) + "\n"
 
 

@@ -19,7 +19,7 @@ from stetholib.plots.minerva_math import answered, loss_parts
 from stetholib.plots.style import described, labelled, panels, words
 from stetholib.study.live_bench import LiveBench, Setting
 
-SCALE = 2.0  # the largest alpha
+SCALE = (0.0, 2.0)  # of alpha, wider where a variant of the notebook is
 PATIENCE = 5.0  # seconds: a loss that takes longer is measured when it is asked for, not at every change
 DEFAULT = "stethoscope"
 
@@ -66,8 +66,10 @@ class BenchPanel:
             widgets.Checkbox(layer in start.layers, description=f"layer {layer}", indent=False, layout={"width": "84px"})
             for layer in bench.layers
         ]
-        self.alpha = widgets.BoundedFloatText(start.alpha, min=0.0, max=SCALE, step=0.05, description="scale alpha", **wide)
-        slider = widgets.FloatSlider(start.alpha, min=0.0, max=SCALE, step=0.05, readout=False, continuous_update=False)
+        scales = [*SCALE, *(variant.alpha for variant in bench.variants.values())]
+        ends: Any = dict(min=min(scales), max=max(scales), step=0.05)
+        self.alpha = widgets.BoundedFloatText(start.alpha, description="scale alpha", **ends, **wide)
+        slider = widgets.FloatSlider(start.alpha, readout=False, continuous_update=False, **ends)
         widgets.link((slider, "value"), (self.alpha, "value"))  # a slider has no name that a screen reader could say
         kinds = [("raw, the stethoscope's", "raw"), ("projected, the scalpel's", "projected")]
         self.vector = widgets.RadioButtons(options=kinds, value=start.vector, description="vector", **wide)
