@@ -20,7 +20,7 @@ ANSWERING = {"scalpel": "the scalpel", "stethoscope": "the stethoscope", "stetho
 ANSWERING |= {"full_shrunk": "the whole vector, shrunk", "full": "the whole vector", "own": "your own edit"}
 NOTHING = (
     "Nothing is overridden here. Change a key in the second cell, for example `overrides = {'selection.layer_share': 0.25}` or "
-    "`{'edit.layers': [1, 4, 5, 11]}`, run all cells again, and what that changed stands here, beside the default."
+    "`{'edit.layers': [1, 4, 5, 11]}`, run all cells again, and the change appears here, beside the default."
 )
 WORDS = {"corpus": "all tokens", "matched": "matched words"}
 MARGINS = Margins(0.05, 0.03, 0.05, 2000, 0)

@@ -105,7 +105,7 @@ def bet(table: pd.DataFrame) -> str:
     row = rules.loc[best]
     said = lambda row: f"{between(row['percentile'], row['low'], row['high'])} of random sets"  # noqa: E731
     over = f"Over {row['worlds']:.0f} worlds" if row["worlds"] > 1 else "In the default world"
-    worlds = f"{over} *{best}* does best: its sets beat {said(row)}; the stethoscope's beat {said(ours)}."
+    worlds = f"{over} *{best}* does best: the sets it picks beat {said(row)}; the stethoscope's sets beat {said(ours)}."
     if "auroc" not in rules or rules["auroc"].isna().all():
         return worlds
     right = rules.sort_values(["auroc", "exact"], ascending=False).iloc[0]

@@ -1,4 +1,4 @@
-"""Step 04. Which layers does the SAE point at (the stethoscope), and would chance have picked as well?
+"""Step 04. Which layers does the SAE point at (the stethoscope), and would chance have done as well?
 
 The score of a block is the mean specificity of its most specific features. Everything that says what a score is
 worth (permutations, resamples, a random dictionary) is computed from the same per-document sums as the score.
@@ -192,13 +192,17 @@ def _depth(relations: pd.DataFrame, effect: str) -> Any:
 def _place(relations: pd.DataFrame, effect: str) -> str:
     """Where in the model an effect is large, if its rank correlation with depth is told from 0."""
     row = _depth(relations, effect)
-    return "late layers" if row["low"] > 0 else "early layers" if row["high"] < 0 else "**no layers of a particular depth**"
+    return "late layers" if row["low"] > 0 else "early layers" if row["high"] < 0 else "**layers of no particular depth**"
 
 
 def effects_title(relations: pd.DataFrame, part: str) -> str:
     """The finding of a figure of effects by layer; part: `solution` or `closing`."""
     effect, said = {"solution": ("effect_alone", "The solution"), "closing": ("closing_alone", "The closing sentence")}[part]
-    return f"{said}: {_place(relations, effect).strip('*')} do most (rho {_depth(relations, effect)['rho']:+.2f})"
+    row = _depth(relations, effect)
+    place = (
+        "late layers do most" if row["low"] > 0 else "early layers do most" if row["high"] < 0 else "no trend with depth is told"
+    )
+    return f"{said}: {place} (rho {row['rho']:+.2f}, {row['low']:+.2f} to {row['high']:+.2f})"
 
 
 def _told_apart(reliability: pd.DataFrame) -> str:
@@ -246,7 +250,7 @@ def _beside_full(sets: pd.DataFrame) -> str:
     if not closing["full"] < 0:
         return said
     shares = [closing[name] / closing["full"] for name in ("stethoscope", "full_shrunk")]
-    return f"{said} Of the closing sentence's, {shares[0]:.0%} and {shares[1]:.0%}."
+    return f"{said} Of the closing sentence's fall they bring {shares[0]:.0%} and {shares[1]:.0%}."
 
 
 def sets_title(sets: pd.DataFrame, reliability: pd.DataFrame, level: float = 0.05) -> str:
@@ -264,7 +268,7 @@ def scales_title(sets: pd.DataFrame) -> str:
     if not change["full"] < 0:
         return "The whole vector does not lower the solution's loss"
     shares = [change[name] / change["full"] for name in ("full_shrunk", "stethoscope")]
-    return f"At equal energy all layers bring {shares[0]:.0%} of the fall, the stethoscope's {shares[1]:.0%}"
+    return f"At equal energy, all layers bring {shares[0]:.0%} of the whole fall, the stethoscope's {shares[1]:.0%}"
 
 
 def _heard(table: pd.DataFrame, level: float) -> str:

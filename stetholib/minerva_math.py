@@ -185,7 +185,8 @@ def headline_title(table: pd.DataFrame, subject: str, name: str) -> str:
     if not {"stethoscope", "full_shrunk"} <= {*metric.index} or random.empty:
         return name
     ahead = f"ahead of {(random < metric['stethoscope']).sum()} of {len(random)} random sets"
-    return f"{name}: the stethoscope is\n{ahead}" + (
+    judge = "Math-Verify" if of["math_verify"].notna().any() else "exact match"
+    return f"{name}, by {judge}: the stethoscope is\n{ahead}" + (
         ", behind shrinking" if metric["full_shrunk"] > metric["stethoscope"] else ""
     )
 
@@ -300,7 +301,7 @@ def _shrunk(row: Any, judge: str) -> str:
     elif row["ci_high"] < 0:
         verdict = "**shrinking does better than selecting**"
     return (
-        f"The same energy in chosen layers or, shrunk, in all: by {judge} the stethoscope stands at {row['difference']:+.1%} beside "
+        f"The same energy in chosen layers or, shrunk, in all: by {judge} the stethoscope differs by {100 * row['difference']:+.1f} points from "
         f"the whole vector shrunk to its energy ({interval(row)}): {verdict}."
     )
 
@@ -308,9 +309,9 @@ def _shrunk(row: Any, judge: str) -> str:
 def _format(whole: pd.DataFrame, gains: Any, judges: Sequence[str]) -> str:
     """How much of the whole vector's gain can be format; that there is no gain to split is said. gains: by metric."""
     base, full, gain = whole.loc["base"], whole.loc["full"], gains.loc["exact_match"]
-    split = f"{gain['gain_format_bound']:+.1%} of its gain of {gain['difference']:+.1%} is where readability changed"
+    split = f"{100 * gain['gain_format_bound']:.1f} of the {100 * gain['difference']:.1f} points that it gains are where readability changed"
     if gain["ci_low"] <= 0:
-        split = f"but it gains **nothing that can be told from chance** ({gain['difference']:+.1%}, {interval(gain)}), so there is no gain to split"
+        split = f"but it gains **nothing that can be told from chance** ({100 * gain['difference']:+.1f} points, {interval(gain)}), so there is no gain to split"
     elif gain["gain_format_bound"] >= gain["difference"]:
         split += ", **which is all of it**"
     said = (

@@ -166,7 +166,7 @@ def points(row: Any) -> str:
 
 def interval(row: Any) -> str:
     """A paired interval in words, from a row of `measure`."""
-    return f"paired interval {row['ci_low']:+.1%} to {row['ci_high']:+.1%}"
+    return f"paired interval {100 * row['ci_low']:+.1f} to {100 * row['ci_high']:+.1f} points"
 
 
 def summary(table: pd.DataFrame, ledger: pd.DataFrame, level: float = 0.05) -> str:
@@ -204,7 +204,7 @@ def _change(metric: str, row: Any, level: float) -> str:
     untold = ", **no change that can be told from none**" if row["ci_low"] <= 0 <= row["ci_high"] else ""
     neither = ": **not significant by either test**" if row["p"] >= level and row["mcnemar_p"] >= level else ""
     return (
-        f"- By {metric} the stethoscope changes accuracy by {row['difference']:+.1%} over all subjects ({interval(row)}){untold}; the "
-        f"smallest difference that could have been found is {row['mde']:.1%} paired, {row['mde_unpaired']:.1%} unpaired. Unpaired "
+        f"- By {SPOKEN[metric]} the stethoscope changes accuracy by {100 * row['difference']:+.1f} points over all subjects ({interval(row)}){untold}; the "
+        f"smallest difference that could have been found is {100 * row['mde']:.1f} points paired, {100 * row['mde_unpaired']:.1f} unpaired. Unpaired "
         f"z = {row['z']:+.2f}; McNemar p = {row['mcnemar_p']:.2g} with {row['gained']:.0f} gained and {row['lost']:.0f} lost{neither}."
     )

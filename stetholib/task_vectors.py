@@ -149,7 +149,7 @@ def summary(table: pd.DataFrame, rounding: pd.DataFrame, restored: Mapping[str, 
     kept = rounding.iloc[-1]
     lost = "" if kept["cosine"] ** 2 >= 0.5 else " **Most of what is left is not the change that was made.**"
     return f"""
-- The fine-tune moves {every}, by {table["relative"].median():.1%} of its norm in the median; most in {largest["matrix"]} of layer {largest["layer"]} ({largest["relative"]:.1%}).
+- The fine-tune moves {every}, by {table["relative"].median():.1%} of its norm in the median; most in the {largest["matrix"]} matrix of layer {largest["layer"]} ({largest["relative"]:.1%}).
 - Readers carry {readers:.0%} of the energy, writers {1 - readers:.0%}. An even spread over layers would be {1 / len(by_layer):.1%} each; the layers range from {by_layer.min():.1%} to {by_layer.max():.1%}.
 - Stable ranks lie between {ranks.min():.1f} and {ranks.max():.1f}: the change is spread over {spread}.
 - Stored in bfloat16, the task vector would leave {kept["unmoved"]:.0%} of the weights unmoved and keep {kept["energy_kept"]:.1%} of its energy (cosine {kept["cosine"]:.3f}).{lost}

@@ -51,7 +51,7 @@ def test_01_says_the_tables_numbers():
     top = table.sort_values("relative").iloc[-1]
     assert moved == (
         f"- The fine-tune moves every matrix, by {table['relative'].median():.1%} of its norm in the median; "
-        f"most in {top['matrix']} of layer {top['layer']} ({top['relative']:.1%})."
+        f"most in the {top['matrix']} matrix of layer {top['layer']} ({top['relative']:.1%})."
     )
     readers = table[table["matrix"].isin(["q", "k", "v", "gate", "up"])]["energy_share"].sum()
     layers = [rows["energy_share"].sum() for _, rows in table.groupby("layer")]
@@ -342,7 +342,7 @@ def test_04_says_the_tables_numbers():
         "stethoscope's set brings 25%, the whole vector shrunk to its energy 90%: selecting layers **does no better than"
         in beside
     )
-    assert beside.endswith("Of the closing sentence's, 60% and 80%.")
+    assert beside.endswith("Of the closing sentence's fall they bring 60% and 80%.")
     assert "rho = -1.00 (all tokens), -1.00 (matched words), -1.00 (size of the change), -1.00 (depth)" in score
     assert "does not tell a layer's worth" in score
 
@@ -370,12 +370,12 @@ def test_04_says_nothing_of_chance_where_sets_and_scores_are_better():
 
 def test_04_says_when_effects_live_nowhere_and_titles_do():
     flat = layer_table(effect_alone=[1, 3, 2] * 4, closing_alone=0.1 * np.arange(LAYERS))
-    assert "**no layers of a particular depth** do most for the solution, late layers for its closing" in fourth(flat)
+    assert "**layers of no particular depth** do most for the solution, late layers for its closing" in fourth(flat)
     found = relations(flat)
-    assert layer_selection.effects_title(found, "solution").startswith(
-        "The solution: no layers of a particular depth do most (rho "
+    assert layer_selection.effects_title(found, "solution").startswith("The solution: no trend with depth is told (rho ")
+    assert (
+        layer_selection.effects_title(found, "closing") == "The closing sentence: late layers do most (rho +1.00, +1.00 to +1.00)"
     )
-    assert layer_selection.effects_title(found, "closing") == "The closing sentence: late layers do most (rho +1.00)"
 
 
 @pytest.mark.parametrize(("reliability", "held_out"), [(0.2, 0.4), (0.8, 0.05), (0.0, -0.1)])
@@ -408,11 +408,13 @@ def test_04_says_when_its_losses_rank_nothing():
 def test_04_says_how_shrinking_all_layers_does_beside_selecting_some():
     better = set_table(full_shrunk=dict(loss_change=-0.005))
     assert "shrunk to its energy 12%: selecting layers does better than shrinking all." in fourth(sets=better)
-    assert layer_selection.scales_title(better) == "At equal energy all layers bring 12% of the fall, the stethoscope's 25%"
+    assert (
+        layer_selection.scales_title(better) == "At equal energy, all layers bring 12% of the whole fall, the stethoscope's 25%"
+    )
     useless = set_table(full=dict(loss_change=0.001))
     assert "**does not lower the solution's loss** (+0.001 nats a token)" in fourth(sets=useless)
     assert layer_selection.scales_title(useless) == "The whole vector does not lower the solution's loss"
-    assert "Of the closing sentence's" not in fourth(sets=set_table(full=dict(closing_change=0.0)))
+    assert "Of the closing sentence's fall" not in fourth(sets=set_table(full=dict(closing_change=0.0)))
 
 
 def test_04_the_sets_are_told_apart():
@@ -484,12 +486,17 @@ def test_05_says_the_tables_numbers():
     matched, scalpel = (f"{at(name, 'number_theory'):.1%}" for name in ("stethoscope_matched", "scalpel"))
     assert f"{matched} on matched words, {scalpel} with the scalpel." in number
     row = paired.set_index(["variant", "subject", "metric"]).loc[("stethoscope", "number_theory", "exact_match")]
-    assert (f"all tokens (paired interval {row['ci_low']:+.1%} to {row['ci_high']:+.1%})" in number) == (row["ci_low"] <= 0)
+    assert (f"all tokens (paired interval {100 * row['ci_low']:+.1f} to {100 * row['ci_high']:+.1f} points)" in number) == (
+        row["ci_low"] <= 0
+    )
     randoms = [at(f"random_{i}", "all") for i in (1, 2, 3)]
     assert f"three random sets of as many layers give {min(randoms):.1%} to {max(randoms):.1%}." in overall
     assert ("**no better** than those" in overall) == (at("stethoscope", "all") <= max(randoms))
     gain = paired.set_index(["variant", "subject", "metric"]).loc[("full", "all", "exact_match")]
-    assert f"{gain['gain_format_bound']:+.1%} of its gain of {gain['difference']:+.1%} is where readability changed" in form
+    assert (
+        f"{100 * gain['gain_format_bound']:.1f} of the {100 * gain['difference']:.1f} points that it gains are where readability changed"
+        in form
+    )
     assert f"from {at('base', 'all', 'math_verify'):.1%} to {at('full', 'all', 'math_verify'):.1%}." in form
     assert flips == "- Rounding alone flips 0.0% to 0.5% of the verdicts."
 
@@ -502,8 +509,10 @@ def test_05_says_both_metrics_in_one_line_a_subject():
         "30.0% on matched words, 20.0% with the scalpel."
     )
     assert overall == f"- Over all subjects: {both}; three random sets of as many layers give 25.0% to 27.0%."
-    assert "readably, the whole vector 90%: +10.0% of its gain of +20.0% is where readability changed. Math-Verify" in form
-    assert form.endswith("goes from 25.0% to 45.0%.") and "by Math-Verify the stethoscope stands at -3.0%" in shrunk
+    assert (
+        "readably, the whole vector 90%: 10.0 of the 20.0 points that it gains are where readability changed. Math-Verify" in form
+    )
+    assert form.endswith("goes from 25.0% to 45.0%.") and "by Math-Verify the stethoscope differs by -3.0 points" in shrunk
 
 
 def test_05_says_whether_a_gain_is_told_from_none():
@@ -511,7 +520,7 @@ def test_05_says_whether_a_gain_is_told_from_none():
     steth = lambda t: t["variant"].str.startswith("stethoscope") & (t["subject"] == "number_theory")  # noqa: E731
     assert "told from none" not in said_05()
     null = said_05(table, changed(paired, steth, ci_low=-0.01, ci_high=0.02))
-    interval = "(paired interval -1.0% to +2.0%)"
+    interval = "(paired interval -1.0 to +2.0 points)"
     assert f"**no gain there that can be told from none** on all tokens {interval} and matched words {interval}." in null
     assert "(a subject of one's own)" in said_05(headline="algebra")
 
@@ -519,7 +528,7 @@ def test_05_says_whether_a_gain_is_told_from_none():
 def test_05_says_when_the_whole_vector_itself_lifts_nothing_of_the_headline():
     _, paired = fifth()
     full = lambda t: (t["variant"] == "full") & (t["subject"] == "number_theory")  # noqa: E731
-    interval = "(paired interval -1.0% to +2.0%)"
+    interval = "(paired interval -1.0 to +2.0 points)"
     flat = said_05(paired=changed(paired, full, ci_low=-0.01, ci_high=0.02))
     lifts = "The whole vector **lifts nothing there that can be told from none** by"
     assert f"{lifts} exact match {interval} and Math-Verify {interval}." in flat
@@ -530,9 +539,13 @@ def test_05_says_when_the_whole_vector_itself_lifts_nothing_of_the_headline():
 @pytest.mark.parametrize(
     ("low", "high", "said"),
     [
-        (0.01, 0.03, "(paired interval +1.0% to +3.0%): selecting layers does better than shrinking."),
-        (-0.01, 0.03, "(paired interval -1.0% to +3.0%): no difference can be told, so **shrinking does as well as selecting**."),
-        (-0.05, -0.01, "(paired interval -5.0% to -1.0%): **shrinking does better than selecting**."),
+        (0.01, 0.03, "(paired interval +1.0 to +3.0 points): selecting layers does better than shrinking."),
+        (
+            -0.01,
+            0.03,
+            "(paired interval -1.0 to +3.0 points): no difference can be told, so **shrinking does as well as selecting**.",
+        ),
+        (-0.05, -0.01, "(paired interval -5.0 to -1.0 points): **shrinking does better than selecting**."),
     ],
 )
 def test_05_says_what_selecting_is_worth_beside_shrinking(low, high, said):
@@ -544,14 +557,14 @@ def test_05_a_task_without_math_verify_is_judged_by_exact_match_alone():
     table, paired = fifth()
     bare = said_05(table.assign(math_verify=None), paired[paired["metric"] == "exact_match"], headline="algebra")
     assert "verify" not in bare and "by exact match: 20.0% base, 40.0% whole vector" in lines(bare)[0]
-    assert "by exact match the stethoscope stands at +20.0%" in lines(bare)[2]
+    assert "by exact match the stethoscope differs by +20.0 points" in lines(bare)[2]
 
 
 def test_05_says_when_there_is_no_gain_to_split_and_when_it_may_all_be_format():
     table, paired = fifth()
     full = lambda t: (t["variant"] == "full") & (t["subject"] == "all")  # noqa: E731
     none = said_05(paired=changed(paired, full, difference=0.001, ci_low=-0.02))
-    assert "**nothing that can be told from chance** (+0.1%" in none and "readability changed" not in none
+    assert "**nothing that can be told from chance** (+0.1 points" in none and "readability changed" not in none
     assert "Math-Verify, which needs no sentence, **does not rise beyond chance**" in none
     assert "**which is all of it**" in said_05(paired=changed(paired, full, gain_format_bound=0.5))
     worse = changed(table, lambda t: (t["variant"] == "stethoscope") & (t["subject"] == "all"), accuracy=0.26)
@@ -627,10 +640,10 @@ def test_06_counts_one_verdict_a_claim_and_says_the_tables_numbers_by_both_metri
     assert failed.startswith("- Contradicted on this rung: C3; strictly: C6. True **by construction**, whatever is measured: C1.")
     assert failed.endswith(" Not testable **strictly**: C5 (why C5).") and "**Not testable**" not in failed
     assert exact.startswith(
-        "- By exact_match the stethoscope changes accuracy by +10.0% over all subjects (paired interval +8.0%"
+        "- By exact match the stethoscope changes accuracy by +10.0 points over all subjects (paired interval +8.0 to"
     )
-    assert exact.endswith("2.0% paired, 4.5% unpaired. Unpaired z = +3.50; McNemar p = 1e-09 with 80 gained and 20 lost.")
-    assert verify.startswith("- By math_verify the stethoscope changes accuracy by +2.1%") and "z = +0.70" in verify
+    assert exact.endswith("2.0 points paired, 4.5 unpaired. Unpaired z = +3.50; McNemar p = 1e-09 with 80 gained and 20 lost.")
+    assert verify.startswith("- By Math-Verify the stethoscope changes accuracy by +2.1 points") and "z = +0.70" in verify
 
 
 def test_06_says_when_no_variant_improved_and_when_nothing_could_be_tested():
@@ -656,7 +669,7 @@ def test_06_a_task_with_exact_match_alone_is_told_by_that_alone():
     exact = measured()
     exact = exact[exact["metric"] == "exact_match"]
     text = significance.summary(exact, ledger())
-    assert "By exact_match" in text and "math_verify" not in text
+    assert "By exact match" in text and "Math-Verify" not in text
 
 
 def test_06_the_curve_of_discordance_holds_the_published_gain():
@@ -688,9 +701,11 @@ def test_06_pairs_are_first_minus_second_by_both_metrics():
 def test_05_the_headline_holds_the_stethoscope_against_random_sets_and_against_shrinking():
     rows = [("stethoscope", 0.3, 0.35), ("random_1", 0.4, 0.2), ("random_2", 0.2, 0.35), ("full_shrunk", 0.5, 0.3)]
     table = pd.DataFrame(rows, columns=["variant", "accuracy", "math_verify"]).assign(subject="all")
-    assert minerva_math.headline_title(table, "all", "All") == "All: the stethoscope is\nahead of 1 of 2 random sets"
+    assert (
+        minerva_math.headline_title(table, "all", "All") == "All, by Math-Verify: the stethoscope is\nahead of 1 of 2 random sets"
+    )
     alone = minerva_math.headline_title(table.assign(math_verify=np.nan), "all", "All")
-    assert alone == "All: the stethoscope is\nahead of 1 of 2 random sets, behind shrinking"
+    assert alone == "All, by exact match: the stethoscope is\nahead of 1 of 2 random sets, behind shrinking"
     assert minerva_math.headline_title(table[table["variant"] == "random_1"], "all", "All") == "All"
 
 

@@ -104,7 +104,7 @@ def packed(values: Any, kind: str = "f4") -> str:
 
 def palette() -> dict[str, str]:
     """The figures' colours by name."""
-    return {name: getattr(style, name.upper()) for name in ("orange", "sky", "green", "blue", "red", "purple", "grey")}
+    return {name: getattr(style, name.upper()) for name in ("orange", "sky", "green", "red", "violet", "grey")}
 
 
 def packed_model(folder: Path, vector: TaskVector) -> dict[str, Any]:

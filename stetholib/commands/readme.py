@@ -36,19 +36,24 @@ def found(root: Path) -> str:
     there = named_sets(read(root, "smollm2/04_layer_sets")).loc["stethoscope", "percentile"]
     every = _every_rule(root)
     beaten = every["percentile"]
+    judged = read(root, "seeds/claims").query("contrast != 'matched'").groupby("claim")["verdict_strict"]
+    strictly = {claim: in_worlds(column) for claim, column in judged}
     lines = [
+        f"**In short**: of {len(worlds)} worlds, the scalpel loses to the raw vector at equal energy in {strictly['C3'].split(' of ')[0]}; the "
+        f"stethoscope's layers lift Number Theory in {strictly['C5'].split(' of ')[0]}, but by more than the whole vector shrunk to their energy in "
+        f"{strictly['C4'].split(' of ')[0]}. Gemma 3 4B itself has not run here.",
         f"**The scalpel keeps {kept} of the task vector's energy**; a random subspace of its rank keeps {chance}, the best one {ceiling}. "
         f"It leaves Number Theory where it was: {said['base']} before, {said['scalpel']} after, {said['full']} with the whole vector.",
         f"**The stethoscope takes Number Theory from {said['base']} to {said['stethoscope']}.** Three random sets of as many layers take it to "
         f"{random}; the whole vector, shrunk to the same energy, to {said['full_shrunk']}.",
-        f"**Would chance have picked as well?** By validation loss its layers beat {percent(own['percentile'])} of random sets; over "
+        f"**Would chance have done as well?** By validation loss its layers beat {percent(own['percentile'])} of random sets; over "
         f"{len(worlds)} worlds {percent(chosen[0])} on average ({percent(chosen[1])} to {percent(chosen[2])}), where chance is 50 %. The shrunk "
-        f"whole vector gets {100 * -less[0]:.1f} points more of all answers right, by Math-Verify ({100 * -less[2]:.1f} to {100 * -less[1]:.1f}).",
+        f"whole vector gets {100 * -less[0]:.1f} points more of all answers right than these layers, by Math-Verify ({100 * -less[2]:.1f} to {100 * -less[1]:.1f}).",
         f"**On real weights**, SmolLM2-135M-Instruct, the scalpel's geometry is the same, but the stethoscope's layers beat {percent(there)} of random "
-        f"sets and take Number Theory from {real['base']} to {real['stethoscope']}, where the whole vector reaches {real['full']}, and its "
-        f"shrunk self {real['full_shrunk']}.",
+        f"sets and take Number Theory from {real['base']} to {real['stethoscope']}, where the whole vector reaches {real['full']}, and the "
+        f"same shrunk to their energy {real['full_shrunk']}.",
         f"**Which rule would you bet on?** {words(known_layers.bet(every))} A random dictionary in the SAE's place beats "
-        f"{percent(beaten['random_dictionary'])}, a difference of means without any SAE {percent(beaten['mean_difference'])}, and simply "
+        f"{percent(beaten['random_dictionary'])}; a difference of means, without any SAE, {percent(beaten['mean_difference'])}; and simply taking "
         f"the first layers {percent(beaten['first'])}.",
     ]  # fmt: skip
     return "".join(f"- {line}\n" for line in lines)
@@ -62,13 +67,18 @@ def _number_theory(answers: pd.DataFrame) -> dict[str, str]:
 
 def ledger(table: pd.DataFrame, worlds: pd.DataFrame, measured: bool = True) -> str:
     """The nine claims as a Markdown table: the paper's figure, the miniature's, both verdicts, and in how many worlds they hold."""
-    heads = ["claim", "paper", *["miniature"] * measured, "verdict", "strictly", "holds in so many worlds"]
+    heads = ["claim", "paper", *["miniature"] * measured, "verdict", "strictly", "worlds in which it holds"]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for row in table.to_dict("records"):
         same = worlds[(worlds["claim"] == row["claim"]) & (worlds["contrast"] == row["contrast"])]
         holds, strictly = (in_worlds(same[column]) for column in ("verdict", "verdict_strict"))
         cells = [f"**{row['claim']}** {row['statement']}{CONTRASTS[row['contrast']]}", row["published"]]
-        cells += [*[row["measured"]] * measured, row["verdict"], row["verdict_strict"], f"{holds}, strictly {strictly}"]
+        cells += [
+            *[row["measured"]] * measured,
+            row["verdict"],
+            row["verdict_strict"],
+            "not counted" if holds == strictly == "-" else f"{holds}, strictly {strictly}",
+        ]
         lines.append(f"| {' | '.join(cells)} |")
         once = [line.replace(CONTRASTS["corpus"], "").replace(CONTRASTS["matched"], "") for line in lines[-2:]]
         if once[0] == once[1]:  # both contrasts say the same
@@ -161,8 +171,8 @@ def _instrument(features: pd.DataFrame) -> dict[str, str]:
     """Whether the SAEs can be believed, and what they leave unexplained."""
     heard = features.query("contrast == 'corpus'")
     believed, sound = heard["refused"].isna(), heard[heard["refused"].isna()]
-    fvu = f"{sound['fvu'].median():.2f} for {sound['fvu_random'].median():.2f} of random directions"
-    return {"layers whose SAE is believed; variance unexplained, median": f"{believed.sum()} of {len(heard)}; {fvu}"}
+    fvu = f"{sound['fvu'].median():.2f} (random directions: {sound['fvu_random'].median():.2f})"
+    return {"layers whose SAE passed its test; unexplained variance, median": f"{believed.sum()} of {len(heard)}; {fvu}"}
 
 
 def _scalpel(vectors: pd.DataFrame, kept: pd.DataFrame) -> dict[str, str]:
@@ -199,7 +209,7 @@ def _sets(table: pd.DataFrame, reliability: pd.DataFrame) -> dict[str, str]:
 
     rivals = {"largest_norm": "largest change", "small_step": "small step", "least_specific": "least specific"}
     return {
-        "do two halves of the problems rank sets alike": f"{told['reliability']:.2f}",
+        "rank correlation of sets between two halves of the problems": f"{told['reliability']:.2f}",
         "random sets that the stethoscope beats, all tokens": beaten("stethoscope"),
         "the same on matched words": beaten("stethoscope_matched"),
         "random sets that other rules beat": ", ".join(
@@ -266,7 +276,7 @@ def questions(root: Path) -> str:
     said = facts(root / "figures" / "mini")
     kept, chance, ceiling = (part.split(" at ")[0] for part in said["energy that the scalpel keeps; chance; ceiling"].split("; "))
     alone, closing = said["best layers alone: solution; closing sentence"].split("; ")
-    return f"""1. **Why not simply fine-tune?** Do: the whole vector *is* the fine-tune, and nothing that was chosen here does as well ({exact["full"]} of all answers right by exact match, the stethoscope's layers {exact["stethoscope"]}). The question is what SAEs can say about a vector, not whether to have one.
+    return f"""1. **Why not simply fine-tune?** Do: the whole vector *is* the fine-tune, and no set of layers chosen here does as well ({exact["full"]} of all answers right by exact match, the stethoscope's layers {exact["stethoscope"]}). The question is what SAEs can say about a vector, not whether to have one.
 2. **Are the 97 % only the rank?** Mostly. On the miniature a random subspace of that rank keeps {chance} of the energy, the scalpel {kept}, the best one {ceiling}. So most is lost whatever the directions are, and what could have been kept is missed as well: notebook 03 splits the two.
 3. **Why a third of the layers?** The paper does not say how many. A third was fixed before any result; `overrides = {{"selection.layer_share": ...}}` in notebook 04 tries another.
 4. **Why paired tests?** The same problems are answered twice, so that only those whose verdict changed say anything. Two groups of different problems, as the published test has it, are another experiment: notebook 06.
@@ -274,8 +284,8 @@ def questions(root: Path) -> str:
 6. **Does it hold for Gemma 3 4B?** Not known: that rung has not run here. Its profile is ready (`make doctor PROFILE=paper`). On the real weights that have run, the geometry carries over and the choice of layers does not: [what real weights say](../figures/README.md).
 7. **How can a claim be "consistent" without a small p?** A claim that says "no effect" (C2, C7) is consistent when the paper's test finds none. That is no evidence of none, which is why the strict verdict asks for an interval inside a margin, and may say "not testable".
 8. **What is energy?** The sum of the squares of all entries of a change: it adds up over layers and matrices. It says how much was changed, not what that does: [glossary](GLOSSARY.md).
-9. **What would change your mind?** Each notebook says at its top what would refute its claim, and the ledger by which rule it is judged. For the stethoscope: that it beats the shrunk whole vector. C4 held strictly in {int(worlds["verdict_strict"].isin(HOLDS).sum())} of {len(worlds)} worlds.
-10. **Why the middle layers?** Not here: alone, layers {alone} bring most to the solution and {closing} to its closing sentence, and the middle third beats {percent(sets["percentile"]["middle"])} of random sets. What another network does, its own figure of effects says.
+9. **What would change your mind?** Each notebook says at its top what would refute its claim, and the ledger says by which rule it is judged. For the stethoscope, it would have to beat the shrunk whole vector. C4 held strictly in {int(worlds["verdict_strict"].isin(HOLDS).sum())} of {len(worlds)} worlds.
+10. **Why the middle layers?** Not here: alone, layers {alone} bring most to the solution and {closing} to its closing sentence, and the middle third beats {percent(sets["percentile"]["middle"])} of random sets. For another network, look at its own figure of effects.
 """
 
 

@@ -93,7 +93,7 @@ const Story = (() => {
   /** Four: the validation loss of the picked layers among random sets. */
   function chance(s, row) {
     const random = s.sets.filter((one) => one.selector === "random").map((one) => one.loss_change), own = row.stethoscope;
-    find("says-4").textContent = `Would chance have picked as well? With the raw vector in the stethoscope's layers, the loss of `
+    find("says-4").textContent = `Would chance have done as well? With the raw vector in the stethoscope's layers, the loss of `
       + `solutions changes by ${signed(own.loss_change, 4)} nats a token. That beats ${percent(own.percentile)} of ${random.length} random `
       + `sets of as many layers (${percent(own.percentile_low)} to ${percent(own.percentile_high)}); chance is 50 %. The whole vector, `
       + `shrunk to the same energy, changes it by ${signed(row.full_shrunk.loss_change, 4)}.`;

@@ -5,27 +5,10 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import seaborn as sns
 from matplotlib.axes import Axes
 
 from stetholib.layer_sets import named_sets
-from stetholib.plots.style import (
-    BLACK,
-    BLUE,
-    CONTRASTS,
-    GREEN,
-    GREY,
-    LOSSES,
-    ORANGE,
-    PALE,
-    RED,
-    SELECTORS,
-    ink,
-    lines,
-    percent,
-    rows,
-    whole_numbers,
-)
+from stetholib.plots.style import BLACK, CONTRASTS, GREY, LOSSES, PALE, SELECTORS, SLATE, ink, lines, percent, rows, whole_numbers
 
 
 def layer_scores(table: pd.DataFrame, null: np.ndarray, contrast: str, ax: Axes) -> Axes:
@@ -46,8 +29,8 @@ def layer_scores(table: pd.DataFrame, null: np.ndarray, contrast: str, ax: Axes)
 def effects(table: pd.DataFrame, part: str, ax: Axes) -> Axes:
     """What each layer is worth on the validation loss of a part, `solution` or `closing`: injected alone, and left out."""
     rows, of = table[table["contrast"] == "corpus"], {"solution": "effect", "closing": "closing"}[part]
-    ax.plot(rows["layer"], rows[f"{of}_left_out"], color=GREEN, marker="^", label="left out of the whole")
-    ax.plot(rows["layer"], rows[f"{of}_alone"], color=ORANGE, marker="D", label="injected alone")
+    ax.plot(rows["layer"], rows[f"{of}_left_out"], color=SLATE, ls="--", marker="^", mfc="white", label="left out of the whole")
+    ax.plot(rows["layer"], rows[f"{of}_alone"], color=SLATE, marker="D", label="injected alone")
     ax.axhline(0, color=BLACK, lw=0.8)
     whole_numbers(ax).set(xlabel="layer", ylabel="fall of the loss (nats a token)")
     ax.legend()
@@ -66,17 +49,18 @@ def score_against_effect(table: pd.DataFrame, ax: Axes) -> Axes:
 
 
 def layer_sets(table: pd.DataFrame, ax: Axes) -> Axes:
-    """Solution loss of random sets of m layers as a histogram, every selector's set marked on it (mean of two halves)."""
+    """Solution loss of random sets of m layers, a stroke each, and of every selector's set (mean of two halves), best on top; the
+    band holds 95 % of the random sets."""
     random, change = table.loc[table["selector"] == "random", "loss_change"], named_sets(table)["loss_change"]
-    sns.histplot(random, bins=30, color=PALE, alpha=1, edgecolor="white", label=f"{len(random)} random sets", ax=ax)
+    shown = change[change.index.isin([*SELECTORS])].sort_values()
+    ax.axvspan(*random.quantile([0.025, 0.975]), color=PALE, lw=0, label="95 % of the random sets", zorder=0)
     ax.axvline(random.median(), color=GREY, ls=":", label="their median")
-    top = ax.get_ylim()[1]
-    for row, name in enumerate(name for name in SELECTORS if name in change):
-        look = SELECTORS[name]
-        ax.axvline(change[name], color=look.colour, lw=1, alpha=0.6)
-        ax.plot(change[name], top * (0.97 - 0.085 * row), look.marker, color=look.colour, ms=8, label=look.name)
-    ax.set(xlabel="change of the solution's validation loss (nats a token); left is better", ylabel="sets")
-    ax.legend(loc="upper left", bbox_to_anchor=(1.01, 1))
+    ax.plot(random, np.zeros(len(random)), "|", color=GREY, ms=12, alpha=0.5)
+    for at, (name, value) in enumerate(shown.items(), 1):
+        ax.plot(value, at, SELECTORS[str(name)].marker, color=SELECTORS[str(name)].colour, ms=8)
+    rows([f"{len(random)} random sets", *map(str, shown.index)], ax)
+    ax.set_xlabel("change of the solution's validation loss (nats a token); left is better")
+    ax.legend(ncols=2, loc="upper center", bbox_to_anchor=(0.4, -0.13))
     return ax
 
 
@@ -97,13 +81,17 @@ def rules(table: pd.DataFrame, ax: Axes) -> Axes:
 
 
 def scales(table: pd.DataFrame, sets: pd.DataFrame, ax: Axes) -> Axes:
-    """Loss changes of the whole vector against its energy over scales, the stethoscope's set marked at its own energy."""
-    ours = named_sets(sets).loc["stethoscope"]
+    """Loss changes of the whole vector against its energy over scales, and those of the stethoscope's set at its own energy."""
+    ours, (shrunk, chosen) = named_sets(sets).loc["stethoscope"], (SELECTORS[name] for name in ("full_shrunk", "stethoscope"))
     for part, look in LOSSES.items():
-        ax.plot(table["energy"], table[part], color=look.colour, marker=look.marker, ls=look.dash, label=look.name)
-        column = {"solution": "loss_change"}.get(part, f"{part}_change")
-        ax.plot(ours["energy"], ours[column], look.marker, ms=11, mfc="none", mew=2, color=look.colour)
-    ax.plot([], [], "o", ms=11, mfc="none", mew=2, color=BLACK, label="the stethoscope's set")
+        ax.plot(
+            table["energy"], table[part], color=shrunk.colour, marker=look.marker, ls=look.dash, label=f"all layers: {look.name}"
+        )
+    for part, look in LOSSES.items():
+        value = ours[{"solution": "loss_change"}.get(part, f"{part}_change")]
+        ax.plot(
+            ours["energy"], value, look.marker, ms=10, mfc="none", mew=2, color=chosen.colour, label=f"stethoscope's: {look.name}"
+        )
     ax.axhline(0, color=BLACK, lw=0.8)
     ax.set(xlabel="energy, as a share of the whole vector's", ylabel="change of the loss (nats a token)")
     ax.legend()
@@ -113,7 +101,7 @@ def scales(table: pd.DataFrame, sets: pd.DataFrame, ax: Axes) -> Axes:
 def uniform_check(p_values: Sequence[float] | np.ndarray, ax: Axes) -> Axes:
     """Sorted p-values of worlds without any signal against the diagonal they should follow."""
     p = np.sort(np.asarray(p_values))
-    ax.plot((np.arange(len(p)) + 0.5) / len(p), p, color=BLUE, label=f"{len(p)} worlds without signal")
+    ax.plot((np.arange(len(p)) + 0.5) / len(p), p, color=SLATE, label=f"{len(p)} worlds without signal")
     ax.plot([0, 1], [0, 1], color=BLACK, lw=0.8, label="uniform")
     ax.set(xlabel="expected p", ylabel="observed p", xlim=(0, 1), ylim=(0, 1))
     ax.legend()
@@ -122,9 +110,9 @@ def uniform_check(p_values: Sequence[float] | np.ndarray, ax: Axes) -> Axes:
 
 def power(table: pd.DataFrame, ax: Axes) -> Axes:
     """Share of worlds in which the planted layer is found, against the planted effect; columns effect, power, chance."""
-    ax.plot(table["effect"], table["power"], color=RED, marker="o", label="planted layer heard (p < .05)")
-    ax.plot(table["effect"], table["top"], color=BLUE, marker="s", label="planted layer scores highest")
-    ax.axhline(0.05, color=BLACK, lw=0.8, label="chance of being heard, .05")
+    ax.plot(table["effect"], table["power"], color=SLATE, marker="o", label="planted layer significant (p < .05)")
+    ax.plot(table["effect"], table["top"], color=SLATE, ls="--", marker="s", mfc="white", label="planted layer scores highest")
+    ax.axhline(0.05, color=BLACK, lw=0.8, label="chance of significance, .05")
     ax.axhline(table["chance"].iloc[0], color=GREY, ls=":", label="chance of scoring highest")
     ax.set(xlabel="planted effect (standard deviations)", ylabel="share of worlds", ylim=(0, 1.03))
     ax.legend()

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
-from stetholib.plots.style import BLACK, BLUE, ORANGE, PALE, RED, SKY, VARIANTS, Look, lines, percent, rows, twin_bars
+from stetholib.plots.style import BLACK, MIST, PALE, SLATE, VARIANTS, Look, lines, percent, rows, twin_bars
 
 HEADLINE = {
     "base": "base",
@@ -22,11 +22,11 @@ HEADLINE = {
 
 def headline(table: pd.DataFrame, subject: str, ax: Axes) -> Axes:
     """Accuracy on a subject (or `all`) of the base, the scalpel, the stethoscope and the whole vector: filled without the closing
-    sentence (Math-Verify), with 95 % intervals, hollow by exact match; the band spans the random sets of as many layers."""
+    sentence (Math-Verify), with 95 % intervals, a hollow diamond by exact match; the band spans the random sets of as many layers."""
     of: Any = table[table["subject"] == subject].set_index("variant")
     shown, random = [name for name in HEADLINE if name in of.index], of[of.index.str.startswith("random_")]
     metric = of["math_verify"].fillna(of["accuracy"]).astype(float)
-    judge = "Math-Verify" if of["math_verify"].notna().any() else "exact match, with its interval"
+    judge = "Math-Verify" if of["math_verify"].notna().any() else "exact match"
     if len(random):
         ends = metric[random.index].min(), metric[random.index].max()
         ax.axvspan(*ends, color=PALE, label=f"{len(random)} random sets", zorder=0)
@@ -34,9 +34,11 @@ def headline(table: pd.DataFrame, subject: str, ax: Axes) -> Axes:
         p, look = metric[name], VARIANTS[name]
         half = 1.96 * (p * (1 - p) / max(of["n"][name] - 1, 1)) ** 0.5
         ax.plot([p - half, p + half], [at, at], color=look.colour, lw=2)
-        ax.plot(p, at, look.marker, color=look.colour, ms=8, label=judge if at == 0 else None)
-        ax.plot(of["accuracy"][name], at, "o", color=look.colour, mfc="white", ms=5, label="exact match" if at == 0 else None)
+        ax.plot(p, at, "o", color=look.colour, ms=8)
+        ax.plot(of["accuracy"][name], at, "D", color=look.colour, mfc="white", ms=6)
         ax.annotate(f"{p:.0%}", (max(p + half, of["accuracy"][name]), at), xytext=(6, 0), textcoords="offset points", va="center")
+    for said, marker, face in ((f"{judge}, 95 % interval", "o", BLACK), ("exact match", "D", "white")):
+        ax.plot([], [], marker, color=BLACK, mfc=face, ms=7, label=said)
     ax.axvline(metric["base"], color=BLACK, lw=0.8, ls=":")
     rows([HEADLINE[name] for name in shown], ax).set(xlabel="accuracy (dotted: the base's)")
     ax.set_xlim(0, 1.18 * max(metric[shown].max(), of["accuracy"][shown].max(), 0.01))
@@ -50,9 +52,9 @@ def accuracies(table: pd.DataFrame, subject: str, order: Sequence[str], ax: Axes
     error, and math_verify hollow below it; dotted lines at the base's."""
     of = table[table["subject"] == subject].set_index("variant").loc[list(order)]
     at, error = np.arange(len(of)), 1.96 * of["stderr"]
-    ax.errorbar(of["accuracy"], at - 0.12, xerr=error, fmt="o", color=BLUE, ecolor=SKY, capsize=2, label="exact match")
-    ax.plot(of["math_verify"].astype(float), at + 0.18, "D", color=ORANGE, mfc="none", label="Math-Verify")
-    for metric, colour in (("accuracy", BLUE), ("math_verify", ORANGE)):
+    ax.errorbar(of["accuracy"], at - 0.12, xerr=error, fmt="o", color=SLATE, ecolor=MIST, capsize=2, label="exact match")
+    ax.plot(of["math_verify"].astype(float), at + 0.18, "D", color=BLACK, mfc="none", label="Math-Verify")
+    for metric, colour in (("accuracy", SLATE), ("math_verify", BLACK)):
         ax.axvline(of[metric].astype(float)["base"], color=colour, lw=0.8, ls=":")
     rows(order, ax).set(xlabel="accuracy (dotted: the base's)", xlim=(0, None))
     percent(ax.xaxis)
@@ -65,7 +67,7 @@ def gain_split(table: pd.DataFrame, variants: Sequence[str], ax: Axes) -> Axes:
     changed."""
     names = {"gain_both_extractable": "answer readable under both", "gain_format_bound": "readability changed"}
     parts = table[(table["subject"] == "all") & (table["metric"] == "exact_match")].melt("variant", list(names))
-    twin_bars(parts, (BLUE, ORANGE), ax, x="value", y="variant", order=list(variants), hue="variable", hue_order=list(names))
+    twin_bars(parts, (SLATE, MIST), ax, x="value", y="variant", order=list(variants), hue="variable", hue_order=list(names))
     ax.axvline(0, color=BLACK, lw=0.8)
     rows(variants, ax).set(xlabel="part of the gain in accuracy", ylabel=None)
     percent(ax.xaxis)
@@ -84,16 +86,25 @@ def token_limits(table: pd.DataFrame, names: Mapping[str, str], ax: Axes) -> Axe
     return ax
 
 
-BENCH = {"base": VARIANTS["base"], "setting": Look("this setting", RED, "o"), "full": VARIANTS["full"]}
+LIVE = "this setting"
+
+
+def _bench(setting: str) -> dict[str, Look]:
+    """Looks of the bench: a setting that somebody turns is an edit of their own, the one shown where nobody can is the stethoscope's."""
+    ours = VARIANTS["own" if setting == LIVE else "stethoscope"]._replace(name=setting)
+    return {"base": VARIANTS["base"], "setting": ours, "full": VARIANTS["full"]}
+
+
 WORDS = {"exact_match": "exact match", "math_verify": "Math-Verify"}
 
 
-def loss_parts(table: pd.DataFrame, ax: Axes, setting: str = "this setting") -> Axes:
+def loss_parts(table: pd.DataFrame, ax: Axes, setting: str = LIVE) -> Axes:
     """Change of both parts of the loss against the base, of a setting beside the whole vector; rows base, setting and full,
     columns solution and closing. setting: what it is called."""
     change: Any = table[["solution", "closing"]] - table.loc["base", ["solution", "closing"]]
-    for shift, name, called in ((-0.2, "setting", setting), (0.2, "full", BENCH["full"].name)):
-        bars = ax.barh(np.arange(2) + shift, change.loc[name], height=0.36, color=BENCH[name].colour, label=called)
+    for shift, name in ((-0.2, "setting"), (0.2, "full")):
+        look = _bench(setting)[name]
+        bars = ax.barh(np.arange(2) + shift, change.loc[name], height=0.36, color=look.colour, label=look.name)
         ax.bar_label(bars, fmt="{:+.4f}", padding=3, fontsize=8.5)
     ax.axvline(0, color=BLACK, lw=0.8)
     ax.margins(x=0.25)
@@ -103,12 +114,11 @@ def loss_parts(table: pd.DataFrame, ax: Axes, setting: str = "this setting") -> 
     return ax
 
 
-def answered(table: pd.DataFrame, ax: Axes, setting: str = "this setting") -> Axes:
+def answered(table: pd.DataFrame, ax: Axes, setting: str = LIVE) -> Axes:
     """Accuracies of a setting beside the base and the whole vector with 95 % intervals; of `LiveBench.accuracy_table`.
     setting: what it is called."""
     metrics = list(dict.fromkeys(table["metric"]))
-    looks = BENCH | {"setting": BENCH["setting"]._replace(name=setting)}
-    for shift, (name, look) in zip((-0.25, 0.0, 0.25), looks.items(), strict=True):
+    for shift, (name, look) in zip((-0.25, 0.0, 0.25), _bench(setting).items(), strict=True):
         of: Any = table[table["variant"] == name].set_index("metric").loc[metrics]
         at, p = np.arange(len(of)) + shift, of["accuracy"]
         ends = [(p - of["low"]).clip(lower=0), (of["high"] - p).clip(lower=0)]  # below 0 by rounding, where all or none are right

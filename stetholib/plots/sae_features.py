@@ -6,13 +6,13 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 
-from stetholib.plots.style import BASES, BLACK, CONTRASTS, GREY, lines, percent, whole_numbers
+from stetholib.plots.style import BASES, BLACK, CONTRASTS, GREY, MIST, SLATE, lines, percent, whole_numbers
 
 
 def self_test(table: pd.DataFrame, ax: Axes) -> Axes:
     """Fraction of variance unexplained by layer, SAE against a random dictionary, with the anchors 0 and 1."""
     ax.axhline(1, color=BLACK, lw=0.8)
-    ax.text(0, 1.02, "1: always answering the mean", fontsize=8)
+    ax.text(0, 1.02, "1: no better than the mean", fontsize=8)
     ax.plot(table["layer"], table["fvu_random"], color=GREY, ls=":", marker="x", label="random dictionary, same L0")
     ax.plot(table["layer"], table["fvu"], color=BASES["sae_decoder"].colour, marker="o", label="SAE")
     whole_numbers(ax).set(xlabel="layer", ylabel="variance unexplained", ylim=(0, 1.12))
@@ -25,7 +25,7 @@ def training(curves: pd.DataFrame, k: float, axes: Sequence[Axes]) -> Sequence[A
     unexplained, the L0 of their thresholds beside k, and the share of dead features. curves: layer, tokens, fvu, l0, dead."""
     for ax, value, label in zip(axes, ("fvu", "l0", "dead"), ("variance unexplained", "L0", "dead features"), strict=True):
         wide = curves.pivot(index="tokens", columns="layer", values=value)
-        for colour, layer in zip(sns.color_palette("Blues", len(wide.columns)), wide, strict=True):
+        for colour, layer in zip(sns.color_palette(f"blend:{MIST},{SLATE}", len(wide.columns)), wide, strict=True):
             ax.plot(wide.index, wide[layer], color=colour, lw=0.8)
         ax.plot(
             wide.index, wide.median(axis=1), color=BASES["sae_decoder"].colour, marker="o", ms=3, label="median of the layers"

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
-from stetholib.plots.style import BLACK, BLUE, GREY, RED, VARIANTS, percent, rows
+from stetholib.plots.style import BLACK, GREY, SLATE, VARIANTS, percent, rows
 
 
 def forest(table: pd.DataFrame, variants: Mapping[str, str], ax: Axes) -> Axes:
@@ -20,7 +20,7 @@ def forest(table: pd.DataFrame, variants: Mapping[str, str], ax: Axes) -> Axes:
         error = of["difference"] - of["ci_low"], of["ci_high"] - of["difference"]
         style: dict[str, Any] = dict(ms=5, color=look.colour, capsize=2, label=name)
         ax.errorbar(of["difference"], at + shift, xerr=error, fmt=look.marker, **style)
-    ax.vlines(-of["margin"], at - 0.45, at + 0.45, color=GREY, ls=":", label="margin")
+    ax.vlines(-of["margin"], at - 0.45, at + 0.45, color=GREY, ls=":", label="margin of no worse")
     ax.axvline(0, color=BLACK, lw=0.8)
     rows(subjects, ax).set(xlabel="accuracy beside the base's (points), 95 % interval")
     percent(ax.xaxis, symbol="")
@@ -30,8 +30,8 @@ def forest(table: pd.DataFrame, variants: Mapping[str, str], ax: Axes) -> Axes:
 
 def discordance(curve: pd.DataFrame, ax: Axes) -> Axes:
     """The published gain of 53 problems: McNemar's z against how many problems change their verdict."""
-    ax.plot(curve["changed"], curve["z"], color=BLUE, label="McNemar's z for the same gain")
-    ax.axhline(curve["unpaired"].iloc[0], color=RED, ls="--", label="published z (unpaired)")
+    ax.plot(curve["changed"], curve["z"], color=SLATE, label="McNemar's z for the same gain")
+    ax.axhline(curve["unpaired"].iloc[0], color=BLACK, ls="--", label="published z (unpaired)")
     ax.axvline(curve["crossing"].iloc[0], color=GREY, ls=":", label=f"equal at {curve['crossing'].iloc[0]:.0f} of 540")
     ax.set(xlabel="problems whose verdict changes, of 540", ylabel="z", ylim=(0, None))
     ax.legend()

@@ -5,6 +5,7 @@ Chance and ceiling are drawn wherever they exist.
 """
 
 import re
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
@@ -21,11 +22,14 @@ from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
 from matplotlib.text import Text
+from matplotlib.textpath import TextPath
 from matplotlib.ticker import FixedLocator
 
 BLACK, ORANGE, SKY, GREEN, BLUE, RED, PURPLE = ["#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7"]
-GREY, PALE, VIOLET = "#8C8C8C", "#D9D9D9", "#5E3C99"
+GREY, PALE, VIOLET, WINE, BROWN = "#8C8C8C", "#D9D9D9", "#5E3C99", "#882255", "#8C510A"
+SLATE, MIST = "#4A5A6A", "#B4C0CC"  # of what belongs to no edit, basis or contrast: colours are theirs
 
 
 READABLE = 4.5  # to 1: the contrast that WCAG wants of text
@@ -60,7 +64,7 @@ BASES = {
     "own_svd": Look("best for each side", GREEN, "o", "-."),
     "own_svd_layer": Look("best for each layer (ceiling)", GREEN, "P"),
     "gradient_pca": Look("gradient components", PURPLE, "D"),
-    "activation_pca": Look("activation components", BLUE, "s"),
+    "activation_pca": Look("activation components", BROWN, "s"),
     "sae_decoder": Look("SAE decoder (the scalpel)", ORANGE, "o"),
     "sae_encoder": Look("SAE encoder", ORANGE, "v", "--"),
     "random": Look("random subspaces", GREY, "x", ":"),
@@ -70,8 +74,8 @@ SELECTORS = {
     "greedy": Look("greedy", GREEN, "*"),
     "stethoscope": Look("stethoscope", RED, "o"),
     "stethoscope_matched": Look("stethoscope matched", BLUE, "s"),
-    "largest_norm": Look("largest norm", ORANGE, "D"),
-    "small_step": Look("small step", PURPLE, "P"),
+    "largest_norm": Look("largest norm", BLACK, "D"),
+    "small_step": Look("small step", GREEN, "P"),
     "first": Look("first", BLACK, "<"),
     "middle": Look("middle", BLACK, "^"),
     "last": Look("last", BLACK, ">"),
@@ -80,8 +84,8 @@ SELECTORS = {
     "own": Look("your own edit", VIOLET, "X"),
 }
 LOSSES = {
-    "solution": Look("solution", BLUE, "o"),
-    "closing": Look("its closing sentence", ORANGE, "s", "--"),
+    "solution": Look("solution", SLATE, "o"),
+    "closing": Look("its closing sentence", BLACK, "s", "--"),
     "general": Look("general text", GREY, "^", ":"),
 }
 VARIANTS = SELECTORS | {
@@ -184,10 +188,25 @@ def _in_words(figure: Figure) -> tuple[str, dict[str, str]]:
 
 
 def labelled(figure: Figure, whose: str) -> Figure:
-    """Say in the figure itself whose numbers it shows; one that says so already stays as it is."""
+    """Say in the figure itself whose numbers it shows, and break titles that are wider than their panel; one that says so already
+    stays as it is."""
     if not figure.texts:
+        _break_titles(figure)
         figure.text(0.995, -0.005, whose, ha="right", va="top", fontsize=8, color=ink(GREY))
     return figure
+
+
+def _break_titles(figure: Figure) -> None:
+    figure.draw_without_rendering()  # panels have a place only then
+    font = FontProperties(weight=STYLE["axes.titleweight"])
+    for ax in figure.axes:
+        room = ax.get_window_extent().width / figure.dpi * 72
+        for line in filter(None, ax.get_title("left").split("\n")):
+            wide = TextPath((0, 0), line, STYLE["axes.titlesize"], prop=font).get_extents().width
+            if wide > room and "$" not in line:
+                rows = int(wide / room) + 1
+                broken = textwrap.fill(line, max(len(line) // rows + 6, 12))
+                ax.set_title(ax.get_title("left").replace(line, broken), loc="left")
 
 
 def save(figure: Figure, path: Path) -> None:
@@ -235,8 +254,8 @@ def twin_bars(table: pd.DataFrame, colours: Sequence[str], ax: Axes, **axes: Any
 
 def bars_with_zero(values: Mapping[str, float], label: str, ax: Axes) -> Axes:
     """Named horizontal bars around zero, each with its value."""
-    bars = ax.barh(range(len(values)), list(values.values()), color=BLUE)
-    ax.bar_label(bars, fmt="{:+.2g}", padding=3, fontsize=8.5)
+    bars = ax.barh(range(len(values)), list(values.values()), color=SLATE)
+    ax.bar_label(bars, fmt=lambda value: f"{value:+.5f}" if 0 < abs(value) < 1e-4 else f"{value:+.2g}", padding=3, fontsize=8.5)
     ax.axvline(0, color=BLACK, lw=0.8)
     ax.margins(x=0.18)
     rows(values, ax).set(xlabel=label)

@@ -9,7 +9,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from scipy import stats
 
-from stetholib.plots.style import BASES, BLACK, GREEN, GREY, ORANGE, PALE, RED, SKY, ink, lines, percent, rows, twin_bars
+from stetholib.plots.style import BASES, BLACK, GREY, MIST, ORANGE, PALE, SLATE, ink, lines, percent, rows, twin_bars
 
 
 def projection_in_a_plane(ax: Axes, degrees: float = 55.0) -> Axes:
@@ -37,7 +37,7 @@ def chance_by_width(ax: Axes, widths: tuple[int, int] = (2, 2560)) -> Axes:
     ax.plot(d, 1 / d, color=BLACK, lw=1.5, label="mean, 1 / d")
     ax.set(xscale="log", yscale="log", ylim=(1e-5, 1.2), xlabel="width d", ylabel="energy kept by one direction")
     ax.legend(loc="lower left")
-    ax.set_title(f"At random, one of {widths[1]} keeps {1 / widths[1]:.2%}")
+    ax.set_title(f"A random direction of {widths[1]} keeps {1 / widths[1]:.2%}")
     return ax
 
 
@@ -58,7 +58,7 @@ def loss_split(splits: Mapping[str, Any], ax: Axes) -> Axes:
     """Stacked bars of what is kept, lost to misalignment and lost to the rank budget; values are LossSplit."""
     shares = pd.DataFrame({name: (s.retained, s.misalignment, s.rank_budget, s.chance) for name, s in splits.items()})
     at, left = np.arange(len(splits)), np.zeros(len(splits))
-    looks = ((GREEN, "kept"), (RED, "lost: misalignment"), (PALE, "lost: rank budget"))
+    looks = ((ORANGE, "kept"), (SLATE, "lost: misalignment"), (PALE, "lost: rank budget"))
     for part, (colour, label) in enumerate(looks):
         ax.barh(at, shares.loc[part], left=left, color=colour, label=label)
         left = left + shares.loc[part].to_numpy()
@@ -72,7 +72,7 @@ def loss_split(splits: Mapping[str, Any], ax: Axes) -> Axes:
 def overlap_by_basis(table: pd.DataFrame, ax: Axes) -> Axes:
     """Mean overlap of each side's best subspace with every kind of direction, readers and writers side by side."""
     order = [name for name in BASES if name in set(table["basis"])]
-    twin_bars(table, (SKY, ORANGE), ax, x="basis", y="overlap", order=order, hue="side", hue_order=["reader", "writer"])
+    twin_bars(table, (SLATE, MIST), ax, x="basis", y="overlap", order=order, hue="side", hue_order=["reader", "writer"])
     chance = ax.axhline(table["chance"].iloc[0], color=BLACK, lw=0.8)
     ax.set(xlabel="kind of direction", ylabel="overlap with the best subspace")
     ax.set_xticks(range(len(order)), [BASES[name].name.replace(" (the scalpel)", "").replace(" ", "\n") for name in order])

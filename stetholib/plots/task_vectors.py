@@ -6,12 +6,12 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 
-from stetholib.plots.style import BLUE, GREY, whole_numbers
+from stetholib.plots.style import GREY, SLATE, whole_numbers
 
 
 def loss_curve(curve: pd.DataFrame, ax: Axes) -> Axes:
     """Training loss by step; columns step, loss."""
-    ax.plot(curve["step"], curve["loss"], color=BLUE)
+    ax.plot(curve["step"], curve["loss"], color=SLATE)
     ax.set(xlabel="step", ylabel="loss (nats a token)", ylim=(0, None))
     return ax
 
@@ -27,7 +27,7 @@ def matrix_heatmap(table: pd.DataFrame, value: str, label: str, ax: Axes) -> Axe
 
 def layer_bars(values: Sequence[float], label: str, ax: Axes, even: float | None = None) -> Axes:
     """One bar a layer; `even` draws what an even spread would be."""
-    ax.bar(range(len(values)), values, color=BLUE)
+    ax.bar(range(len(values)), values, color=SLATE)
     if even is not None:
         ax.axhline(even, color=GREY, ls=":", label="even spread")
         ax.legend()

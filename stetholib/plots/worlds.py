@@ -12,13 +12,13 @@ from matplotlib.patches import Patch
 from stetholib.claims import BUILT, HOLDS, SAME
 from stetholib.plots.style import (
     BLACK,
-    BLUE,
     CONTRASTS,
     GREY,
-    ORANGE,
+    MIST,
     PALE,
-    SKY,
+    SLATE,
     VARIANTS,
+    WINE,
     contrast_of,
     percent,
     rows,
@@ -26,11 +26,11 @@ from stetholib.plots.style import (
 )
 
 SIGNS = {  # sign -> (what it says, its colour)
-    "yes": ("holds", BLUE),
-    "no": ("contradicted", ORANGE),
+    "yes": ("holds", SLATE),
+    "no": ("contradicted", WINE),
     "?": ("not testable", PALE),
     "-": (BUILT, GREY),
-    "=": (SAME, SKY),
+    "=": (SAME, MIST),
 }
 
 
