@@ -20,7 +20,7 @@ DIGESTS = {
     "gemma-3-270m": "418e9c15c5658afb",
     "mini": "1414f96053ae676b",
     "organism": "391915f7cfd2ffdf",
-    "organism-drawn": "8f1c1067d9ea60dd",
+    "organism-drawn": "5fea6ae720023542",
     "organism-negative": "c5f060c830eaa76a",
     "organism-other": "5b17f6c74f85b3bd",
     "paper": "9f8bb1703a837ded",
