@@ -138,6 +138,21 @@ def rules(root: Path) -> str:
     return "\n".join([*lines[:3], "|---" * 4 + "|", *lines[3:]]) + "\n"
 
 
+def organisms(root: Path) -> str:
+    """What the worlds of `make organisms` are, and whether each can test a rule, as a Markdown table."""
+    lines = [
+        "| world | mathematics in | energy of a layer | the known layers bring | the others | sets beaten | reliability; held out | tests rules |"
+    ]
+    lines.append("|---" * 8 + "|")
+    for row in read(root, "seeds-organism/bars").drop_duplicates("world").itertuples():
+        energy = f"{row.energy_lowest:.2f} to {row.energy_highest:.2f} of the mean"
+        parts = [f"{share:.0%} of the fall" if row.full < 0 else "no fall" for share in (row.share_known, row.share_outside)]
+        told = f"{row.reliability:.2f}; {row.r_held_out:.2f}"
+        cells = [str(row.world), str(row.known).replace(" ", ", "), energy, *parts, percent(row.percentile_known), told]
+        lines.append(f"| {' | '.join(cells)} | {'yes' if row.holds else 'no'} |")
+    return "\n".join(lines) + "\n"
+
+
 def _organism(root: Path) -> pd.DataFrame:
     """What each rule finds in the first organism, and whether that world can test a rule."""
     sets, reliability = (read(root, f"organism/{stem}") for stem in ("04_layer_sets", "04_reliability"))
@@ -295,6 +310,7 @@ PARTS: dict[str, tuple[str, Callable[[Path], str]]] = {
     "verdicts": ("README.md", verdicts),
     "ledger": ("figures/README.md", whole_ledger),
     "rules": ("figures/README.md", rules),
+    "organisms": ("figures/README.md", organisms),
     "real weights": ("figures/README.md", real_weights),
     "bench": ("bench/README.md", peers),
     "votes": ("notebooks/README.md", votes),

@@ -37,7 +37,7 @@ def chance_by_width(ax: Axes, widths: tuple[int, int] = (2, 2560)) -> Axes:
     ax.plot(d, 1 / d, color=BLACK, lw=1.5, label="mean, 1 / d")
     ax.set(xscale="log", yscale="log", ylim=(1e-5, 1.2), xlabel="width d", ylabel="energy kept by one direction")
     ax.legend(loc="lower left")
-    ax.set_title(f"A random direction of {widths[1]} keeps {1 / widths[1]:.2%}")
+    ax.set_title(f"In {widths[1]} dimensions,\na random direction keeps {1 / widths[1]:.2%}")
     return ax
 
 
