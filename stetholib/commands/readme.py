@@ -15,6 +15,7 @@ from stetholib.plots import words
 from stetholib.statistics import mean_interval
 
 WORLDS = {"mini": "miniature", "smollm2": "SmolLM2-135M-Instruct", "gemma-3-270m-q4": "Gemma 3 270M, base"}
+SCALPEL = "energy that the scalpel keeps; chance; ceiling"
 CONTRASTS = {"-": "", "corpus": " *(all tokens)*", "matched": " *(matched words)*"}
 
 
@@ -27,9 +28,7 @@ def found(root: Path) -> str:
     """What was found, in sentences: the scalpel, the stethoscope, what chance would have done, and real weights."""
     worlds, own = read(root, "seeds/worlds"), named_sets(read(root, "mini/04_layer_sets")).loc["stethoscope"]
     said, real = (_number_theory(read(root, f"{name}/05_minerva_math")) for name in ("mini", "smollm2"))
-    energy = _scalpel(read(root, "mini/01_task_vectors"), read(root, "mini/03_subspace_projection"))[
-        "energy that the scalpel keeps; chance; ceiling"
-    ]
+    energy = _scalpel(read(root, "mini/01_task_vectors"), read(root, "mini/03_subspace_projection"))[SCALPEL]
     kept, chance, ceiling = (part.split(" at ")[0] for part in energy.split("; "))
     chosen, less = (mean_interval(worlds[name]) for name in ("percentile_corpus", "stethoscope_minus_full_shrunk_math_verify"))
     random = ", ".join(said[name] for name in said if name.startswith("random_"))
@@ -65,24 +64,17 @@ def _number_theory(answers: pd.DataFrame) -> dict[str, str]:
     return {name: percent(value) for name, value in zip(rows["variant"], rows["math_verify"], strict=True)}
 
 
-def ledger(table: pd.DataFrame, worlds: pd.DataFrame, measured: bool = True) -> str:
+def ledger(table: pd.DataFrame, worlds: pd.DataFrame) -> str:
     """The nine claims as a Markdown table: the paper's figure, the miniature's, both verdicts, and in how many worlds they hold."""
-    heads = ["claim", "paper", *["miniature"] * measured, "verdict", "strictly", "worlds in which it holds"]
+    heads = ["claim", "paper", "miniature", "verdict", "strictly", "worlds in which it holds"]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for row in table.to_dict("records"):
         same = worlds[(worlds["claim"] == row["claim"]) & (worlds["contrast"] == row["contrast"])]
         holds, strictly = (in_worlds(same[column]) for column in ("verdict", "verdict_strict"))
-        cells = [f"**{row['claim']}** {row['statement']}{CONTRASTS[row['contrast']]}", row["published"]]
-        cells += [
-            *[row["measured"]] * measured,
-            row["verdict"],
-            row["verdict_strict"],
-            "not counted" if holds == strictly == "-" else f"{holds}, strictly {strictly}",
-        ]
+        cells = [f"**{row['claim']}** {row['statement']}{CONTRASTS[row['contrast']]}", row["published"], row["measured"]]
+        cells += [row["verdict"], row["verdict_strict"]]
+        cells += ["not counted" if holds == strictly == "-" else f"{holds}, strictly {strictly}"]
         lines.append(f"| {' | '.join(cells)} |")
-        once = [line.replace(CONTRASTS["corpus"], "").replace(CONTRASTS["matched"], "") for line in lines[-2:]]
-        if once[0] == once[1]:  # both contrasts say the same
-            lines[-2:] = once[:1]
     return "\n".join(lines) + "\n"
 
 
@@ -93,8 +85,51 @@ def in_worlds(words: pd.Series) -> str:
 
 
 def verdicts(root: Path) -> str:
-    """The ledger without what was measured."""
-    return ledger(read(root, "mini/06_claims"), read(root, "seeds/claims"), measured=False)
+    """How the nine claims were judged, in two sentences: by the paper's own test, and by what a sceptic would ask."""
+    table = read(root, "mini/06_claims")
+    told = [f"{start}, {_judged(table, column)}." for start, column in JUDGED.items()]
+    return f"{' '.join(told)} C1 to C3 speak of the scalpel, C4 to C7 of the stethoscope, C8 of determinism and C9 of cost.\n"
+
+
+JUDGED = {"By the paper's own test": "verdict", "By what a sceptic would ask": "verdict_strict"}
+
+
+def _judged(table: pd.DataFrame, column: str) -> str:
+    """Which claims got which verdict, those of two contrasts once where both say the same."""
+    own = table[table[column] != SAME].assign(said=table[column].replace("reproduced", "consistent"))
+    both = own.groupby("claim")["said"].transform("nunique") == 1
+    own = own.assign(name=own["claim"].where(both, own["claim"] + own["contrast"].map(CONTRASTS)))
+    names = own.drop_duplicates("name").groupby("said")["name"].agg(", ".join)
+    words = {
+        "consistent": "{} hold",
+        "contradicted": "{} **contradicted**",
+        "not testable": "{} not testable",
+        BUILT: "{} by construction",
+    }
+    return "; ".join(words[said].format(names[said]) for said in words if said in names)
+
+
+def steps(root: Path) -> str:
+    """The six notebooks, each with its question and a sentence of what was found on the miniature, as a Markdown table."""
+    vectors, heard, sets = (read(root, f"mini/{stem}") for stem in ("01_task_vectors", "02_sae_features", "04_layer_sets"))
+    heard = heard[heard["contrast"] == "corpus"]
+    layers, ours, said = (
+        vectors.groupby("layer")["energy_share"].sum(),
+        named_sets(sets)["percentile"]["stethoscope"],
+        facts(root / "figures/mini"),
+    )
+    number, (kept, chance, ceiling) = _number_theory(read(root, "mini/05_minerva_math")), said[SCALPEL].split("; ")
+    found = {
+        "01_task_vectors": ("What did the fine-tune change, and where?", f"Every layer: each holds {layers.min():.0%} to {layers.max():.0%} of the energy."),
+        "02_sae_features": ("Can the instrument be trusted?", f"{heard['refused'].isna().sum()} of {len(heard)} SAEs pass their test; they leave {heard['fvu'].median():.0%} of the variance unexplained, random directions {heard['fvu_random'].median():.0%}."),
+        "03_subspace_projection": ("The scalpel: what survives the filter, and why so little?", f"It keeps {kept}; chance keeps {chance}, the best subspace {ceiling}."),
+        "04_layer_selection": ("The stethoscope: would chance have done as well?", f"Its layers beat {percent(ours)} of random sets."),
+        "05_minerva_math": ("What does each edited model score?", f"Number Theory: base {number['base']}, scalpel {number['scalpel']}, stethoscope {number['stethoscope']}, whole vector {number['full']}."),
+        "06_significance": ("Which claims hold up?", f"{_judged(read(root, 'mini/06_claims'), 'verdict_strict').split(';')[0]}, strictly."),
+    }  # fmt: skip
+    lines = ["| notebook | question | found on the miniature |", "|---|---|---|"]
+    lines += [f"| [{name}](notebooks/{name}.ipynb) | {asked} | {answer} |" for name, (asked, answer) in found.items()]
+    return "\n".join(lines) + "\n"
 
 
 def whole_ledger(root: Path) -> str:
@@ -197,7 +232,7 @@ def _scalpel(vectors: pd.DataFrame, kept: pd.DataFrame) -> dict[str, str]:
     whole, *sides = (split_loss(kept, energies, rank, side) for side in (None, "reader", "writer"))
     ends = f"{percent(whole.retained)} at rank {rank}; {percent(whole.chance)}; {percent(whole.ceiling)}"
     return {
-        "energy that the scalpel keeps; chance; ceiling": ends,
+        SCALPEL: ends,
         "misalignment index (readers, writers); 1 is chance": f"{whole.index:.2f} ({', '.join(f'{side.index:.2f}' for side in sides)})",
     }
 
@@ -289,7 +324,7 @@ def questions(root: Path) -> str:
         read(root, "seeds/claims").query("claim == 'C4' and contrast == 'corpus'"),
     )
     said = facts(root / "figures" / "mini")
-    kept, chance, ceiling = (part.split(" at ")[0] for part in said["energy that the scalpel keeps; chance; ceiling"].split("; "))
+    kept, chance, ceiling = (part.split(" at ")[0] for part in said[SCALPEL].split("; "))
     alone, closing = said["best layers alone: solution; closing sentence"].split("; ")
     return f"""1. **Why not simply fine-tune?** Do: the whole vector *is* the fine-tune, and no set of layers chosen here does as well ({exact["full"]} of all answers right by exact match, the stethoscope's layers {exact["stethoscope"]}). The question is what SAEs can say about a vector, not whether to have one.
 2. **Are the 97 % only the rank?** Mostly. On the miniature a random subspace of that rank keeps {chance} of the energy, the scalpel {kept}, the best one {ceiling}. So most is lost whatever the directions are, and what could have been kept is missed as well: notebook 03 splits the two.
@@ -308,6 +343,7 @@ def questions(root: Path) -> str:
 PARTS: dict[str, tuple[str, Callable[[Path], str]]] = {
     "found": ("README.md", found),
     "verdicts": ("README.md", verdicts),
+    "notebooks": ("README.md", steps),
     "ledger": ("figures/README.md", whole_ledger),
     "rules": ("figures/README.md", rules),
     "organisms": ("figures/README.md", organisms),
