@@ -179,7 +179,8 @@ def organisms(root: Path) -> str:
         "| world | mathematics in | energy of a layer | the known layers bring | the others | sets beaten | reliability; held out | tests rules |"
     ]
     lines.append("|---" * 8 + "|")
-    for row in read(root, "seeds-organism/bars").drop_duplicates("world").itertuples():
+    rows: Any = read(root, "seeds-organism/bars").drop_duplicates("world").itertuples()
+    for row in rows:
         energy = f"{row.energy_lowest:.2f} to {row.energy_highest:.2f} of the mean"
         parts = [f"{share:.0%} of the fall" if row.full < 0 else "no fall" for share in (row.share_known, row.share_outside)]
         told = f"{row.reliability:.2f}; {row.r_held_out:.2f}"
