@@ -122,7 +122,7 @@ def measured(workspace: Workspace, profile: Profile, base_key: str, variant: Var
     lines = ["| problems | judged by | base | edited | gain | verdict |", "|---|---|---|---|---|---|"]
     for row in rows.to_dict("records"):
         name, judge = str(row["subject"]).replace("_", " "), SPOKEN[row["metric"]]
-        gain = f"{row['difference']:+.1%}, {interval(row)}"
+        gain = f"{100 * row['difference']:+.1f} points, {interval(row)}"
         parts = (f"{name} ({row['n']})", judge, f"{row['base_accuracy']:.1%}", f"{row['accuracy']:.1%}", gain, row["verdict"])
         lines.append(f"| {' | '.join(parts)} |")
     price = minerva_math.price(answered, ["base", variant.name])[variant.name]
