@@ -63,7 +63,7 @@ def loss_split(splits: Mapping[str, Any], ax: Axes) -> Axes:
         ax.barh(at, shares.loc[part], left=left, color=colour, label=label)
         left = left + shares.loc[part].to_numpy()
     ax.vlines(shares.loc[3], at - 0.4, at + 0.4, color=BLACK, lw=1.5, label="kept by chance")
-    rows(splits, ax).set(xlabel="share of the energy", xlim=(0, 1))
+    rows(["all matrices" if name == "all" else name for name in splits], ax).set(xlabel="share of the energy", xlim=(0, 1))
     percent(ax.xaxis)
     ax.legend(ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.25), columnspacing=1)
     return ax
