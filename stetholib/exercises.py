@@ -262,7 +262,8 @@ def _beside_random(study: Any) -> dict[str, Any]:
     random = [name for name in rows.index if name.startswith("random_")]
     by = {name: float(rows[name]["stethoscope"] - rows[name][random].mean()) for name in ("accuracy", "math_verify")}
     base = float(rows["math_verify"]["stethoscope"] - rows["math_verify"]["base"])
-    return dict(truth=by["math_verify"] if random else None, base=base, exact=by["accuracy"], count=len(random))
+    in_points = dict(points=100 * by["math_verify"], base_points=100 * base)
+    return dict(truth=by["math_verify"] if random else None, base=base, exact=by["accuracy"], count=len(random)) | in_points
 
 
 def _test(study: Any) -> dict[str, Any]:
@@ -422,7 +423,7 @@ EXERCISES: dict[str, Exercise] = {
     "stethoscope minus random layers": Exercise(
         "a difference of two shares, as 0.01 for one point",
         _beside_random,
-        "By Math-Verify its layers bring {truth:+.1%} more than {count} random sets of as many do on average; against the base it is {base:+.1%}.",
+        "By Math-Verify its layers bring {points:+.1f} points more than {count} random sets of as many do on average; against the base it is {base_points:+.1f}.",
         {
             "base": "That is its lead over the *base*. Random layers lead the base as well.",
             "exact": "That is by exact match, which counts the closing sentence too.",

@@ -104,8 +104,13 @@ def bet(table: pd.DataFrame) -> str:
     best, ours = rules.index[0], rules.loc["stethoscope"]
     row = rules.loc[best]
     said = lambda row: f"{between(row['percentile'], row['low'], row['high'])} of random sets"  # noqa: E731
-    over = f"Over {row['worlds']:.0f} worlds" if row["worlds"] > 1 else "In the default world"
-    worlds = f"{over} *{best}* does best: the sets it picks beat {said(row)}; the stethoscope's sets beat {said(ours)}."
+    over, sets = (
+        (f"Over {row['worlds']:.0f} worlds", "the sets it picks beat")
+        if row["worlds"] > 1
+        else ("In the default world", "its set beats")
+    )
+    beside = "" if best == "stethoscope" else f"; the stethoscope's, {said(ours)}"
+    worlds = f"{over} *{best}* does best: {sets} {said(row)}{beside}."
     if "auroc" not in rules or rules["auroc"].isna().all():
         return worlds
     right = rules.sort_values(["auroc", "exact"], ascending=False).iloc[0]

@@ -199,9 +199,8 @@ def effects_title(relations: pd.DataFrame, part: str) -> str:
     """The finding of a figure of effects by layer; part: `solution` or `closing`."""
     effect, said = {"solution": ("effect_alone", "The solution"), "closing": ("closing_alone", "The closing sentence")}[part]
     row = _depth(relations, effect)
-    place = (
-        "late layers do most" if row["low"] > 0 else "early layers do most" if row["high"] < 0 else "no trend with depth is told"
-    )
+    place = _place(relations, effect)
+    place = "no trend with depth is told" if "**" in place else f"{place} do most"
     return f"{said}: {place} (rho {row['rho']:+.2f}, {row['low']:+.2f} to {row['high']:+.2f})"
 
 

@@ -306,10 +306,23 @@ def _shrunk(row: Any, judge: str) -> str:
     )
 
 
+def split_gain(gain: Any) -> str:
+    """A gain in points, and how much of it where answers are readable under both models, and where that changed."""
+    whole, bound = 100 * gain["difference"], 100 * gain["gain_format_bound"]
+    return f"{whole:.1f} points, {whole - bound:+.1f} where answers are readable under both and {bound:+.1f} where readability changed"
+
+
+def gain_title(gain: Any) -> str:
+    """The finding of the figure that splits gains: the whole vector's. gain: its row of step 06, by exact match."""
+    return (
+        f"The whole vector gains {split_gain(gain)}" if gain["ci_low"] > 0 else "The whole vector's gain cannot be told from none"
+    )
+
+
 def _format(whole: pd.DataFrame, gains: Any, judges: Sequence[str]) -> str:
     """How much of the whole vector's gain can be format; that there is no gain to split is said. gains: by metric."""
     base, full, gain = whole.loc["base"], whole.loc["full"], gains.loc["exact_match"]
-    split = f"{100 * gain['gain_format_bound']:.1f} of the {100 * gain['difference']:.1f} points that it gains are where readability changed"
+    split = f"it gains {split_gain(gain)}"
     if gain["ci_low"] <= 0:
         split = f"but it gains **nothing that can be told from chance** ({100 * gain['difference']:+.1f} points, {interval(gain)}), so there is no gain to split"
     elif gain["gain_format_bound"] >= gain["difference"]:

@@ -290,6 +290,26 @@ def test_the_readmes_ledger_counts_worlds_and_only_verdicts_of_their_own():
     assert readme.in_worlds(pd.Series([claims.SAME] * 3)) == "-" and readme.in_worlds(pd.Series([NO, OPEN])) == "0 of 2"
 
 
+def test_verdicts_are_told_by_claim_and_by_contrast_only_where_contrasts_differ():
+    rows = [("C1", "-", claims.BUILT), ("C4", "corpus", "reproduced"), ("C4", "matched", YES), ("C5", "corpus", YES)]
+    rows += [("C5", "matched", NO), ("C7", "corpus", OPEN), ("C7", "matched", claims.SAME)]
+    table = pd.DataFrame(rows, columns=["claim", "contrast", "verdict"])
+    told = "C4, C5 *(all tokens)* hold; C5 *(matched words)* **contradicted**; C7 not testable; C1 by construction"
+    assert readme._judged(table, "verdict") == told
+    assert readme._judged(table[table["claim"] == "C1"], "verdict") == "C1 by construction"
+
+
+def test_an_organism_without_a_fall_has_none_to_share_out(tmp_path):
+    bars = dict(world="one", known="1 3", full=-0.2, share_known=1.5, share_outside=-0.4, percentile_known=0.99, sae_seed=0)
+    bars |= dict(reliability=0.9, r_held_out=0.5, energy_lowest=0.8, energy_highest=1.2, holds=True)
+    table = pd.DataFrame([bars, bars | dict(sae_seed=1), bars | dict(world="none", full=0.001, holds=False)])
+    (tmp_path / "figures" / "seeds-organism").mkdir(parents=True)
+    table.to_csv(tmp_path / "figures" / "seeds-organism" / "bars.csv", index=False)
+    one, none = readme.organisms(tmp_path).splitlines()[2:]
+    assert one == "| one | 1, 3 | 0.80 to 1.20 of the mean | 150% of the fall | -40% of the fall | 99.0 % | 0.90; 0.50 | yes |"
+    assert none.count("no fall to share") == 2 and none.endswith("| no |")
+
+
 def test_what_was_not_run_on_real_weights_is_called_so(tmp_path):
     for name, stems in {"mini": "", "smollm2": "0[1-3]"}.items():
         (tmp_path / "figures" / name).mkdir(parents=True)

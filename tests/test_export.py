@@ -372,7 +372,9 @@ def test_the_card_says_what_was_measured_and_nothing_of_another_run(tmp_path):
     (tmp_path / "figures" / "mini").mkdir(parents=True)
     workspace = tables(tmp_path, profile)
     lines = command.measured(workspace, profile, "key", variant, "sums")
-    assert lines[2] == "| all (16) | exact match | 25.0% | 50.0% | +25.0 points, paired interval +10.0 to +40.0 points | improved |"
+    assert (
+        lines[2] == "| all (16) | exact match | 25.0% | 50.0% | +25.0 points, paired interval +10.0 to +40.0 points | improved |"
+    )
     assert "| all (16) | Math-Verify |" in lines[3] and "-12.5 points" in lines[3]
     assert lines[4].startswith("| sums (16) | exact match") and lines[5] == "" and "+0.2500 nats a token" in lines[6]
     card = command.card(profile, variant, "other", [], lines)

@@ -95,7 +95,7 @@ def test_rules_over_worlds_have_students_interval_and_a_bet_is_put_in_words():
     assert "*stethoscope_rise* finds them best (AUROC 1.00, exact in 3 of 3; the stethoscope AUROC 0.88, exact in 0" in said
     assert "Where the layers are known" not in kl.bet(kl.over_worlds(worlds))
     alone = kl.bet(kl.over_worlds(worlds[worlds["world"] == 0]))
-    assert alone.startswith("In the default world *stethoscope_rise* does best: the sets it picks beat 90.0 % of random sets; ")
+    assert alone.startswith("In the default world *stethoscope_rise* does best: its set beats 90.0 % of random sets; ")
 
 
 def test_a_mean_of_one_value_has_no_interval():

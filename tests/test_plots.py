@@ -17,7 +17,7 @@ from stetholib.models.subspaces import LossSplit, default_rows
 from stetholib.plots import style
 from stetholib.plots import worlds as worlds_drawn
 
-FIGURES = {"panels", "described", "labelled", "save", "readable", "words"}  # what is no plot
+FIGURES = {"small", "panels", "described", "labelled", "save", "readable", "words"}  # what is no plot
 NAMES = {"base": "base", "full": "whole vector", "stethoscope": "stethoscope", "my_own": "a variant of one's own"}
 
 
@@ -162,6 +162,46 @@ def test_a_notebook_keeps_a_figure_with_its_words():
         plt.close("all")
 
 
+@pytest.mark.parametrize("columns", [1, 2, 3])
+@pytest.mark.parametrize("words", [4, 11, 30])
+def test_a_title_is_broken_between_words_until_each_line_fits_its_panel(columns, words):
+    title = " ".join(["By", "Math-Verify"] * words)[: 11 * words].rsplit(" ", 1)[0]
+    figure, axes = plots.panels(columns=columns, width=4.2)
+    for ax in np.atleast_1d(axes):
+        ax.set_title(title)
+    plots.labelled(figure, "Ours, a test")
+    figure.draw_without_rendering()
+    for ax in np.atleast_1d(axes):
+        assert ax.get_title("left").split() == title.split(), "words stay whole, in order"
+        drawn = next(text for text in ax.get_children() if isinstance(text, Text) and text.get_text() == ax.get_title("left"))
+        assert drawn.get_window_extent().width <= 1.02 * ax.get_window_extent().width
+    plt.close(figure)
+
+
+def test_a_title_that_fits_and_one_with_a_formula_stay_as_they_are():
+    figure, (one, other) = plots.panels(columns=2, width=4.2)
+    one.set_title("All subjects:\nthe stethoscope")
+    other.set_title("$S_l - S_{l-1}$ " + "beside the paper's score " * 4)
+    before = other.get_title("left")
+    plots.labelled(figure, "Ours, a test")
+    assert one.get_title("left") == "All subjects:\nthe stethoscope" and other.get_title("left") == before
+    plt.close(figure)
+
+
+def test_sets_of_layers_stand_in_rows_of_their_own_best_first():
+    figure, ax = plots.panels()
+    draw("layer_sets", ax)
+    named = [text.get_text() for text in ax.get_yticklabels()]
+    assert named == ["2 random sets", "whole vector, shrunk", "greedy", "stethoscope"]
+    points = {int(line.get_ydata()[0]): line.get_xdata()[0] for line in ax.lines if len(line.get_xdata()) == 1}
+    assert points == pytest.approx({1: -0.3, 2: -0.25, 3: -0.15}), "greedy is the mean of its halves"
+    plt.close(figure)
+
+
+def test_small_numbers_are_read_without_an_exponent():
+    assert [plots.small(value) for value in (0.0045, -6e-5, 0.0, 1e-7)] == ["+0.0045", "-0.00006", "+0", "+1e-07"]
+
+
 def test_one_thing_has_one_colour():
     looks = style.VARIANTS
     assert looks["scalpel"].colour == style.BASES["sae_decoder"].colour
@@ -191,7 +231,13 @@ def test_the_squares_of_the_claims_say_what_the_table_says():
     words = [text.get_text() for text in plots.claims_by_world(claims, "verdict", ax).texts]
     assert words[:10] == ["yes", "yes", "no", "yes", "?", "-", "=", "=", "-", "-"]
     assert words[10:] == ["2 of 2", "1 of 2", "0 of 2", "0 of 2", "0 of 2"], "what is true by construction does not count"
-    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["holds", "contradicted", "not testable", BUILT, SAME]
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == [
+        "yes  holds",
+        "no  contradicted",
+        "?  not testable",
+        f"-  {BUILT}",
+        f"=  {SAME}",
+    ]
     plt.close(figure)
     claims, (figure, ax) = table("claims", "seeds"), plots.panels()
     words = [text.get_text() for text in draw("claims_by_world", ax).texts]

@@ -494,8 +494,8 @@ def test_05_says_the_tables_numbers():
     assert ("**no better** than those" in overall) == (at("stethoscope", "all") <= max(randoms))
     gain = paired.set_index(["variant", "subject", "metric"]).loc[("full", "all", "exact_match")]
     assert (
-        f"{100 * gain['gain_format_bound']:.1f} of the {100 * gain['difference']:.1f} points that it gains are where readability changed"
-        in form
+        f"it gains {100 * gain['difference']:.1f} points, {100 * (gain['difference'] - gain['gain_format_bound']):+.1f} where answers are "
+        f"readable under both and {100 * gain['gain_format_bound']:+.1f} where readability changed" in form
     )
     assert f"from {at('base', 'all', 'math_verify'):.1%} to {at('full', 'all', 'math_verify'):.1%}." in form
     assert flips == "- Rounding alone flips 0.0% to 0.5% of the verdicts."
@@ -510,7 +510,8 @@ def test_05_says_both_metrics_in_one_line_a_subject():
     )
     assert overall == f"- Over all subjects: {both}; three random sets of as many layers give 25.0% to 27.0%."
     assert (
-        "readably, the whole vector 90%: 10.0 of the 20.0 points that it gains are where readability changed. Math-Verify" in form
+        "readably, the whole vector 90%: it gains 20.0 points, +10.0 where answers are readable under both and +10.0 where readability changed. Math-Verify"
+        in form
     )
     assert form.endswith("goes from 25.0% to 45.0%.") and "by Math-Verify the stethoscope differs by -3.0 points" in shrunk
 
@@ -566,6 +567,7 @@ def test_05_says_when_there_is_no_gain_to_split_and_when_it_may_all_be_format():
     none = said_05(paired=changed(paired, full, difference=0.001, ci_low=-0.02))
     assert "**nothing that can be told from chance** (+0.1 points" in none and "readability changed" not in none
     assert "Math-Verify, which needs no sentence, **does not rise beyond chance**" in none
+    assert minerva_math.gain_title(pd.Series(dict(ci_low=-0.01))) == "The whole vector's gain cannot be told from none"
     assert "**which is all of it**" in said_05(paired=changed(paired, full, gain_format_bound=0.5))
     worse = changed(table, lambda t: (t["variant"] == "stethoscope") & (t["subject"] == "all"), accuracy=0.26)
     assert "**no better** than those" in said_05(worse) and "no better" not in said_05()

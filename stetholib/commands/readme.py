@@ -1,5 +1,5 @@
-"""Write the generated parts of the READMEs from committed tables: what was found, the ledger of the miniature, which rule one would
-bet on, what real weights say, the table of `make bench`, and a workshop's vote sheet and answers. A part stands between `<!-- name -->` and `<!-- /name -->`."""
+"""Write the generated parts of the READMEs from committed tables: what was found, in each notebook too, how claims were judged, the
+ledger, which rule one would bet on, what organisms and real weights say, the table of `make bench`, a vote sheet and answers. A part stands between `<!-- name -->` and `<!-- /name -->`."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +9,7 @@ import pandas as pd
 
 from stetholib import known_layers
 from stetholib.claims import BUILT, HOLDS, SAME, percent
+from stetholib.layer_selection import sets_title
 from stetholib.layer_sets import IN_ALL, named_sets, reliability_of_sets, standing
 from stetholib.models.subspaces import split_loss
 from stetholib.plots import words
@@ -38,9 +39,9 @@ def found(root: Path) -> str:
     judged = read(root, "seeds/claims").query("contrast != 'matched'").groupby("claim")["verdict_strict"]
     strictly = {claim: in_worlds(column) for claim, column in judged}
     lines = [
-        f"**In short**: of {len(worlds)} worlds, the scalpel loses to the raw vector at equal energy in {strictly['C3'].split(' of ')[0]}; the "
-        f"stethoscope's layers lift Number Theory in {strictly['C5'].split(' of ')[0]}, but by more than the whole vector shrunk to their energy in "
-        f"{strictly['C4'].split(' of ')[0]}. Gemma 3 4B itself has not run here.",
+        f"**In short**, over {len(worlds)} worlds: the scalpel is misaligned, and loses to the raw vector at equal energy (C3 holds strictly in "
+        f"{strictly['C3']}); the stethoscope's layers lift Number Theory (C5, in {strictly['C5']}); they gain more than the whole vector shrunk "
+        f"to their energy in {int((worlds['stethoscope_minus_full_shrunk_math_verify'] > 0).sum())} of {len(worlds)}. Gemma 3 4B has not run here.",
         f"**The scalpel keeps {kept} of the task vector's energy**; a random subspace of its rank keeps {chance}, the best one {ceiling}. "
         f"It leaves Number Theory where it was: {said['base']} before, {said['scalpel']} after, {said['full']} with the whole vector.",
         f"**The stethoscope takes Number Theory from {said['base']} to {said['stethoscope']}.** Three random sets of as many layers take it to "
@@ -52,7 +53,7 @@ def found(root: Path) -> str:
         f"sets and take Number Theory from {real['base']} to {real['stethoscope']}, where the whole vector reaches {real['full']}, and the "
         f"same shrunk to their energy {real['full_shrunk']}.",
         f"**Which rule would you bet on?** {words(known_layers.bet(every))} A random dictionary in the SAE's place beats "
-        f"{percent(beaten['random_dictionary'])}; a difference of means, without any SAE, {percent(beaten['mean_difference'])}; and simply taking "
+        f"{percent(beaten['random_dictionary'])} of random sets; a difference of means, without any SAE, {percent(beaten['mean_difference'])}; and simply taking "
         f"the first layers {percent(beaten['first'])}.",
     ]  # fmt: skip
     return "".join(f"- {line}\n" for line in lines)
@@ -71,16 +72,16 @@ def ledger(table: pd.DataFrame, worlds: pd.DataFrame) -> str:
     for row in table.to_dict("records"):
         same = worlds[(worlds["claim"] == row["claim"]) & (worlds["contrast"] == row["contrast"])]
         holds, strictly = (in_worlds(same[column]) for column in ("verdict", "verdict_strict"))
-        cells = [f"**{row['claim']}** {row['statement']}{CONTRASTS[row['contrast']]}", row["published"], row["measured"]]
+        cells = [f"**{row['claim']}** {row['statement']}{CONTRASTS[row['contrast']]}", row["published"], words(row["measured"])]
         cells += [row["verdict"], row["verdict_strict"]]
         cells += ["not counted" if holds == strictly == "-" else f"{holds}, strictly {strictly}"]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
-def in_worlds(words: pd.Series) -> str:
+def in_worlds(verdicts: pd.Series) -> str:
     """In how many worlds a verdict holds; `-` where no world has one of its own, but by construction or as its twin."""
-    own = words[~words.isin([BUILT, SAME])]
+    own = verdicts[~verdicts.isin([BUILT, SAME])]
     return f"{int(own.isin(HOLDS).sum())} of {len(own)}" if len(own) else "-"
 
 
@@ -100,32 +101,33 @@ def _judged(table: pd.DataFrame, column: str) -> str:
     both = own.groupby("claim")["said"].transform("nunique") == 1
     own = own.assign(name=own["claim"].where(both, own["claim"] + own["contrast"].map(CONTRASTS)))
     names = own.drop_duplicates("name").groupby("said")["name"].agg(", ".join)
-    words = {
+    forms = {
         "consistent": "{} hold",
         "contradicted": "{} **contradicted**",
         "not testable": "{} not testable",
         BUILT: "{} by construction",
     }
-    return "; ".join(words[said].format(names[said]) for said in words if said in names)
+    return "; ".join(forms[said].format(names[said]) for said in forms if said in names)
 
 
 def steps(root: Path) -> str:
     """The six notebooks, each with its question and a sentence of what was found on the miniature, as a Markdown table."""
     vectors, heard, sets = (read(root, f"mini/{stem}") for stem in ("01_task_vectors", "02_sae_features", "04_layer_sets"))
     heard = heard[heard["contrast"] == "corpus"]
-    layers, ours, said = (
+    sound = heard[heard["refused"].isna()]
+    layers, told, said = (
         vectors.groupby("layer")["energy_share"].sum(),
-        named_sets(sets)["percentile"]["stethoscope"],
+        sets_title(sets, read(root, "mini/04_reliability")),
         facts(root / "figures/mini"),
     )
     number, (kept, chance, ceiling) = _number_theory(read(root, "mini/05_minerva_math")), said[SCALPEL].split("; ")
     found = {
-        "01_task_vectors": ("What did the fine-tune change, and where?", f"Every layer: each holds {layers.min():.0%} to {layers.max():.0%} of the energy."),
-        "02_sae_features": ("Can the instrument be trusted?", f"{heard['refused'].isna().sum()} of {len(heard)} SAEs pass their test; they leave {heard['fvu'].median():.0%} of the variance unexplained, random directions {heard['fvu_random'].median():.0%}."),
+        "01_task_vectors": ("What did the fine-tune change, and where?", f"A layer holds {percent(layers.min())} to {percent(layers.max())} of the energy."),
+        "02_sae_features": ("Can the instrument be trusted?", f"{len(sound)} of {len(heard)} SAEs pass their test; they leave {percent(sound['fvu'].median())} of the variance unexplained, random directions {percent(sound['fvu_random'].median())}."),
         "03_subspace_projection": ("The scalpel: what survives the filter, and why so little?", f"It keeps {kept}; chance keeps {chance}, the best subspace {ceiling}."),
-        "04_layer_selection": ("The stethoscope: would chance have done as well?", f"Its layers beat {percent(ours)} of random sets."),
+        "04_layer_selection": ("The stethoscope: would chance have done as well?", f"{told}."),
         "05_minerva_math": ("What does each edited model score?", f"Number Theory: base {number['base']}, scalpel {number['scalpel']}, stethoscope {number['stethoscope']}, whole vector {number['full']}."),
-        "06_significance": ("Which claims hold up?", f"{_judged(read(root, 'mini/06_claims'), 'verdict_strict').split(';')[0]}, strictly."),
+        "06_significance": ("Which claims hold up?", f"Strictly: {_judged(read(root, 'mini/06_claims'), 'verdict_strict')}."),
     }  # fmt: skip
     lines = ["| notebook | question | found on the miniature |", "|---|---|---|"]
     lines += [f"| [{name}](notebooks/{name}.ipynb) | {asked} | {answer} |" for name, (asked, answer) in found.items()]
@@ -182,7 +184,10 @@ def organisms(root: Path) -> str:
     rows: Any = read(root, "seeds-organism/bars").drop_duplicates("world").itertuples()
     for row in rows:
         energy = f"{row.energy_lowest:.2f} to {row.energy_highest:.2f} of the mean"
-        parts = [f"{share:.0%} of the fall" if row.full < 0 else "no fall" for share in (row.share_known, row.share_outside)]
+        parts = [
+            f"{share:.0%} of the fall" if row.full < 0 < row.share_known else "no fall to share"
+            for share in (row.share_known, row.share_outside)
+        ]
         told = f"{row.reliability:.2f}; {row.r_held_out:.2f}"
         cells = [str(row.world), str(row.known).replace(" ", ", "), energy, *parts, percent(row.percentile_known), told]
         lines.append(f"| {' | '.join(cells)} | {'yes' if row.holds else 'no'} |")
@@ -258,7 +263,7 @@ def _sets(table: pd.DataFrame, reliability: pd.DataFrame) -> dict[str, str]:
         row = sets.loc[name]
         return f"{row['percentile']:.0%} ({row['percentile_low']:.0%} to {row['percentile_high']:.0%})"
 
-    rivals = {"largest_norm": "largest change", "small_step": "small step", "least_specific": "least specific"}
+    rivals = {"largest_norm": "largest norm", "small_step": "small step", "least_specific": "least specific"}
     return {
         "rank correlation of sets between two halves of the problems": f"{told['reliability']:.2f}",
         "random sets that the stethoscope beats, all tokens": beaten("stethoscope"),
@@ -281,8 +286,8 @@ def _answers(table: Any) -> dict[str, str]:
 def _verdicts(ledger: Any) -> dict[str, str]:
     """The ledger's words, all tokens where a claim has two contrasts."""
     rows = ledger[ledger["contrast"] != "matched"].itertuples()
-    words = (f"{row.claim} {row.verdict}" + f" ({row.verdict_strict})" * (row.verdict != row.verdict_strict) for row in rows)
-    return {"verdicts (strictly)": "; ".join(words)}
+    told = (f"{row.claim} {row.verdict}" + f" ({row.verdict_strict})" * (row.verdict != row.verdict_strict) for row in rows)
+    return {"verdicts (strictly)": "; ".join(told)}
 
 
 def beside_peers(table: pd.DataFrame) -> str:

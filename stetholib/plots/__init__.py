@@ -16,7 +16,7 @@ from stetholib.plots.layer_selection import (
 from stetholib.plots.minerva_math import accuracies, answered, gain_split, headline, loss_parts, token_limits
 from stetholib.plots.sae_features import by_layer, self_test, training
 from stetholib.plots.significance import discordance, forest
-from stetholib.plots.style import BASES, SELECTORS, bars_with_zero, described, labelled, panels, save, words
+from stetholib.plots.style import BASES, SELECTORS, bars_with_zero, described, labelled, panels, save, small, words
 from stetholib.plots.subspace_projection import (
     chance_by_width,
     energy_by_rank,

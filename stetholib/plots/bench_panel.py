@@ -1,6 +1,7 @@
 """The live bench of step 05 as a panel of widgets; where nobody can touch it, as in a run of make, as a figure."""
 
 import html
+import math
 from base64 import b64encode
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -67,7 +68,7 @@ class BenchPanel:
             for layer in bench.layers
         ]
         scales = [*SCALE, *(variant.alpha for variant in bench.variants.values())]
-        ends: Any = dict(min=min(scales), max=max(scales), step=0.05)
+        ends: Any = dict(min=math.floor(min(scales)), max=math.ceil(max(scales)), step=0.05)
         self.alpha = widgets.BoundedFloatText(start.alpha, description="scale alpha", **ends, **wide)
         slider = widgets.FloatSlider(start.alpha, readout=False, continuous_update=False, **ends)
         widgets.link((slider, "value"), (self.alpha, "value"))  # a slider has no name that a screen reader could say

@@ -49,8 +49,8 @@ def score_against_effect(table: pd.DataFrame, ax: Axes) -> Axes:
 
 
 def layer_sets(table: pd.DataFrame, ax: Axes) -> Axes:
-    """Solution loss of random sets of m layers, a stroke each, and of every selector's set (mean of two halves), best on top; the
-    band holds 95 % of the random sets."""
+    """Solution loss of random sets of m layers, a stroke each in the first row, and below, best first, of the set of every rule that
+    has a look (mean of two halves); the band holds 95 % of the random sets."""
     random, change = table.loc[table["selector"] == "random", "loss_change"], named_sets(table)["loss_change"]
     shown = change[change.index.isin([*SELECTORS])].sort_values()
     ax.axvspan(*random.quantile([0.025, 0.975]), color=PALE, lw=0, label="95 % of the random sets", zorder=0)

@@ -35,9 +35,12 @@ def headline(table: pd.DataFrame, subject: str, ax: Axes) -> Axes:
         half = 1.96 * (p * (1 - p) / max(of["n"][name] - 1, 1)) ** 0.5
         ax.plot([p - half, p + half], [at, at], color=look.colour, lw=2)
         ax.plot(p, at, "o", color=look.colour, ms=8)
-        ax.plot(of["accuracy"][name], at, "D", color=look.colour, mfc="white", ms=6)
+        if judge != "exact match":
+            ax.plot(of["accuracy"][name], at, "D", color=look.colour, mfc="white", ms=6)
         ax.annotate(f"{p:.0%}", (max(p + half, of["accuracy"][name]), at), xytext=(6, 0), textcoords="offset points", va="center")
-    for said, marker, face in ((f"{judge}, 95 % interval", "o", BLACK), ("exact match", "D", "white")):
+    for said, marker, face in ((f"{judge}, 95 % interval", "o", BLACK), ("exact match", "D", "white"))[
+        : 1 + (judge != "exact match")
+    ]:
         ax.plot([], [], marker, color=BLACK, mfc=face, ms=7, label=said)
     ax.axvline(metric["base"], color=BLACK, lw=0.8, ls=":")
     rows([HEADLINE[name] for name in shown], ax).set(xlabel="accuracy (dotted: the base's)")
@@ -69,8 +72,8 @@ def gain_split(table: pd.DataFrame, variants: Sequence[str], ax: Axes) -> Axes:
     parts = table[(table["subject"] == "all") & (table["metric"] == "exact_match")].melt("variant", list(names))
     twin_bars(parts, (SLATE, MIST), ax, x="value", y="variant", order=list(variants), hue="variable", hue_order=list(names))
     ax.axvline(0, color=BLACK, lw=0.8)
-    rows(variants, ax).set(xlabel="part of the gain in accuracy", ylabel=None)
-    percent(ax.xaxis)
+    rows(variants, ax).set(xlabel="part of the gain in accuracy (points)", ylabel=None)
+    percent(ax.xaxis, symbol="")
     ax.legend(ax.containers, names.values(), loc="upper center", bbox_to_anchor=(0.45, -0.16), ncols=2)
     return ax
 
@@ -128,8 +131,8 @@ def answered(table: pd.DataFrame, ax: Axes, setting: str = LIVE) -> Axes:
     rows([WORDS[metric] for metric in metrics], ax).set(xlim=(0, min(1.2, 1.25 * table["high"].max())))
     ax.set_xlabel(f"accuracy of {int(table['n'].iloc[0])} problems, with 95 % intervals")
     last: Any = table[table["variant"] == "setting"].iloc[-1]
-    judge, span = WORDS[last["metric"]], f"{last['gain_low']:+.1%} to {last['gain_high']:+.1%}"
-    ax.set_title(f"{setting[0].upper()}{setting[1:]} gains {last['gain']:+.1%}\nby {judge} (95 %: {span})")
+    judge, span = WORDS[last["metric"]], f"{100 * last['gain_low']:+.1f} to {100 * last['gain_high']:+.1f}"
+    ax.set_title(f"{setting[0].upper()}{setting[1:]} gains {100 * last['gain']:+.1f} points\nby {judge} (95 %: {span})")
     percent(ax.xaxis)
     ax.legend(ncols=3, loc="upper center", bbox_to_anchor=(0.45, -0.2))
     return ax

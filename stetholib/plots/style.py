@@ -1,11 +1,11 @@
 """What all figures share: one look for one thing, the project's style, and how a figure is opened, signed and saved.
 
-Colours are Okabe and Ito's, which survive colour blindness, and every series has a marker or dash of its own.
+Colours are Okabe and Ito's and a few more, which survive colour blindness; they belong to edits, bases and contrasts, all else is slate
+or grey, and every series has a marker or dash of its own.
 Chance and ceiling are drawn wherever they exist.
 """
 
 import re
-import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
@@ -197,16 +197,18 @@ def labelled(figure: Figure, whose: str) -> Figure:
 
 
 def _break_titles(figure: Figure) -> None:
+    """Break what is wider than its panel between words, by measured width; formulas, which have no words, stay as they are."""
     figure.draw_without_rendering()  # panels have a place only then
     font = FontProperties(weight=STYLE["axes.titleweight"])
+    wide = lambda text: TextPath((0, 0), text, STYLE["axes.titlesize"], prop=font).get_extents().width  # noqa: E731
     for ax in figure.axes:
-        room = ax.get_window_extent().width / figure.dpi * 72
-        for line in filter(None, ax.get_title("left").split("\n")):
-            wide = TextPath((0, 0), line, STYLE["axes.titlesize"], prop=font).get_extents().width
-            if wide > room and "$" not in line:
-                rows = int(wide / room) + 1
-                broken = textwrap.fill(line, max(len(line) // rows + 6, 12))
-                ax.set_title(ax.get_title("left").replace(line, broken), loc="left")
+        room, title = ax.get_window_extent().width / figure.dpi * 72, ax.get_title("left")
+        if title and "$" not in title and any(wide(line) > room for line in title.split("\n")):
+            lines = [""]
+            for word in title.split():
+                longer = f"{lines[-1]} {word}".strip()
+                lines[-1:] = [longer] if not lines[-1] or wide(longer) <= room else [lines[-1], word]
+            ax.set_title("\n".join(lines), loc="left")
 
 
 def save(figure: Figure, path: Path) -> None:
@@ -252,10 +254,15 @@ def twin_bars(table: pd.DataFrame, colours: Sequence[str], ax: Axes, **axes: Any
     return ax
 
 
+def small(value: float) -> str:
+    """A signed number with two digits, and no exponent where it can be read without one."""
+    return f"{value:+.5f}" if 1e-5 <= abs(value) < 1e-4 else f"{value:+.2g}"
+
+
 def bars_with_zero(values: Mapping[str, float], label: str, ax: Axes) -> Axes:
     """Named horizontal bars around zero, each with its value."""
     bars = ax.barh(range(len(values)), list(values.values()), color=SLATE)
-    ax.bar_label(bars, fmt=lambda value: f"{value:+.5f}" if 0 < abs(value) < 1e-4 else f"{value:+.2g}", padding=3, fontsize=8.5)
+    ax.bar_label(bars, fmt=small, padding=3, fontsize=8.5)
     ax.axvline(0, color=BLACK, lw=0.8)
     ax.margins(x=0.18)
     rows(values, ax).set(xlabel=label)

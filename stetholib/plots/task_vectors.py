@@ -11,7 +11,7 @@ from stetholib.plots.style import GREY, SLATE, whole_numbers
 
 def loss_curve(curve: pd.DataFrame, ax: Axes) -> Axes:
     """Training loss by step; columns step, loss."""
-    ax.plot(curve["step"], curve["loss"], color=SLATE)
+    ax.plot(curve["step"], curve["loss"], color=SLATE, marker="o", ms=4)
     ax.set(xlabel="step", ylabel="loss (nats a token)", ylim=(0, None))
     return ax
 

@@ -40,7 +40,10 @@ def claims_by_world(table: pd.DataFrame, column: str, ax: Axes) -> Axes:
     named = table.assign(row=table["claim"] + table["contrast"].map(words))
     grid = named.pivot(index="row", columns="world", values=column).loc[named["row"].unique()]
     sign_of = {said: sign for sign, (said, _) in SIGNS.items()} | dict.fromkeys(HOLDS, "yes")
-    signs, legend = grid.map(sign_of.__getitem__), [Patch(color=colour, label=said) for said, colour in SIGNS.values()]
+    signs, legend = (
+        grid.map(sign_of.__getitem__),
+        [Patch(color=colour, label=f"{sign}  {said}") for sign, (said, colour) in SIGNS.items()],
+    )
     squares = dict(cmap=[colour for _, colour in SIGNS.values()], vmin=0, vmax=len(SIGNS) - 1, cbar=False, linewidths=3)
     sns.heatmap(signs.map([*SIGNS].index), annot=signs, fmt="", annot_kws={"size": 8}, ax=ax, **squares)
     for text in ax.texts:
@@ -66,8 +69,10 @@ def gains_by_world(worlds: pd.DataFrame, spread: pd.DataFrame, ax: Axes) -> Axes
         ax.plot(worlds[column], np.full(len(worlds), at + 0.16), look.marker, color=look.colour, mfc="none")
         ax.errorbar(mean, at - 0.12, xerr=[[mean - low], [high - mean]], fmt=look.marker, color=look.colour, ms=8, capsize=3)
     ax.axvline(0, color=BLACK, lw=0.8)
-    rows([VARIANTS[name].name for name in names], ax).set(xlabel="gain by Math-Verify (hollow: worlds; filled: mean, 95 %)")
-    percent(ax.xaxis)
+    rows([VARIANTS[name].name for name in names], ax).set(
+        xlabel="gain by Math-Verify, in points (hollow: worlds; filled: mean, 95 %)"
+    )
+    percent(ax.xaxis, symbol="")
     return ax
 
 
