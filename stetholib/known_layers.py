@@ -113,7 +113,13 @@ def bet(table: pd.DataFrame) -> str:
     worlds = f"{over} *{best}* does best: {sets} {said(row)}{beside}."
     if "auroc" not in rules or rules["auroc"].isna().all():
         return worlds
-    right = rules.sort_values(["auroc", "exact"], ascending=False).iloc[0]
-    found = f"AUROC {right['auroc']:.2f}, exact in {right['exact']:.0f} of {right['runs']:.0f}"
+    right = rules.sort_values(["auroc", "exact", "percentile"], ascending=False)
+    right = right[(right["auroc"] == right["auroc"].iloc[0]) & (right["exact"] == right["exact"].iloc[0])]
+    names, row = ", ".join(f"*{name}*" for name in right.index), right.iloc[0]
+    found = f"AUROC {row['auroc']:.2f}, exact in {row['exact']:.0f} of {row['runs']:.0f}"
     mine = f"AUROC {ours['auroc']:.2f}, exact in {ours['exact']:.0f}"
-    return f"{worlds} Where the layers are known, *{right.name}* finds them best ({found}; the stethoscope {mine}; chance .50)."
+    known = f"Where the layers are known, {names} find{'s' * (len(right) == 1)} them best ({found}; the stethoscope {mine}; chance .50)."
+    both = (
+        f" Of these *{right.index[0]}* does best in the worlds too, with {between(row['percentile'], row['low'], row['high'])}."
+    )
+    return f"{worlds} {known}{both if len(right) > 1 else ''}"

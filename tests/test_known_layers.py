@@ -94,6 +94,9 @@ def test_rules_over_worlds_have_students_interval_and_a_bet_is_put_in_words():
     )
     assert "*stethoscope_rise* finds them best (AUROC 1.00, exact in 3 of 3; the stethoscope AUROC 0.88, exact in 0" in said
     assert "Where the layers are known" not in kl.bet(kl.over_worlds(worlds))
+    level = kl.bet(table.assign(auroc=1.0, exact=3, runs=3))
+    assert "are known, *stethoscope_rise*, *stethoscope* find them best (AUROC 1.00, exact in 3 of 3" in level
+    assert level.endswith("Of these *stethoscope_rise* does best in the worlds too, with 90.0 % (90.0 % to 90.0 %).")
     alone = kl.bet(kl.over_worlds(worlds[worlds["world"] == 0]))
     assert alone.startswith("In the default world *stethoscope_rise* does best: its set beats 90.0 % of random sets; ")
 
