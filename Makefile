@@ -19,6 +19,8 @@ WHEELS := $(if $(wildcard wheels/*.whl),--no-index --find-links wheels)
 
 export PYTHONPATH := $(CURDIR)
 export OMP_WAIT_POLICY ?= PASSIVE
+# two at a time share the cores: threads that wait sleep at once
+test test-all faults: export GOMP_SPINCOUNT = 0
 
 # The active interpreter when it satisfies the lock (or when ENV=active says so), else .venv, made from the lock.
 ifeq ($(ENV),active)

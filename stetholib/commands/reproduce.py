@@ -152,7 +152,6 @@ def set_environment(threads: int, runs: Path) -> None:
     for name, folder in (("JUPYTER_RUNTIME_DIR", "jupyter"), ("IPYTHONDIR", "ipython"), ("MPLCONFIGDIR", "matplotlib")):
         (own / folder).mkdir(parents=True, exist_ok=True)
         os.environ[name] = str(own / folder)
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin while they wait take the cores from others
     os.environ |= {
         "TQDM_DISABLE": "1",
         "PYTHONHASHSEED": "0",

@@ -54,6 +54,8 @@ def run(
     workspace = Workspace(profile.name, root)
     set_environment(profile.threads, workspace.root / "runs")
     os.environ["STETHOLIB_PROGRESS"] = "/dev/stderr"
+    if processes > 1:  # worlds that share cores leave them at once
+        os.environ["GOMP_SPINCOUNT"] = "0"
     with alone(workspace, profile.name), ThreadPoolExecutor(processes) as threads:
         seeds = range(profile.seed, profile.seed + count)
         found = list(threads.map(lambda seed: _apart(name, device, seed, root, out), seeds))
