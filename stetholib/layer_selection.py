@@ -190,17 +190,22 @@ def _depth(relations: pd.DataFrame, effect: str) -> Any:
 
 
 def _place(relations: pd.DataFrame, effect: str) -> str:
-    """Where in the model an effect is large, if its rank correlation with depth is told from 0."""
+    """Where in the model an effect is large, in words."""
+    return f"{_trend(relations, effect)} layers" if _trend(relations, effect) else "**layers of no particular depth**"
+
+
+def _trend(relations: pd.DataFrame, effect: str) -> str:
+    """`late` or `early`, where an effect is larger there; empty where its rank correlation with depth is not told from 0."""
     row = _depth(relations, effect)
-    return "late layers" if row["low"] > 0 else "early layers" if row["high"] < 0 else "**layers of no particular depth**"
+    return "late" if row["low"] > 0 else "early" if row["high"] < 0 else ""
 
 
 def effects_title(relations: pd.DataFrame, part: str) -> str:
     """The finding of a figure of effects by layer; part: `solution` or `closing`."""
     effect, said = {"solution": ("effect_alone", "The solution"), "closing": ("closing_alone", "The closing sentence")}[part]
     row = _depth(relations, effect)
-    place = _place(relations, effect)
-    place = "no trend with depth is told" if "**" in place else f"{place} do most"
+    trend = _trend(relations, effect)
+    place = f"{trend} layers do most" if trend else "no trend with depth is told"
     return f"{said}: {place} (rho {row['rho']:+.2f}, {row['low']:+.2f} to {row['high']:+.2f})"
 
 

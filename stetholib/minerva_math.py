@@ -177,15 +177,20 @@ def token_limits(records: pd.DataFrame, base: LanguageModel, limit: int, points:
     return accuracy_by_limit(records, [tokens_to_answer(*pair, length) for pair in pairs], limits)
 
 
+def judged(of: pd.DataFrame) -> tuple[str, pd.Series]:
+    """By what the headline is judged, in words, and the accuracies: Math-Verify where a task has it, else exact match. of: rows of
+    one subject, by variant."""
+    judge = SPOKEN["math_verify" if of["math_verify"].notna().any() else "exact_match"]
+    return judge, of["math_verify"].fillna(of["accuracy"]).astype(float)
+
+
 def headline_title(table: pd.DataFrame, subject: str, name: str) -> str:
     """The finding of one half of the headline's figure: is the stethoscope ahead of random sets, and of the whole vector, shrunk?"""
-    of: Any = table[table["subject"] == subject].set_index("variant")
-    metric = of["math_verify"].fillna(of["accuracy"]).astype(float)
+    judge, metric = judged(table[table["subject"] == subject].set_index("variant"))
     random = metric[metric.index.str.startswith("random_")]
     if not {"stethoscope", "full_shrunk"} <= {*metric.index} or random.empty:
         return name
     ahead = f"ahead of {(random < metric['stethoscope']).sum()} of {len(random)} random sets"
-    judge = "Math-Verify" if of["math_verify"].notna().any() else "exact match"
     return f"{name}, by {judge}: the stethoscope is\n{ahead}" + (
         ", behind shrinking" if metric["full_shrunk"] > metric["stethoscope"] else ""
     )

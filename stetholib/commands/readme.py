@@ -29,8 +29,7 @@ def found(root: Path) -> str:
     """What was found, in sentences: the scalpel, the stethoscope, what chance would have done, and real weights."""
     worlds, own = read(root, "seeds/worlds"), named_sets(read(root, "mini/04_layer_sets")).loc["stethoscope"]
     said, real = (_number_theory(read(root, f"{name}/05_minerva_math")) for name in ("mini", "smollm2"))
-    energy = _scalpel(read(root, "mini/01_task_vectors"), read(root, "mini/03_subspace_projection"))[SCALPEL]
-    kept, chance, ceiling = (part.split(" at ")[0] for part in energy.split("; "))
+    kept, chance, ceiling = _kept(facts(root / "figures" / "mini"))
     chosen, less = (mean_interval(worlds[name]) for name in ("percentile_corpus", "stethoscope_minus_full_shrunk_math_verify"))
     random = ", ".join(said[name] for name in said if name.startswith("random_"))
     there = named_sets(read(root, "smollm2/04_layer_sets")).loc["stethoscope", "percentile"]
@@ -231,6 +230,11 @@ def _instrument(features: pd.DataFrame) -> dict[str, str]:
     return {"layers whose SAE passed its test; unexplained variance, median": f"{believed.sum()} of {len(heard)}; {fvu}"}
 
 
+def _kept(said: dict[str, str]) -> list[str]:
+    """What the scalpel, chance and the ceiling keep, of `facts`, without the rank."""
+    return [part.split(" at ")[0] for part in said[SCALPEL].split("; ")]
+
+
 def _scalpel(vectors: pd.DataFrame, kept: pd.DataFrame) -> dict[str, str]:
     """What the scalpel keeps of a vector's energy; its rank is the second of the grid."""
     energies = dict(zip(zip(vectors["layer"], vectors["matrix"], strict=True), vectors["delta_norm"] ** 2, strict=True))
@@ -330,7 +334,7 @@ def questions(root: Path) -> str:
         read(root, "seeds/claims").query("claim == 'C4' and contrast == 'corpus'"),
     )
     said = facts(root / "figures" / "mini")
-    kept, chance, ceiling = (part.split(" at ")[0] for part in said[SCALPEL].split("; "))
+    kept, chance, ceiling = _kept(said)
     alone, closing = said["best layers alone: solution; closing sentence"].split("; ")
     return f"""1. **Why not simply fine-tune?** Do: the whole vector *is* the fine-tune, and no set of layers chosen here does as well ({exact["full"]} of all answers right by exact match, the stethoscope's layers {exact["stethoscope"]}). The question is what SAEs can say about a vector, not whether to have one.
 2. **Are the 97 % only the rank?** Mostly. On the miniature a random subspace of that rank keeps {chance} of the energy, the scalpel {kept}, the best one {ceiling}. So most is lost whatever the directions are, and what could have been kept is missed as well: notebook 03 splits the two.

@@ -7,7 +7,9 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
+from stetholib.minerva_math import judged
 from stetholib.plots.style import BLACK, MIST, PALE, SLATE, VARIANTS, Look, lines, percent, rows, twin_bars
+from stetholib.significance import SPOKEN
 
 HEADLINE = {
     "base": "base",
@@ -25,8 +27,9 @@ def headline(table: pd.DataFrame, subject: str, ax: Axes) -> Axes:
     sentence (Math-Verify), with 95 % intervals, a hollow diamond by exact match; the band spans the random sets of as many layers."""
     of: Any = table[table["subject"] == subject].set_index("variant")
     shown, random = [name for name in HEADLINE if name in of.index], of[of.index.str.startswith("random_")]
-    metric = of["math_verify"].fillna(of["accuracy"]).astype(float)
-    judge = "Math-Verify" if of["math_verify"].notna().any() else "exact match"
+    judge, metric = judged(of)
+    marks = [(f"{judge}, 95 % interval", "o", BLACK), (SPOKEN["exact_match"], "D", "white")]
+    marks = marks[:1] if judge == SPOKEN["exact_match"] else marks
     if len(random):
         ends = metric[random.index].min(), metric[random.index].max()
         ax.axvspan(*ends, color=PALE, label=f"{len(random)} random sets", zorder=0)
@@ -35,12 +38,10 @@ def headline(table: pd.DataFrame, subject: str, ax: Axes) -> Axes:
         half = 1.96 * (p * (1 - p) / max(of["n"][name] - 1, 1)) ** 0.5
         ax.plot([p - half, p + half], [at, at], color=look.colour, lw=2)
         ax.plot(p, at, "o", color=look.colour, ms=8)
-        if judge != "exact match":
+        if len(marks) > 1:
             ax.plot(of["accuracy"][name], at, "D", color=look.colour, mfc="white", ms=6)
         ax.annotate(f"{p:.0%}", (max(p + half, of["accuracy"][name]), at), xytext=(6, 0), textcoords="offset points", va="center")
-    for said, marker, face in ((f"{judge}, 95 % interval", "o", BLACK), ("exact match", "D", "white"))[
-        : 1 + (judge != "exact match")
-    ]:
+    for said, marker, face in marks:
         ax.plot([], [], marker, color=BLACK, mfc=face, ms=7, label=said)
     ax.axvline(metric["base"], color=BLACK, lw=0.8, ls=":")
     rows([HEADLINE[name] for name in shown], ax).set(xlabel="accuracy (dotted: the base's)")
@@ -98,9 +99,6 @@ def _bench(setting: str) -> dict[str, Look]:
     return {"base": VARIANTS["base"], "setting": ours, "full": VARIANTS["full"]}
 
 
-WORDS = {"exact_match": "exact match", "math_verify": "Math-Verify"}
-
-
 def loss_parts(table: pd.DataFrame, ax: Axes, setting: str = LIVE) -> Axes:
     """Change of both parts of the loss against the base, of a setting beside the whole vector; rows base, setting and full,
     columns solution and closing. setting: what it is called."""
@@ -128,10 +126,10 @@ def answered(table: pd.DataFrame, ax: Axes, setting: str = LIVE) -> Axes:
         ax.errorbar(p, at, xerr=ends, fmt=look.marker, color=look.colour, capsize=3, label=look.name)
         for y, (share, high) in zip(at, of[["accuracy", "high"]].to_numpy(), strict=True):
             ax.annotate(f"{share:.0%}", (high, y), xytext=(6, 0), textcoords="offset points", va="center", fontsize=8.5)
-    rows([WORDS[metric] for metric in metrics], ax).set(xlim=(0, min(1.2, 1.25 * table["high"].max())))
+    rows([SPOKEN[metric] for metric in metrics], ax).set(xlim=(0, min(1.2, 1.25 * table["high"].max())))
     ax.set_xlabel(f"accuracy of {int(table['n'].iloc[0])} problems, with 95 % intervals")
     last: Any = table[table["variant"] == "setting"].iloc[-1]
-    judge, span = WORDS[last["metric"]], f"{100 * last['gain_low']:+.1f} to {100 * last['gain_high']:+.1f}"
+    judge, span = SPOKEN[last["metric"]], f"{100 * last['gain_low']:+.1f} to {100 * last['gain_high']:+.1f}"
     ax.set_title(f"{setting[0].upper()}{setting[1:]} gains {100 * last['gain']:+.1f} points\nby {judge} (95 %: {span})")
     percent(ax.xaxis)
     ax.legend(ncols=3, loc="upper center", bbox_to_anchor=(0.45, -0.2))
