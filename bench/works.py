@@ -25,6 +25,7 @@ from stetholib.adapters import harness
 from stetholib.editing import Edit, edited
 from stetholib.models import loading
 from stetholib.models.loading import LanguageModel
+from stetholib.models.sums import CONTRASTS
 from stetholib.models.weights import Checkpoint
 
 Rows = list[dict[str, Any]]
@@ -275,9 +276,9 @@ def features(plan: Plan) -> Rows:
         lambda side: found.update({side: {}}),
     )
     close = [
-        torch.allclose(getattr(one.sums[contrast], part), getattr(found["theirs"][layer].sums[contrast], part), 1e-4, 1e-4)
+        torch.allclose(getattr(one.value(contrast), part), getattr(found["theirs"][layer].value(contrast), part), 1e-4, 1e-4)
         for layer, one in found["ours"].items()
-        for contrast in one.sums
+        for contrast in CONTRASTS
         for part in ("weight", "total", "squares", "fires")
     ]
     peer = f"sae-lens {version('sae-lens')}, a pass a layer"

@@ -170,9 +170,9 @@ def hear(
             if not explains(tests[layer]):
                 tests[layer][f"score_random_{contrast}"] = nan
                 continue
-            baseline = rule.score(sums["random", layer].sums[contrast], labels, contrast == "matched")
+            baseline = rule.score(sums["random", layer].value(contrast), labels, contrast == "matched")
             tests[layer][f"score_random_{contrast}"] = float(baseline[0])
-    found = {f"{contrast}.{layer}": sums["sae", layer].sums[contrast] for layer in group for contrast in CONTRASTS}
+    found = {f"{contrast}.{layer}": sums["sae", layer].value(contrast) for layer in group for contrast in CONTRASTS}
     return Heard(pd.DataFrame([tests[layer] for layer in group]), found, {layer: moment[layer].value() for layer in group})
 
 
@@ -203,7 +203,7 @@ def _tested(
         for name, instrument, said in (("sae", one, found), ("random", double, chance)):
             check_finite({f"what the {name} dictionary of layer {layer} hears": torch.tensor(said.largest)})
             instruments[name, layer] = instrument
-            sums[name, layer] = FeatureSums(one.d_sae, corpus_of, said.largest or 1.0)
+            sums[name, layer] = FeatureSums(one.d_sae, corpus_of, said.largest or 1.0, base.device)
     return tests, instruments, sums
 
 
@@ -242,13 +242,14 @@ def hear_again(
     pairs = [(ids, 1) for ids, _ in tokenize(tuned, [("", text) for text in texts], listening.max_tokens)]
     every = torch.zeros(len(texts), dtype=torch.long)
     held = {layer: dictionaries[layer] for layer in group}  # each is read once
-    sums = {layer: FeatureSums(held[layer].d_sae, every, float(known["largest"][layer]) or 1.0) for layer in group}
+    ceilings = {layer: float(known["largest"][layer]) or 1.0 for layer in group}
+    sums = {layer: FeatureSums(one.d_sae, every, ceilings[layer], tuned.device) for layer, one in held.items()}
     passing = residual_batches(tuned, pairs, listening.batch_tokens, group, watch, "04 features after the fine-tune")
     for _, document, streams in passing:
         for layer, x in streams.items():
             kept = (x.norm(dim=1) <= known["norm_limit"][layer]).float().cpu()
             sums[layer].add(held[layer].encode(x), document, dict.fromkeys(CONTRASTS, kept))
-    return {layer: one.sums["corpus"] for layer, one in sums.items()}
+    return {layer: one.value("corpus") for layer, one in sums.items()}
 
 
 def change_score(before: DocumentSums, after: DocumentSums, maths: Bool[Tensor, " doc"], rule: ScoreRule) -> float:

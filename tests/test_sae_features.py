@@ -323,7 +323,7 @@ def sums_of(acts, document, corpus_of, weights=None, ceiling=4.0):
     half = len(acts) // 2
     for part in (slice(0, half), slice(half, None)):
         gathered.add(acts[part], document[part], dict.fromkeys(CONTRASTS, weights[part]))
-    return gathered.sums["corpus"]
+    return gathered.value("corpus")
 
 
 @pytest.fixture()

@@ -236,12 +236,12 @@ def gradient_moments(
                 loss = token_losses(base.model, batch).sum()
             layers = sorted(taken)
             for layer, grad in zip(layers, torch.autograd.grad(loss, [taken[layer] for layer in layers]), strict=True):
-                g = grad[batch.attention_mask.bool()].double().cpu()
+                g = grad[batch.attention_mask.bool()].double()
                 check_finite({f"the loss gradient at layer {layer}": g})
-                moments[layer] = moments.get(layer, torch.zeros((), dtype=torch.float64)) + g.T @ g
+                moments[layer] = moments.get(layer, 0) + g.T @ g
     finally:
         embedding.requires_grad_(False)
-    return moments
+    return {layer: one.cpu() for layer, one in moments.items()}
 
 
 def text_loss(base: LanguageModel, texts: Sequence[str], max_tokens: int, batch_tokens: int) -> float:

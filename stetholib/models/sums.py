@@ -14,7 +14,7 @@ VARIANCE_FLOOR = 1e-6
 
 
 class Covariance:
-    """Accumulates the covariance of activations [d_model, d_model], in float64, as batches pass by."""
+    """Accumulates the covariance of activations [d_model, d_model], in float64, as batches pass by, on their device."""
 
     def __init__(self, width: int) -> None:
         """width: d_model."""
@@ -23,12 +23,13 @@ class Covariance:
 
     def add(self, x: Float[Tensor, "token d_model"]) -> None:
         """Add a batch."""
-        wide = x.double().cpu()
-        self.count, self.first, self.second = self.count + len(x), self.first + wide.sum(0), self.second + wide.T @ wide
+        wide = x.double()
+        first, second = self.first.to(wide.device), self.second.to(wide.device)
+        self.count, self.first, self.second = self.count + len(x), first + wide.sum(0), second + wide.T @ wide
 
     def value(self) -> Float[Tensor, "d_model d_model"]:
-        """E[x x'] - E[x] E[x]'."""
-        return self.second / self.count - torch.outer(self.first, self.first) / self.count**2
+        """E[x x'] - E[x] E[x]', in main memory."""
+        return (self.second / self.count - torch.outer(self.first, self.first) / self.count**2).cpu()
 
 
 @dataclass(frozen=True)
@@ -52,14 +53,14 @@ def sums_bytes(d_sae: int, documents: int, corpora: int) -> int:
 
 
 class FeatureSums:
-    """Accumulates `DocumentSums` of one block, for every contrast, as batches of activations pass by."""
+    """Accumulates `DocumentSums` of one block, for every contrast, as batches of activations pass by, on their device."""
 
-    def __init__(self, d_sae: int, corpus_of: Int[Tensor, " doc"], ceiling: float) -> None:
+    def __init__(self, d_sae: int, corpus_of: Int[Tensor, " doc"], ceiling: float, device: torch.device | str = "cpu") -> None:
         """corpus_of: index of each document's corpus; ceiling: the activation at which the last histogram bin begins."""
         docs, corpora = len(corpus_of), int(corpus_of.max()) + 1
-        self.corpus_of, self.ceiling = corpus_of, ceiling
+        self.corpus_of, self.ceiling = corpus_of.to(device), ceiling
         shapes = [(docs,), *[(docs, d_sae)] * 3, (corpora, BINS, d_sae)]
-        self.sums = {name: DocumentSums(*map(torch.zeros, shapes)) for name in CONTRASTS}
+        self._sums = {name: DocumentSums(*(torch.zeros(shape, device=device) for shape in shapes)) for name in CONTRASTS}
 
     def add(
         self, acts: Float[Tensor, "token d_sae"], document: Int[Tensor, " token"], weights: Mapping[str, Float[Tensor, " token"]]
@@ -67,14 +68,18 @@ class FeatureSums:
         """Add the content tokens of a batch; `document` says which document each belongs to."""
         fires = (acts > 0).to(acts.dtype)
         bins = (acts * ((BINS - 2) / self.ceiling)).ceil().clamp(0, BINS - 1).long()
-        cell = (self.corpus_of.to(acts.device)[document].unsqueeze(1) * BINS + bins).cpu()
-        for name, sums in self.sums.items():
+        cell = self.corpus_of[document].unsqueeze(1) * BINS + bins
+        for name, sums in self._sums.items():
             w = weights[name].to(acts.device).unsqueeze(1)
             for target, values in ((sums.total, acts * w), (sums.squares, acts * acts * w), (sums.fires, fires * w)):
-                target.index_add_(0, document.cpu(), values.cpu())
-            sums.weight.index_add_(0, document.cpu(), w[:, 0].cpu())
+                target.index_add_(0, document, values)
+            sums.weight.index_add_(0, document, w[:, 0])
             flat = sums.histogram.view(-1, acts.shape[1])
-            flat.scatter_add_(0, cell, w.cpu().expand(-1, acts.shape[1]).contiguous())
+            flat.scatter_add_(0, cell, w.expand(-1, acts.shape[1]).contiguous())
+
+    def value(self, contrast: str) -> DocumentSums:
+        """What one contrast has added up to, in main memory."""
+        return DocumentSums(*(one.cpu() for one in vars(self._sums[contrast]).values()))
 
 
 @dataclass(frozen=True)
