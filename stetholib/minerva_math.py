@@ -190,7 +190,7 @@ def headline_title(table: pd.DataFrame, subject: str, name: str) -> str:
     random = metric[metric.index.str.startswith("random_")]
     if not {"stethoscope", "full_shrunk"} <= {*metric.index} or random.empty:
         return name
-    ahead = f"ahead of {(random < metric['stethoscope']).sum()} of {len(random)} random sets"
+    ahead = f"ahead of {(random < metric['stethoscope']).sum()} of {len(random)} random set{'s' * (len(random) > 1)}"
     return f"{name}, by {judge}: the stethoscope is\n{ahead}" + (
         ", behind shrinking" if metric["full_shrunk"] > metric["stethoscope"] else ""
     )

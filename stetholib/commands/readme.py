@@ -10,7 +10,7 @@ import pandas as pd
 from stetholib import known_layers
 from stetholib.claims import BUILT, HOLDS, SAME, percent
 from stetholib.layer_selection import sets_title
-from stetholib.layer_sets import IN_ALL, named_sets, reliability_of_sets, standing
+from stetholib.layer_sets import IN_ALL, SEEING, named_sets, reliability_of_sets, standing, tells_apart
 from stetholib.models.subspaces import split_loss
 from stetholib.plots import words
 from stetholib.statistics import mean_interval
@@ -51,7 +51,7 @@ def found(root: Path) -> str:
         f"**On real weights**, SmolLM2-135M-Instruct, the scalpel's geometry is the same, but the stethoscope's layers beat {percent(there)} of random "
         f"sets and take Number Theory from {real['base']} to {real['stethoscope']}, where the whole vector reaches {real['full']}, and the "
         f"same shrunk to their energy {real['full_shrunk']}.",
-        f"**Which rule would you bet on?** {words(known_layers.bet(every))} A random dictionary in the SAE's place beats "
+        f"**Which rule would you bet on?** {words(known_layers.bet(every))} {_carried(root, every)} In the worlds, a random dictionary in the SAE's place beats "
         f"{percent(beaten['random_dictionary'])} of random sets; a difference of means, without any SAE, {percent(beaten['mean_difference'])}; and simply taking "
         f"the first layers {percent(beaten['first'])}.",
     ]  # fmt: skip
@@ -156,22 +156,58 @@ def _every_rule(root: Path) -> pd.DataFrame:
 
 
 def rules(root: Path) -> str:
-    """Which rule one would bet on, and every rule as a Markdown table."""
-    table = _every_rule(root)
+    """Which rule one would bet on, and every rule as a Markdown table, with how its one set does on real weights."""
+    table, real = _every_rule(root), _on_real_weights(root)
+    heads = [
+        "rule",
+        "random sets that it beats",
+        *(f"on {WORLDS[name]}" for name in real),
+        "AUROC of the known layers",
+        "exactly these",
+    ]
     lines = [
-        f"**{words(known_layers.bet(table))}**",
+        f"**{words(known_layers.bet(table))} {_carried(root, table)}**",
         "",
-        "| rule | random sets that it beats | AUROC of the known layers | exactly these |",
+        f"| {' | '.join(heads)} |",
+        "|---" * len(heads) + "|",
     ]
     for name, row in table.drop(index=[*IN_ALL], errors="ignore").to_dict("index").items():
         place, exact = "not asked", ""
         if pd.notna(row.get("auroc")):
             place = known_layers.between(row["auroc"], row["auroc_low"], row["auroc_high"], ".2f")
             exact = f"{row['exact']:.0f} of {row['runs']:.0f}"
-        asked = pd.notna(row["percentile"])
-        beaten = known_layers.between(row["percentile"], row["low"], row["high"]) if asked else "not asked"
-        lines.append(f"| {words(name)} | {beaten} | {place} | {exact} |")
-    return "\n".join([*lines[:3], "|---" * 4 + "|", *lines[3:]]) + "\n"
+        beaten = [_beaten(row["percentile"], row["low"], row["high"])]
+        for sets in real.values():
+            beaten.append(_beaten(*sets.loc[str(name), STANDS]) if name in sets.index else "not asked")
+        lines.append(f"| {' | '.join([words(name), *beaten, place, exact])} |")
+    return "\n".join(lines) + "\n"
+
+
+STANDS = ["percentile", "percentile_low", "percentile_high"]
+
+
+def _beaten(share: float, low: float, high: float) -> str:
+    """The share of random sets that a rule beats, with its interval, of a rule that was asked."""
+    return known_layers.between(share, low, high) if pd.notna(share) else "not asked"
+
+
+def _on_real_weights(root: Path) -> dict[str, pd.DataFrame]:
+    """The sets that rules picked on real weights, by the folder of a run that got so far."""
+    found = {name: root / "figures" / name / "04_layer_sets.csv" for name in WORLDS if name != "mini"}
+    return {name: named_sets(pd.read_csv(path)) for name, path in found.items() if path.is_file()}
+
+
+def _carried(root: Path, table: pd.DataFrame) -> str:
+    """How the best rules of the worlds, and those that find known layers, do on real weights, in a sentence a network."""
+    best = table.drop(index=[*IN_ALL, *SEEING, "known", "outside"], errors="ignore").index[0]
+    right = list(table.index[table["auroc"] == table["auroc"].max()]) if "auroc" in table else []
+    told = []
+    for name, sets in _on_real_weights(root).items():
+        beaten = sets["percentile"].loc[list(dict.fromkeys([*right, best, "stethoscope"]))].sort_values(ascending=False)
+        each = "; ".join(f"*{words(rule)}*, {percent(share)}" for rule, share in beaten.items())
+        apart = tells_apart(read(root, f"{name}/04_reliability"))
+        told.append(f"Random sets beaten on {WORLDS[name]}{'' if apart else ', where sets hardly differ'}: {each}.")
+    return " ".join(told)
 
 
 def organisms(root: Path) -> str:
@@ -267,7 +303,7 @@ def _sets(table: pd.DataFrame, reliability: pd.DataFrame) -> dict[str, str]:
         row = sets.loc[name]
         return f"{row['percentile']:.0%} ({row['percentile_low']:.0%} to {row['percentile_high']:.0%})"
 
-    rivals = {"largest_norm": "largest norm", "small_step": "small step", "least_specific": "least specific"}
+    rivals = {"taylor": "Taylor", "fisher": "Fisher", "largest_norm": "largest norm", "small_step": "small step"}
     return {
         "rank correlation of sets between two halves of the problems": f"{told['reliability']:.2f}",
         "random sets that the stethoscope beats, all tokens": beaten("stethoscope"),

@@ -32,7 +32,7 @@ def headline(table: pd.DataFrame, subject: str, ax: Axes) -> Axes:
     marks = marks[:1] if judge == SPOKEN["exact_match"] else marks
     if len(random):
         ends = metric[random.index].min(), metric[random.index].max()
-        ax.axvspan(*ends, color=PALE, label=f"{len(random)} random sets", zorder=0)
+        ax.axvspan(*ends, color=PALE, label=f"{len(random)} random set{'s' * (len(random) > 1)}", zorder=0)
     for at, name in enumerate(shown):
         p, look = metric[name], VARIANTS[name]
         half = 1.96 * (p * (1 - p) / max(of["n"][name] - 1, 1)) ** 0.5
