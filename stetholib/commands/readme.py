@@ -33,7 +33,7 @@ def found(root: Path) -> str:
     chosen, less = (mean_interval(worlds[name]) for name in ("percentile_corpus", "stethoscope_minus_full_shrunk_math_verify"))
     random = ", ".join(said[name] for name in said if name.startswith("random_"))
     there = named_sets(read(root, "smollm2/04_layer_sets")).loc["stethoscope", "percentile"]
-    every = _every_rule(root)
+    every, apart = _every_rule(root), tells_apart(read(root, "smollm2/04_reliability"))
     beaten = every["percentile"]
     judged = read(root, "seeds/claims").query("contrast != 'matched'").groupby("claim")["verdict_strict"]
     strictly = {claim: in_worlds(column) for claim, column in judged}
@@ -49,7 +49,7 @@ def found(root: Path) -> str:
         f"{len(worlds)} worlds {percent(chosen[0])} on average ({percent(chosen[1])} to {percent(chosen[2])}), where chance is 50 %. The shrunk "
         f"whole vector gets {100 * -less[0]:.1f} points more of all answers right than these layers, by Math-Verify ({100 * -less[2]:.1f} to {100 * -less[1]:.1f}).",
         f"**On real weights**, SmolLM2-135M-Instruct, the scalpel's geometry is the same, but the stethoscope's layers beat {percent(there)} of random "
-        f"sets and take Number Theory from {real['base']} to {real['stethoscope']}, where the whole vector reaches {real['full']}, and the "
+        f"sets{'' if apart else ', which hardly differ there,'} and take Number Theory from {real['base']} to {real['stethoscope']}, where the whole vector reaches {real['full']}, and the "
         f"same shrunk to their energy {real['full_shrunk']}.",
         f"**Which rule would you bet on?** {words(known_layers.bet(every))} {_carried(root, every)} In the worlds, a random dictionary in the SAE's place beats "
         f"{percent(beaten['random_dictionary'])} of random sets; a difference of means, without any SAE, {percent(beaten['mean_difference'])}; and simply taking "
