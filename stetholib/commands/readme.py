@@ -206,7 +206,7 @@ def _carried(root: Path, table: pd.DataFrame) -> str:
         beaten = sets["percentile"].loc[list(dict.fromkeys([*right, best, "stethoscope"]))].sort_values(ascending=False)
         each = "; ".join(f"*{words(rule)}*, {percent(share)}" for rule, share in beaten.items())
         apart = tells_apart(read(root, f"{name}/04_reliability"))
-        told.append(f"Random sets beaten on {WORLDS[name]}{'' if apart else ', where sets hardly differ'}: {each}.")
+        told.append(f"Random sets beaten on {WORLDS[name]}{'' if apart else ', which does not tell sets apart'}: {each}.")
     return " ".join(told)
 
 
