@@ -98,9 +98,20 @@ def between(mean: float, low: float, high: float, form: str = ".1%") -> str:
     return said.replace("%", " %")
 
 
+def favourites(table: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """By `over_worlds`, the rules that are in the race, best first in the worlds, and those of them that find known layers best, none
+    where no organism was asked. Rules that see losses are out of the race."""
+    rules = table.drop(index=[*IN_ALL, *SEEING, "known", "outside"], errors="ignore")
+    if "auroc" not in rules or rules["auroc"].isna().all():
+        return rules, rules.iloc[:0]
+    right = rules.sort_values(["auroc", "exact", "percentile"], ascending=False)
+    return rules, right[(right["auroc"] == right["auroc"].iloc[0]) & (right["exact"] == right["exact"].iloc[0])]
+
+
 def bet(table: pd.DataFrame) -> str:
-    """Which rule one would bet on, by `over_worlds`, in two sentences; rules that see losses are out of the race."""
-    rules: Any = table.drop(index=[*IN_ALL, *SEEING, "known", "outside"], errors="ignore")
+    """Which rule one would bet on, by `over_worlds`, in two sentences."""
+    rules: Any
+    rules, right = favourites(table)
     best, ours = rules.index[0], rules.loc["stethoscope"]
     row = rules.loc[best]
     said = lambda row: f"{between(row['percentile'], row['low'], row['high'])} of random sets"  # noqa: E731
@@ -111,10 +122,8 @@ def bet(table: pd.DataFrame) -> str:
     )
     beside = "" if best == "stethoscope" else f"; the stethoscope's, {said(ours)}"
     worlds = f"{over} *{best}* does best: {sets} {said(row)}{beside}."
-    if "auroc" not in rules or rules["auroc"].isna().all():
+    if right.empty:
         return worlds
-    right = rules.sort_values(["auroc", "exact", "percentile"], ascending=False)
-    right = right[(right["auroc"] == right["auroc"].iloc[0]) & (right["exact"] == right["exact"].iloc[0])]
     names, row = ", ".join(f"*{name}*" for name in right.index), right.iloc[0]
     found = f"AUROC {row['auroc']:.2f}, exact in {row['exact']:.0f} of {row['runs']:.0f}"
     mine = f"AUROC {ours['auroc']:.2f}, exact in {ours['exact']:.0f}"

@@ -191,7 +191,8 @@ def _depth(relations: pd.DataFrame, effect: str) -> Any:
 
 def _place(relations: pd.DataFrame, effect: str) -> str:
     """Where in the model an effect is large, in words."""
-    return f"{_trend(relations, effect)} layers" if _trend(relations, effect) else "**layers of no particular depth**"
+    trend = _trend(relations, effect)
+    return f"{trend} layers" if trend else "**layers of no particular depth**"
 
 
 def _trend(relations: pd.DataFrame, effect: str) -> str:

@@ -153,13 +153,13 @@ def hear(
     is_maths = (corpus_of < corpora - 1).tolist()
     matched = matched_weights(content, is_maths, listening.matched_minimum)
     tests, instruments, sums = _tested(base, listening, pairs, dictionaries, group)
-    moment = {layer: Covariance(instruments["sae", layer].W_dec.shape[1]) for layer in group}
+    moment = {layer: Covariance(instruments["sae", layer].W_dec.shape[1], base.device) for layer in group}
     passing = residual_batches(base, pairs, listening.batch_tokens, group, watch, "02 feature statistics")
     for batch, document, streams in passing:
-        joined = torch.cat([matched[at] for at in batch.documents])
-        maths = (corpus_of[document.cpu()] < corpora - 1).to(document.device)
+        joined = torch.cat([matched[at] for at in batch.documents]).to(document.device)
+        maths = (corpus_of < corpora - 1).to(document.device)[document]
         for layer, x in streams.items():
-            kept = (x.norm(dim=1) <= tests[layer]["norm_limit"]).float().cpu()
+            kept = (x.norm(dim=1) <= tests[layer]["norm_limit"]).float()
             weights = {"corpus": kept, "matched": joined * kept}
             for name in ("sae", "random"):
                 sums[name, layer].add(instruments[name, layer].encode(x), document, weights)
@@ -247,7 +247,7 @@ def hear_again(
     passing = residual_batches(tuned, pairs, listening.batch_tokens, group, watch, "04 features after the fine-tune")
     for _, document, streams in passing:
         for layer, x in streams.items():
-            kept = (x.norm(dim=1) <= known["norm_limit"][layer]).float().cpu()
+            kept = (x.norm(dim=1) <= known["norm_limit"][layer]).float()
             sums[layer].add(held[layer].encode(x), document, dict.fromkeys(CONTRASTS, kept))
     return {layer: one.value("corpus") for layer, one in sums.items()}
 

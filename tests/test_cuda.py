@@ -3,19 +3,17 @@
 import pandas as pd
 import pytest
 import torch
-from test_steps import SMALL
+from test_steps import SMALL, STEPS
 
 from stetholib.study import Study
 from stetholib.study.world import World
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch sees no CUDA GPU")
 
-TABLES = ("task_vectors", "sae_features", "subspace_projection", "layer_selection", "minerva_math", "significance")
-
 
 def tables(study: Study) -> dict[str, pd.DataFrame]:
     """Every step's table, its steps asked in turn."""
-    return {name: getattr(study, name).table() for name in TABLES} | {"records": study.minerva_math.records()}
+    return {name: getattr(study, name).table() for name in STEPS} | {"records": study.minerva_math.records()}
 
 
 @pytest.fixture(scope="module")

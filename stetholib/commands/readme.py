@@ -10,7 +10,7 @@ import pandas as pd
 from stetholib import known_layers
 from stetholib.claims import BUILT, HOLDS, SAME, percent
 from stetholib.layer_selection import sets_title
-from stetholib.layer_sets import IN_ALL, SEEING, named_sets, reliability_of_sets, standing, tells_apart
+from stetholib.layer_sets import IN_ALL, named_sets, reliability_of_sets, standing, tells_apart
 from stetholib.models.subspaces import split_loss
 from stetholib.plots import words
 from stetholib.statistics import mean_interval
@@ -32,7 +32,7 @@ def found(root: Path) -> str:
     kept, chance, ceiling = _kept(facts(root / "figures" / "mini"))
     chosen, less = (mean_interval(worlds[name]) for name in ("percentile_corpus", "stethoscope_minus_full_shrunk_math_verify"))
     random = ", ".join(said[name] for name in said if name.startswith("random_"))
-    there = named_sets(read(root, "smollm2/04_layer_sets")).loc["stethoscope", "percentile"]
+    there = _on_real_weights(root)["smollm2"].loc["stethoscope", "percentile"]
     every, apart = _every_rule(root), tells_apart(read(root, "smollm2/04_reliability"))
     beaten = every["percentile"]
     judged = read(root, "seeds/claims").query("contrast != 'matched'").groupby("claim")["verdict_strict"]
@@ -199,11 +199,10 @@ def _on_real_weights(root: Path) -> dict[str, pd.DataFrame]:
 
 def _carried(root: Path, table: pd.DataFrame) -> str:
     """How the best rules of the worlds, and those that find known layers, do on real weights, in a sentence a network."""
-    best = table.drop(index=[*IN_ALL, *SEEING, "known", "outside"], errors="ignore").index[0]
-    right = list(table.index[table["auroc"] == table["auroc"].max()]) if "auroc" in table else []
-    told = []
+    rules, right = known_layers.favourites(table)
+    names, told = dict.fromkeys([*right.index, rules.index[0], "stethoscope"]), []
     for name, sets in _on_real_weights(root).items():
-        beaten = sets["percentile"].loc[list(dict.fromkeys([*right, best, "stethoscope"]))].sort_values(ascending=False)
+        beaten = sets["percentile"].loc[[*names]].sort_values(ascending=False, kind="stable")
         each = "; ".join(f"*{words(rule)}*, {percent(share)}" for rule, share in beaten.items())
         apart = tells_apart(read(root, f"{name}/04_reliability"))
         told.append(f"Random sets beaten on {WORLDS[name]}{'' if apart else ', which does not tell sets apart'}: {each}.")
@@ -303,13 +302,12 @@ def _sets(table: pd.DataFrame, reliability: pd.DataFrame) -> dict[str, str]:
         row = sets.loc[name]
         return f"{row['percentile']:.0%} ({row['percentile_low']:.0%} to {row['percentile_high']:.0%})"
 
-    rivals = {"taylor": "Taylor", "fisher": "Fisher", "largest_norm": "largest norm", "small_step": "small step"}
     return {
         "rank correlation of sets between two halves of the problems": f"{told['reliability']:.2f}",
         "random sets that the stethoscope beats, all tokens": beaten("stethoscope"),
         "the same on matched words": beaten("stethoscope_matched"),
         "random sets that other rules beat": ", ".join(
-            f"{said} {sets.loc[name, 'percentile']:.0%}" for name, said in rivals.items()
+            f"{words(name)} {sets.loc[name, 'percentile']:.0%}" for name in ("taylor", "fisher", "largest_norm", "small_step")
         ),
     }
 

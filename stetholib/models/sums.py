@@ -16,16 +16,15 @@ VARIANCE_FLOOR = 1e-6
 class Covariance:
     """Accumulates the covariance of activations [d_model, d_model], in float64, as batches pass by, on their device."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, device: torch.device | str = "cpu") -> None:
         """width: d_model."""
-        self.count, self.first = 0, torch.zeros(width, dtype=torch.float64)
-        self.second = torch.zeros(width, width, dtype=torch.float64)
+        self.count, self.first = 0, torch.zeros(width, dtype=torch.float64, device=device)
+        self.second = torch.zeros(width, width, dtype=torch.float64, device=device)
 
     def add(self, x: Float[Tensor, "token d_model"]) -> None:
         """Add a batch."""
         wide = x.double()
-        first, second = self.first.to(wide.device), self.second.to(wide.device)
-        self.count, self.first, self.second = self.count + len(x), first + wide.sum(0), second + wide.T @ wide
+        self.count, self.first, self.second = self.count + len(x), self.first + wide.sum(0), self.second + wide.T @ wide
 
     def value(self) -> Float[Tensor, "d_model d_model"]:
         """E[x x'] - E[x] E[x]', in main memory."""
@@ -70,7 +69,7 @@ class FeatureSums:
         bins = (acts * ((BINS - 2) / self.ceiling)).ceil().clamp(0, BINS - 1).long()
         cell = self.corpus_of[document].unsqueeze(1) * BINS + bins
         for name, sums in self._sums.items():
-            w = weights[name].to(acts.device).unsqueeze(1)
+            w = weights[name].unsqueeze(1)
             for target, values in ((sums.total, acts * w), (sums.squares, acts * acts * w), (sums.fires, fires * w)):
                 target.index_add_(0, document, values)
             sums.weight.index_add_(0, document, w[:, 0])
