@@ -19,6 +19,7 @@ from stetholib.store.files import repository
 
 FOLDER = Path(__file__).parent
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+POWER = re.compile(r"([+-]?\d{1,20})(\.\d*)?[eE]([+-]?\d{1,4})")
 OWN = re.compile(r".+\.py:[A-Za-z_]\w*")  # a function in a file of one's own
 COMMITTED = ("seeds", "seeds-organism")  # folders of figures/ that are no profile's
 LARGEST = 2**63 - 1
@@ -50,20 +51,21 @@ def available() -> list[str]:
 
 def load(name: str, overrides: typing.Mapping[Any, Any] | None = None) -> Profile:
     """Read a profile by name, or from a YAML file's path; overrides: dotted keys, e.g. `{"selection.score_share": 0.05}`."""
-    values = read(name)
+    path = _place(name)
+    values, where = _read(path), f"profile {path.stem}"
     if not isinstance(overrides or {}, typing.Mapping):
         raise ProfileError(f"overrides: expected a mapping of dotted keys to values, got {_shown(overrides)}")
     for dotted, value in (overrides or {}).items():
         _override(values, str(dotted), value)
-    own = name.endswith((".yaml", ".yml"))
-    profile: Profile = _build(Profile, values, where=Path(name).stem if own else name)
-    path = Path(name) if own else FOLDER / f"{name}.yaml"
-    if path.resolve() != FOLDER / f"{profile.name}.yaml" and repository().resolve() == FOLDER.parents[1]:
-        check_free(profile.name, f"profile {path.stem}.name")
+    profile: Profile = _build(Profile, values, where)
+    committed, elsewhere = profile.name.lower() in (*available(), *COMMITTED), path.resolve() != FOLDER / f"{profile.name}.yaml"
+    if committed and elsewhere and repository().resolve() == FOLDER.parents[1]:
+        told = f"{profile.name!r} would write over the figures that come with the repository; give another name"
+        raise ProfileError(f"{where}.name: {told}")
     if profile.sae.release == "train" and profile.sae.k > profile.sae.d_sae:
-        raise ProfileError(f"profile {path.stem}.sae.k: {profile.sae.k} is above d_sae, {profile.sae.d_sae}; lower it")
+        raise ProfileError(f"{where}.sae.k: {profile.sae.k} is above d_sae, {profile.sae.d_sae}; lower it")
     if profile.finetune.blocks and (profile.finetune.finetuned or profile.finetune.method != "full"):
-        raise ProfileError(f"profile {path.stem}.finetune.blocks: they learn in a full fine-tune made here; set method to full")
+        raise ProfileError(f"{where}.finetune.blocks: they learn in a full fine-tune made here; set method to full")
     return profile
 
 
@@ -76,21 +78,18 @@ def check_name(name: Any, where: str) -> str:
     return name
 
 
-def check_free(name: str, where: str) -> str:
-    """A name for figures of one's own; raises ProfileError for one whose figures come with the repository."""
-    if check_name(name, where).lower() in (*available(), *COMMITTED):
-        raise ProfileError(f"{where}: {name!r} would write over the figures that come with the repository; give another name")
-    return name
-
-
 def read(name: str) -> dict[str, Any]:
     """A profile's keys as its file gives them, unchecked; what it `extends` gives those that it leaves out."""
+    return _read(_place(name))
+
+
+def _place(name: str) -> Path:
     if not isinstance(name, str):
         raise ProfileError(f"profile: expected a shipped profile's name or a YAML file, got {_shown(name)}")
     own = name.endswith((".yaml", ".yml"))
     if not (Path(name).is_file() if own else name in available()):
         raise ProfileError(f"unknown profile {_shown(name)}{nearest(name, available())}; there are: {', '.join(available())}")
-    return _read(Path(name) if own else FOLDER / f"{name}.yaml")
+    return Path(name) if own else FOLDER / f"{name}.yaml"
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -134,9 +133,9 @@ def _build(kind: type, values: dict[Any, Any], where: str) -> Any:
     names = {f.name: f for f in dataclasses.fields(kind)}
     if unknown := [name for name in values if name not in names]:
         near = nearest(unknown[0], names) if isinstance(unknown[0], str) else ""
-        raise ProfileError(f"profile {where}: unknown key {_shown(unknown[0])}{near}")
+        raise ProfileError(f"{where}: unknown key {_shown(unknown[0])}{near}")
     if missing := [name for name in names if name not in values]:
-        raise ProfileError(f"profile {where}: missing key {missing[0]!r}; {kind.__name__} needs it")
+        raise ProfileError(f"{where}: missing key {missing[0]!r}; {kind.__name__} needs it")
     hints = typing.get_type_hints(kind)
     return kind(**{name: _value(hints[name], values[name], names[name].metadata, f"{where}.{name}") for name in names})
 
@@ -145,22 +144,22 @@ def _value(kind: Any, value: Any, limits: Any, where: str) -> Any:
     """One checked value; numbers are held to their range and strings to their choices."""
     if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         if not isinstance(value, dict):
-            raise ProfileError(f"profile {where}: expected a section of keys, got {_shown(value)}")
+            raise ProfileError(f"{where}: expected a section of keys, got {_shown(value)}")
         return _build(kind, value, where)
     if isinstance(kind, types.UnionType):
         return None if value is None else _value(typing.get_args(kind)[0], value, limits, where)
     if typing.get_origin(kind) is tuple:
         if not isinstance(value, list | tuple) or not value:
-            raise ProfileError(f"profile {where}: expected a list, got {_shown(value)}")
+            raise ProfileError(f"{where}: expected a list, got {_shown(value)}")
         return tuple(_value(typing.get_args(kind)[0], item, limits, where) for item in value)
     if typing.get_origin(kind) is dict:
         if not isinstance(value, dict) or not value or not all(type(n) is int and 0 < n <= LARGEST for n in value.values()):
-            raise ProfileError(f"profile {where}: expected a mapping of names to positive whole numbers, got {_shown(value)}")
-        return {check_name(name, f"profile {where}"): n for name, n in value.items()}
+            raise ProfileError(f"{where}: expected a mapping of names to positive whole numbers, got {_shown(value)}")
+        return {check_name(name, where): n for name, n in value.items()}
     if kind is float and type(value) is int and abs(value) <= LARGEST:
         value = float(value)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise ProfileError(f"profile {where}: expected {kind.__name__}, got {_shown(value)}{_as_yaml(kind, value)}")
+        raise ProfileError(f"{where}: expected {kind.__name__}, got {_shown(value)}{_as_yaml(kind, value)}")
     if isinstance(value, str):
         return _text(value, limits, where)
     low, high = limits.get("low"), limits.get("high")
@@ -168,26 +167,22 @@ def _value(kind: Any, value: Any, limits: Any, where: str) -> Any:
         too_large = value > (LARGEST if high is None else high) or (isinstance(value, float) and not math.isfinite(value))
         if too_large or (low is not None and value < low):
             allowed = f"between {low:g} and {high or LARGEST:g}" if high is not None or too_large else f"{low:g} or more"
-            raise ProfileError(f"profile {where}: {_shown(value)} is out of range, it must be {allowed}")
+            raise ProfileError(f"{where}: {_shown(value)} is out of range, it must be {allowed}")
     return value
 
 
 def _text(value: str, limits: Any, where: str) -> str:
     """A checked string: one line, a name where it must be one, one of its choices where it has some."""
     if not value.isprintable():
-        raise ProfileError(
-            f"profile {where}: {_shown(value)} must be one line of text, without line breaks or control characters"
-        )
+        raise ProfileError(f"{where}: {_shown(value)} must be one line of text, without line breaks or control characters")
     if (choices := limits.get("choices")) and value not in choices and not (limits.get("own") and OWN.fullmatch(value)):
-        raise ProfileError(f"profile {where}: {_shown(value)}{nearest(value, choices)}; it must be one of {', '.join(choices)}")
-    return check_name(value, f"profile {where}") if limits.get("name") else value
+        raise ProfileError(f"{where}: {_shown(value)}{nearest(value, choices)}; it must be one of {', '.join(choices)}")
+    return check_name(value, where) if limits.get("name") else value
 
 
 def _as_yaml(kind: type, value: Any) -> str:
     """How to write a number that YAML reads as text, since it wants a point in it and a sign after the e."""
-    found = (
-        re.fullmatch(r"([+-]?\d{1,20})(\.\d*)?[eE]([+-]?\d{1,4})", value) if kind is float and isinstance(value, str) else None
-    )
+    found = POWER.fullmatch(value) if kind is float and isinstance(value, str) else None
     return f", which YAML reads as text; write {found[1]}{found[2] or '.0'}e{int(found[3]):+d}" if found else ""
 
 

@@ -6,13 +6,16 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
+Bound = float | None
+
 
 def key(
-    low: float | None = None, high: float | None = None, choices: tuple[str, ...] = (), name: bool = False, own: bool = False
+    low: Bound = None, high: Bound = None, choices: tuple[str, ...] = (), name: bool = False, own: bool = False, later: Any = ...
 ) -> Any:
     """A profile's key with its closed range, or its choices; name: whether it is one, which files and folders may bear; own: whether
-    a function in a file of one's own, `mine.py:function`, may take a choice's place."""
-    return field(metadata={"low": low, "high": high, "choices": choices, "name": name, "own": own})
+    a function in a file of one's own, `mine.py:function`, may take a choice's place; later: of a key that came later, what was done
+    before, so that a profile that asks as it always did keeps its hash."""
+    return field(metadata={"low": low, "high": high, "choices": choices, "name": name, "own": own, "later": later})
 
 
 @dataclass(frozen=True)
@@ -61,16 +64,16 @@ class FineTune:
     finetuned_revision: str | None = key()
     method: str = key(choices=("full", "lora"))
     lora_rank: int = key(1)
-    lora_start: str = key(choices=("kaiming", "gaussian", "pissa", "olora", "eva"))
+    lora_start: str = key(choices=("kaiming", "gaussian", "pissa", "olora", "eva"), later="kaiming")
     target: str = key(choices=("minerva", "plain"))
     epochs: float = key(0.0)
     learning_rate: float = key(0.0)
     batch_size: int = key(1)
     gradient_accumulation: int = key(1)
     gradient_checkpointing: bool = key()
-    blocks: tuple[int, ...] | None = key(0)
-    aside_documents: int = key(1)
-    aside_learning_rate: float = key(0.0)
+    blocks: tuple[int, ...] | None = key(0, later=None)
+    aside_documents: int = key(1, later=1)
+    aside_learning_rate: float = key(0.0, later=0.0)
 
     @property
     def lora(self) -> str:
@@ -93,8 +96,8 @@ class Sae:
     training_tokens: int = key(1)
     batch_size: int = key(1)
     learning_rate: float = key(0.0)
-    warm_up: float = key(0.0, 1.0)
-    frozen_decoder: bool = key()
+    warm_up: float = key(0.0, 1.0, later=0.0)
+    frozen_decoder: bool = key(later=False)
 
 
 @dataclass(frozen=True)
@@ -131,7 +134,7 @@ class Selection:
     loss_problems: int = key(1)
     random_sets: int = key(1)
     greedy: bool = key()
-    thorough: bool = key()
+    thorough: bool = key(later=False)
     small_step: float = key(0.0, 1.0)
     batch_tokens: int = key(1)
 
@@ -141,9 +144,9 @@ class OwnEdit:
     """An edit of one's own, which stands as `own` beside the others from step 04 on: which vector, into which layers (null: the
     stethoscope's), how much of it. With the values that profiles ship with there is none."""
 
-    layers: tuple[int, ...] | None = key(0)
-    alpha: float = key(-10.0, 10.0)
-    vector: str = key(choices=("raw", "projected", "projected_rescaled", "raw_shrunk"))
+    layers: tuple[int, ...] | None = key(0, later=None)
+    alpha: float = key(-10.0, 10.0, later=1.0)
+    vector: str = key(choices=("raw", "projected", "projected_rescaled", "raw_shrunk"), later="raw")
 
     @property
     def wanted(self) -> bool:
@@ -175,21 +178,6 @@ class Significance:
     bootstrap: int = key(100)
 
 
-# keys that came later, with what was done before: a profile that asks as it always did keeps its hash
-LATER = {
-    ("finetune", "lora_start"): "kaiming",
-    ("finetune", "blocks"): None,
-    ("finetune", "aside_documents"): 1,
-    ("finetune", "aside_learning_rate"): 0.0,
-    ("sae", "warm_up"): 0.0,
-    ("sae", "frozen_decoder"): False,
-    ("selection", "thorough"): False,
-    ("edit", "layers"): None,
-    ("edit", "alpha"): 1.0,
-    ("edit", "vector"): "raw",
-}
-
-
 @dataclass(frozen=True)
 class Profile:
     """Everything a run depends on, besides the code."""
@@ -215,9 +203,10 @@ class Profile:
         """A short hash of every value but what is said of the weights: two profiles with one digest run the same experiment."""
         values = dataclasses.asdict(self)
         del values["model"]["notice"]
-        for (section, name), usual in LATER.items():
-            if values[section][name] == usual:
-                del values[section][name]
+        sections = {name: part for name, part in vars(self).items() if dataclasses.is_dataclass(part)}
+        for section, part in sections.items():
+            for one in dataclasses.fields(part):
+                if getattr(part, one.name) == one.metadata["later"]:
+                    del values[section][one.name]
         values = {section: value for section, value in values.items() if value != {}}
-        text = json.dumps(values, sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
