@@ -56,16 +56,13 @@ def outline(module: str) -> Outline:
     """Read a module's file; statements that run on import are a definition of their own, which counts with any other."""
     spec = importlib.util.find_spec(module) if module not in sys.modules else None
     path = spec.origin if spec else sys.modules[module].__file__
-    tree, found = ast.parse(Path(str(path)).read_text(encoding="utf-8")), Outline()
-    without_prose(tree)
-    for node in tree.body:
+    found = Outline()
+    for node in without_prose(Path(str(path)).read_text(encoding="utf-8")).body:
         if isinstance(node, ast.Import | ast.ImportFrom):
             found.imports |= dict(_imported(node))
-        elif names := _bound(node):
-            for name in names:
-                found.definitions.setdefault(name, []).append(node)
         elif not isinstance(node, ast.Pass):
-            found.definitions.setdefault(ON_IMPORT, []).append(node)
+            for name in _bound(node) or [ON_IMPORT]:
+                found.definitions.setdefault(name, []).append(node)
         if isinstance(node, ast.ClassDef):
             for inner in node.body:
                 if isinstance(inner, ast.FunctionDef):
@@ -73,19 +70,19 @@ def outline(module: str) -> Outline:
     return found
 
 
-def without_prose(tree: ast.AST) -> None:
-    """Take every docstring out; `pass` stands where nothing else is left."""
+def without_prose(source: str) -> ast.Module:
+    """The syntax tree of a text without its docstrings; `pass` stands where nothing else is left."""
+    tree = ast.parse(source)
     for node in ast.walk(tree):
         body = getattr(node, "body", None)
         if isinstance(body, list) and body and isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant):
             body[:] = body[1:] or [ast.Pass()]
+    return tree
 
 
 def canonical(source: str) -> str:
     """A text of Python source in which comments, layout and docstrings do not count."""
-    tree = ast.parse(source)
-    without_prose(tree)
-    return ast.dump(tree)
+    return ast.dump(without_prose(source))
 
 
 def _bound(node: ast.stmt) -> list[str]:

@@ -10,50 +10,29 @@ import pandas as pd
 from stetholib.errors import UserError
 from stetholib.store.files import atomic, repository
 
-# file stem -> (key columns, further columns); more columns may follow
+# file stem | key columns | further columns; more columns may follow
+TABLES = """
+01_task_vectors | layer matrix | side base_norm delta_norm relative energy_share stable_rank;
+02_sae_features | layer contrast | d_sae l0 fvu fvu_random alive top_feature top_specificity refused;
+03_subspace_projection | layer matrix basis rank sae_layer gains | side energy_retained energy_sd chance;
+04_layer_selection | layer contrast | score score_random p_value p_max selection_share selected
+    effect_alone effect_left_out closing_alone closing_left_out;
+04_layer_sets | selector draw | contrast layers alpha energy loss_change closing_change general_change
+    percentile percentile_low percentile_high closing_percentile;
+04_reliability | what loss | n reliability r_held_out r_in_sample;
+05_minerva_math | variant subject | n correct accuracy stderr math_verify extractable truncated
+    accuracy_given_extractable mean_tokens general_loss;
+06_significance | variant subject metric | n base_accuracy accuracy difference ci_low ci_high z p z_pooled gained lost
+    mcnemar_p mcnemar_p_holm gain_both_extractable gain_format_bound mde mde_unpaired ci_low_family ci_high_family margin verdict;
+06_published | test | base_correct edited_correct n z p;
+06_claims | claim contrast | statement published measured testable verdict verdict_strict rule notebook command minutes
+"""
 CONTRACTS: dict[str, tuple[list[str], list[str]]] = {
-    stem: (keys.split(), columns.split())
-    for stem, keys, columns in (
-        ("01_task_vectors", "layer matrix", "side base_norm delta_norm relative energy_share stable_rank"),
-        ("02_sae_features", "layer contrast", "d_sae l0 fvu fvu_random alive top_feature top_specificity refused"),
-        ("03_subspace_projection", "layer matrix basis rank sae_layer gains", "side energy_retained energy_sd chance"),
-        (
-            "04_layer_selection",
-            "layer contrast",
-            "score score_random p_value p_max selection_share selected effect_alone effect_left_out "
-            "closing_alone closing_left_out",
-        ),
-        (
-            "04_layer_sets",
-            "selector draw",
-            "contrast layers alpha energy loss_change closing_change general_change "
-            "percentile percentile_low percentile_high closing_percentile",
-        ),
-        ("04_reliability", "what loss", "n reliability r_held_out r_in_sample"),
-        (
-            "05_minerva_math",
-            "variant subject",
-            "n correct accuracy stderr math_verify extractable truncated accuracy_given_extractable mean_tokens general_loss",
-        ),
-        (
-            "06_significance",
-            "variant subject metric",
-            "n base_accuracy accuracy difference ci_low ci_high z p z_pooled gained lost mcnemar_p mcnemar_p_holm "
-            "gain_both_extractable gain_format_bound mde mde_unpaired ci_low_family ci_high_family margin verdict",
-        ),
-        ("06_published", "test", "base_correct edited_correct n z p"),
-        (
-            "06_claims",
-            "claim contrast",
-            "statement published measured testable verdict verdict_strict rule notebook command minutes",
-        ),
-    )
+    stem.strip(): (keys.split(), columns.split()) for stem, keys, columns in (row.split("|") for row in TABLES.split(";"))
 }
-
+# left only where it is known which layers mathematics went into
 KNOWN_LAYERS = "contrast layers auroc overlap exact share percentile percentile_low percentile_high"
-FURTHER = {
-    "04_known_layers": (["selector"], KNOWN_LAYERS.split())
-}  # left only where it is known which layers mathematics went into
+FURTHER = {"04_known_layers": (["selector"], KNOWN_LAYERS.split())}
 
 
 class WorkspaceError(UserError):
