@@ -58,11 +58,9 @@ class Study:
 
     @classmethod
     def for_notebook(cls, namespace: dict[str, Any]) -> "Study":
-        """The study that a notebook's parameters ask for.
-
-        namespace: the notebook's `globals()`. An earlier `study` is dropped first, so that a refused parameter leaves
-        none behind. Raises ProfileError for a parameter that does not exist, where papermill would only warn.
-        """
+        """The study that a notebook's parameters ask for. namespace: the notebook's `globals()`. An earlier `study` is dropped
+        first, so that a refused parameter leaves none behind. Raises ProfileError for a parameter that does not exist, where
+        papermill would only warn."""
         for name in ("study", "step"):
             namespace.pop(name, None)
         check_imported_from(Path.cwd())
@@ -76,10 +74,8 @@ class Study:
 
     def keep(self, stem: str, *things: Any) -> None:
         """Write things into `figures/<profile>/`: a table as the contract's CSV, a figure as PNG and SVG with whose numbers
-        it shows, a dict as JSON. `keep("records", table)` writes the records of each variant into `runs/`.
-
-        This is the one verb that writes. Raises WorkspaceError where a table breaks its contract.
-        """
+        it shows, a dict as JSON. `keep("records", table)` writes the records of each variant into `runs/`. This is the one verb
+        that writes. Raises WorkspaceError where a table breaks its contract."""
         for thing in things:
             if isinstance(thing, Figure):
                 plots.labelled(thing, f"Ours, {self.world.whose}")
@@ -106,8 +102,7 @@ class Study:
         p, made, d_sae = self.profile, self.profile.finetune, int(self.sae_features.self_tests()["d_sae"].max())
         fetched = saes.commit_of(self.world.store.folder, p.sae)
         how: dict[str, Any] = dict(method=None if made.finetuned else made.method, lora_rank=None)
-        if made.lora:
-            how |= dict(lora_rank=made.lora_rank, lora_start=made.lora_start)
+        how |= dict(lora_rank=made.lora_rank, lora_start=made.lora_start) if made.lora else {}
         run: dict[str, Any] = dict(profile=p.name, profile_hash=p.digest, seed=p.seed, threads=p.threads, device=self.device)
         run |= dict(overrides=self.world.overrides) if self.world.overrides else {}
         return run | dict(

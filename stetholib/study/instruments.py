@@ -34,19 +34,13 @@ class Doubles(SaeFeatures):
 
     @cached_property
     def _all(self) -> Artefact:
-        tests = self._step.self_tests()
-        columns = (tests[name].tolist() for name in ("layer", "d_sae", "l0"))
-        wanted = {layer: (d_sae, l0) for layer, d_sae, l0 in zip(*columns, strict=True)}
+        wanted = {row.layer: (row.d_sae, row.l0) for row in self._step.self_tests().itertuples()}
         seed = self._world.seed(f"doubles {self._seed}")
         return self._store.made(sae_features.doubles, self._world.model, self.listening, wanted, seed)
 
     def _of(self, layers: range) -> Input[Mapping[int, Dictionary]]:
         kept = self._all
-
-        def placed(layer: int) -> Dictionary:
-            return Dictionary(**{name: one.to(self._world.device) for name, one in vars(kept.value[layer]).items()})
-
-        return Input.of(hashed([kept, list(layers)]), lambda: Lazy(layers, placed))
+        return Input.of(hashed([kept, list(layers)]), lambda: Lazy(layers, lambda layer: self._placed(kept.value[layer])))
 
 
 def scores_of(step: SaeFeatures, contrast: str, kind: str | None = None) -> list[float]:

@@ -1,6 +1,7 @@
 """Step 04 wired to a world: layer scores, and losses of sets of layers on the validation split."""
 
 from functools import cached_property
+from itertools import product
 
 import numpy as np
 import pandas as pd
@@ -71,17 +72,14 @@ class LayerSelection(Step):
         return layer_selection.agreement(scores, self.selected_count, default)
 
     def sae_stability(self, draws: int) -> pd.DataFrame:
-        """Layer scores with SAEs of other seeds, in the same world: do they point at the same layers?
-
-        Columns contrast, sae_seed, rho (Spearman with the default's scores), layers, common (of the default's m layers
-        chosen again) and chance (what m random layers would share). No rows where SAEs are fetched: they have one seed.
-        """
+        """Layer scores with SAEs of other seeds, in the same world: do they point at the same layers? Columns contrast, sae_seed,
+        rho (Spearman with the default's scores), layers, common (of the default's m layers chosen again) and chance (what m random
+        layers would share). No rows where SAEs are fetched: they have one seed."""
         rows = []
-        for other in reseeded(self._features, draws):
-            for contrast in CONTRASTS:
-                ours, theirs = self.plain_scores(contrast), self.plain_scores(contrast, features=other)
-                found = layer_selection.stability(ours, theirs, self.selected_count)
-                rows.append(dict(contrast=contrast, sae_seed=other._spec.seed) | found)
+        for other, contrast in product(reseeded(self._features, draws), CONTRASTS):
+            ours, theirs = self.plain_scores(contrast), self.plain_scores(contrast, features=other)
+            found = layer_selection.stability(ours, theirs, self.selected_count)
+            rows.append(dict(contrast=contrast, sae_seed=other._spec.seed) | found)
         return pd.DataFrame(rows, columns=["contrast", "sae_seed", "rho", "layers", "common", "chance"])
 
     @cached_property

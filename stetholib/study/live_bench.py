@@ -5,8 +5,8 @@ by this process and never written: the tables of the run are those of all proble
 """
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr
+from collections.abc import Callable
+from contextlib import redirect_stderr
 from dataclasses import replace
 from functools import cached_property
 from io import StringIO
@@ -44,23 +44,15 @@ def balanced(subjects: list[str], wanted: int) -> np.ndarray:
 
 
 class LiveBench:
-    """Losses and answers of any setting, each measured once."""
+    """Losses and answers of any setting, each measured once. `title`: whose numbers these are, overrides included; `layers`: the
+    model's; `seconds`: how long the last losses, answers and verdicts took."""
 
     def __init__(self, step: MinervaMath) -> None:
         """step: 05, whose variants are beside every setting, and whose vectors are injected."""
         self._step, self._losses, self._world = step, step._stethoscope._losses, step._world
+        self.title, self.layers = self._world.whose, range(self._world.layers)
         self._known: dict[tuple[str, Variant], Any] = {}
         self.seconds: dict[str, float] = {}
-
-    @property
-    def title(self) -> str:
-        """Whose numbers these are, overrides included."""
-        return self._world.whose
-
-    @property
-    def layers(self) -> range:
-        """The model's layers."""
-        return range(self._world.layers)
 
     @property
     def variants(self) -> dict[str, Variant]:
@@ -118,8 +110,8 @@ class LiveBench:
     def loss_table(self, setting: Setting, live: bool = True) -> pd.DataFrame:
         """Solution and closing loss in nats a token of the whole solution: a row each for base, setting and full. live: measure the
         setting now; False: read all three from what step 04 has measured, which holds the raw vector only."""
-        known, rows = {"base": Variant("base"), "full": Variant("full", layers=tuple(self.layers))}, {}
-        for name, one in ({"base": known["base"], "setting": setting, "full": known["full"]}).items():
+        full, rows = Variant("full", layers=tuple(self.layers)), {}
+        for name, one in (("base", Variant("base")), ("setting", setting), ("full", full)):
             if live and name == "setting":
                 found, where = self.losses(one), None
             else:
@@ -155,17 +147,15 @@ class LiveBench:
     def verdicts(self, setting: Setting) -> pd.DataFrame:
         """The harness's verdicts on those answers by problem id: columns extracted, exact_match, math_verify."""
         answers = self.answers(setting)
+        return self._once("verdicts", self._checked(setting), lambda: _by_problem(self._judged(answers)))
 
-        def measured() -> pd.DataFrame:
-            with _quiet(), self._tasks.opened() as tasks:
-                return harness.verdicts(tasks, answers).drop_duplicates("problem_id").set_index("problem_id")
-
-        return self._once("verdicts", self._checked(setting), measured)
+    def _judged(self, answers: list[Answer]) -> pd.DataFrame:
+        """The harness's verdicts, without the bars that it draws as widgets and on stderr."""
+        with libraries_quiet(), redirect_stderr(StringIO()), self._tasks.opened() as tasks:
+            return harness.verdicts(tasks, answers)
 
     def _recorded(self, name: str) -> pd.DataFrame:
-        """The records of a variant by problem id."""
-        found = self._step.records([name])
-        return found.drop_duplicates("problem_id").set_index("problem_id")
+        return _by_problem(self._step.records([name]))
 
     @cached_property
     def _beside(self) -> dict[str, pd.DataFrame]:
@@ -173,10 +163,8 @@ class LiveBench:
 
     def accuracy_table(self, setting: Setting | str) -> pd.DataFrame:
         """Accuracies over all subjects with Wilson's 95 % intervals, and the gain over the base with Tango's: columns metric,
-        variant (base, setting, full), n, accuracy, low, high, gain, gain_low, gain_high.
-
-        setting: of the few problems, answered now, the others from the records; the name of a variant: all three from the
-        records, of all problems."""
+        variant (base, setting, full), n, accuracy, low, high, gain, gain_low, gain_high. setting: of the few problems, answered
+        now, the others from the records; the name of a variant: all three from the records, of all problems."""
         if isinstance(setting, str):
             found = self._beside | {"setting": self._recorded(setting)}
         else:
@@ -213,17 +201,14 @@ class LiveBench:
                 return reading * sum(batch.input_ids.numel() for batch in batches)
         known, limits = self._step.answers(self.variants["base"]), self._step._limits()
         base = [known[name] for name in self.asked]
-        with _quiet(), self._tasks.opened() as tasks:  # which takes seconds the first time, and is wanted soon
-            harness.verdicts(tasks, base[:1])
+        self._judged(base[:1])  # which takes seconds the first time, and is wanted soon
         rounds, longest = ceil(len(base) / limits.slots), max(one.completion_tokens for one in base)
         return reading * sum(one.prompt_tokens for one in base) + step * longest * rounds
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Inside, the harness draws no bars, neither as widgets nor on stderr."""
-    with libraries_quiet(), redirect_stderr(StringIO()):
-        yield
+def _by_problem(rows: pd.DataFrame) -> pd.DataFrame:
+    """Rows by problem id; of a problem that stands twice in the test, the first."""
+    return rows.drop_duplicates("problem_id").set_index("problem_id")
 
 
 def _compared(base: pd.Series, other: pd.Series) -> dict[str, Any]:

@@ -52,10 +52,7 @@ class Losses:
 
     @cached_property
     def _general(self) -> Input[list[Batch]]:
-        documents = self._world.general(
-            "validation", self._world.profile.evaluation.general_documents, key="evaluation.general_documents"
-        )
-        return self._batches([("", text) for text in documents])
+        return self._batches([("", text) for text in self._world.general("validation", "evaluation.general_documents")])
 
     def _batches(self, texts: Texts, closings: Sequence[str] | None = None) -> Input[list[Batch]]:
         p, world = self._world.profile, self._world

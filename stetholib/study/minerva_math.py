@@ -141,8 +141,7 @@ class MinervaMath(Step):
 
     def general_loss(self, variant: Variant) -> float:
         """Loss on held-out general text, nats a token."""
-        p = self._profile
-        documents = self._world.general("test", p.evaluation.general_documents, key="evaluation.general_documents")
+        p, documents = self._profile, self._world.general("test", "evaluation.general_documents")
         sizes = (p.data.max_tokens, p.selection.batch_tokens)
         return self._store.made(text_loss, self.edited_model(variant), documents, *sizes).value
 

@@ -8,7 +8,6 @@ import torch
 from stetholib import probes, sae_features, selectors
 from stetholib.data.prompts import closing
 from stetholib.layer_sets import halving, layer_count, layer_energies
-from stetholib.models.sums import CONTRASTS
 from stetholib.statistics import Values
 from stetholib.study import instruments
 from stetholib.study.losses import Losses
@@ -27,8 +26,8 @@ def rivals(
     several = instruments.random_scores(features) if thorough else {}
     share = world.profile.selection.layer_share
     found: dict[str, tuple[str, Values]] = {}
-    for contrast in CONTRASTS:
-        end, random = ENDS[contrast], tests[f"score_random_{contrast}"].to_numpy()
+    for contrast, end in ENDS.items():
+        random = tests[f"score_random_{contrast}"].to_numpy()
         found |= {
             f"stethoscope_rise{end}": (contrast, selectors.rise(scores[contrast])),
             f"excess{end}": (contrast, selectors.excess(scores[contrast], several.get(contrast, random[None]))),
@@ -37,13 +36,12 @@ def rivals(
         }
         if thorough and features._spec.release == "train":
             found[f"frozen_decoder{end}"] = (contrast, np.array(instruments.scores_of(instruments.frozen(features), contrast)))
-    heard = {
+    without = {
         "listening_change": _listening_change(world, vectors, features),
         "mean_difference": _mean_difference(world, features),
-    }
-    skips = {"zero_ablation": selectors.zero_ablation(losses.of(()).mean(), [one.mean() for one in losses.skipped()])}
-    every = heard | skips | _by_gradient(world, vectors)
-    found |= {name: ("-", score) for name, score in every.items()}
+        "zero_ablation": selectors.zero_ablation(losses.of(()).mean(), [one.mean() for one in losses.skipped()]),
+    } | _by_gradient(world, vectors)
+    found |= {name: ("-", score) for name, score in without.items()}
     believed = np.isin(np.arange(world.layers), features.believed)  # random sets are drawn of these, so rules choose of these
     placed = {name: (contrast, np.where(believed, score, np.nan)) for name, (contrast, score) in found.items()}
     return {name: one for name, one in placed.items() if np.isfinite(one[1]).sum() >= layer_count(world.layers, share)}

@@ -62,7 +62,7 @@ class SaeFeatures(Step):
         """What SAEs are trained on: training problems and general text in equal parts."""
         p, world = self._profile, self._world
         maths = world.solved(world.problems("train"))
-        stories = [("", text) for text in world.general("train", len(maths), "stories", or_fewer=True)]
+        stories = [("", text) for text in corpora.general(p.data, "train", len(maths), world.seed("stories"), or_fewer=True)]
         texts = [pair for both in zip(maths, stories, strict=False) for pair in both]
         sizes = (p.sae.training_tokens, p.data.max_tokens, p.selection.batch_tokens)
         return self._store.derived(saes.activations, world.model, texts, *sizes)
@@ -93,12 +93,10 @@ class SaeFeatures(Step):
 
     def _of(self, layers: range) -> Input[Mapping[int, Dictionary]]:
         kept = {layer: self._every[layer] for layer in layers}
+        return Input.of(hashed(list(kept.values())), lambda: Lazy(kept, lambda layer: self._placed(kept[layer].value)))
 
-        def placed(layer: int) -> Dictionary:
-            tensors = vars(kept[layer].value)
-            return Dictionary(**{name: tensor.to(self._world.device) for name, tensor in tensors.items()})
-
-        return Input.of(hashed(list(kept.values())), lambda: Lazy(kept, placed))
+    def _placed(self, one: Dictionary) -> Dictionary:
+        return Dictionary(**{name: tensor.to(self._world.device) for name, tensor in vars(one).items()})
 
     @cached_property
     def _groups(self) -> list[range]:

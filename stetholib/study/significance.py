@@ -81,8 +81,7 @@ class Significance(Step):
     def headline(self) -> dict[str, float]:
         """The run in one row: what the fine-tune brought by both metrics, what was discarded, and what the selected sets are
         worth. `gain_full` is over all subjects by exact_match, `gain_full_number_theory` of the headline's subject, and either
-        with `_math_verify` by that metric.
-        """
+        with `_math_verify` by that metric."""
         table, split, subject = self.table(), self._split(), self._answers.headline_subject
         found: Any = table.set_index(["variant", "subject", "metric"])
         base = table[table["metric"] == METRICS[0]].drop_duplicates("subject").set_index("subject")["base_accuracy"]
@@ -100,9 +99,7 @@ class Significance(Step):
     def _worth_of_sets(self) -> dict[str, float]:
         sets, told = layer_sets.named_sets(self._stethoscope.sets()), self._stethoscope.reliability()
         row = {f"percentile_{contrast}": float(sets["percentile"][name]) for contrast, name in claims.CONTRAST_VARIANT.items()}
-        about = layer_sets.reliability_of_sets(told)
-        row |= dict(
-            reliability=about["reliability"], r_held_out=about["r_held_out"], tells_apart=float(layer_sets.tells_apart(told))
-        )
+        about, apart = layer_sets.reliability_of_sets(told), float(layer_sets.tells_apart(told))
+        row |= dict(reliability=about["reliability"], r_held_out=about["r_held_out"], tells_apart=apart)
         rho = self._stethoscope.relations().query("effect == 'effect_alone'").set_index("predictor")["rho"]
         return row | {f"rho_{name}": value for name, value in rho.items()}

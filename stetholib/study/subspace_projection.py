@@ -78,8 +78,7 @@ class SubspaceProjection(Step):
 
     def mechanism(self) -> pd.DataFrame:
         """Overlap of each side's best subspace with the directions at the places it touches, at the default rank."""
-        inputs = (self._tau, self._directions, self.ranks.default)
-        return self._store.made(subspace_projection.mechanism, *inputs).value
+        return self._store.made(subspace_projection.mechanism, self._tau, self._directions, self.ranks.default).value
 
     def lora_start(self) -> pd.DataFrame | None:
         """How much of a LoRA's readers lies where its A began, and what each basis keeps beside that; None where none was made here."""

@@ -33,7 +33,7 @@ class TaskVectors(Step):
         how = (p.finetune, p.model.dtype, world.seed("finetune"), p.data.max_tokens)
         if p.finetune.blocks:
             texts = world.solved(world.problems("train"))
-            general = world.general("train", p.finetune.aside_documents, "told twice", key="finetune.aside_documents")
+            general = world.general("train", "finetune.aside_documents", "told twice")
             return self._store.made(two_tasks.two_tasks, model, world.weights, texts, general, *how)
         return self._store.made(finetuning.finetuned, model, world.weights, world.problems("train"), *how)
 
@@ -90,11 +90,8 @@ class TaskVectors(Step):
         return self._store.made(task_vectors.measure, self._world.weights, self.tau).value
 
     def rounding(self) -> pd.DataFrame:
-        """What precision can carry of the change: columns change, stored_in, unmoved, energy_kept, cosine.
-
-        Of the fine-tune made here before and after it is stored in the model's dtype, and of the task vector in
-        bfloat16, the dtype that the released models have.
-        """
+        """What precision can carry of the change: columns change, stored_in, unmoved, energy_kept, cosine. Of the fine-tune made
+        here before and after it is stored in the model's dtype, and of the task vector in bfloat16, which released models have."""
         stored = self._made_here.value.stored if self._made_here else None
         return self._store.made(task_vectors.rounding, self._world.weights, self.tau, stored, self._profile.model.dtype).value
 

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from functools import cache, cached_property
 from importlib.metadata import version
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +93,7 @@ class World:
     @cached_property
     def base(self) -> LanguageModel:
         """theta_0 with its tokenizer."""
-        loaded = self._load(self.base_folder)
+        loaded = load(self.base_folder, self.profile.model.dtype, self.device, self.profile.model.attention)
         check_room(loaded, self.profile.data.max_tokens)
         return loaded
 
@@ -111,21 +112,17 @@ class World:
         """theta_0's seven matrices of each layer, as they are stored, as an input of stages."""
         return self.store.derived(weights, self.checkpoint)
 
-    def _load(self, folder: Path, dtype: str | None = None) -> LanguageModel:
-        p = self.profile.model
-        return load(folder, dtype or p.dtype, self.device, p.attention)
-
     def other(self, identity: str, folder: Callable[[], Path], dtype: str | None = None) -> Input[LanguageModel]:
         """Another model as an input of stages; the base model waits in main memory, since two may not fit on a GPU."""
-        made_of = [identity, dtype or self.profile.model.dtype, self.profile.model.attention, code_of(load)]
-        return Input(hashed(made_of), lambda: self._aside(folder(), dtype))
+        how = (dtype or self.profile.model.dtype, self.profile.model.attention)
+        return Input(hashed([identity, *how, code_of(load)]), lambda: self._aside(folder(), *how))
 
     @contextmanager
-    def _aside(self, folder: Path, dtype: str | None) -> Iterator[LanguageModel]:
+    def _aside(self, folder: Path, dtype: str, attention: str) -> Iterator[LanguageModel]:
         base: LanguageModel | None = vars(self).get("base")
         if base:
             base.model.to("cpu")
-        other = self._load(folder, dtype)
+        other = load(folder, dtype, self.device, attention)
         try:
             yield other
         finally:
@@ -134,18 +131,15 @@ class World:
                 base.model.to(self.device)
 
     @cached_property
-    def _names(self) -> dict[tuple[int, str], str]:
-        return weight_names(Checkpoint(self.base_folder))
-
-    @property
     def layers(self) -> int:
         """How many layers the model has."""
-        return 1 + max(layer for layer, _ in self._names)
+        return 1 + max(layer for layer, _ in weight_names(Checkpoint(self.base_folder)))
 
     @cached_property
     def width(self) -> int:
         """d_model."""
-        return Checkpoint(self.base_folder).shape(self._names[0, "q"])[1]
+        checkpoint = Checkpoint(self.base_folder)
+        return checkpoint.shape(weight_names(checkpoint)[0, "q"])[1]
 
     def problems(self, split: str) -> list[corpora.Row]:
         """Problems of a split; the test split is read by step 05 and after only."""
@@ -181,11 +175,9 @@ class World:
         prompts = self.asked(self.tasks_on([{**row, "solution": r"$\boxed{0}$"} for row in rows])).prompts
         return [(prompts[name], gold) for name, (_, gold) in zip(ids, self.solved(rows), strict=True)]
 
-    def general(
-        self, split: str, count: int, purpose: str = "general", or_fewer: bool = False, key: str = "data.general_documents"
-    ) -> list[str]:
-        """General documents of a split; key: of the profile, which wants so many."""
-        return corpora.general(self.profile.data, split, count, self.seed(purpose), or_fewer, key)
+    def general(self, split: str, key: str, purpose: str = "general") -> list[str]:
+        """General documents of a split, as many as this key of the profile wants."""
+        return corpora.general(self.profile.data, split, attrgetter(key)(self.profile), self.seed(purpose), key=key)
 
 
 class Step:
