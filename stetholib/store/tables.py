@@ -73,10 +73,8 @@ class Workspace:
         keys, columns = (CONTRACTS | FURTHER)[stem]
         if missing := [name for name in keys + columns if name not in table]:
             raise WorkspaceError(f"{stem}.csv: column {missing[0]!r} is missing")
-        if table.duplicated(keys).any():
-            raise WorkspaceError(
-                f"{stem}.csv: two rows share the key {table.loc[table.duplicated(keys), keys].iloc[0].to_dict()}"
-            )
+        if len(again := table.loc[table.duplicated(keys), keys]):
+            raise WorkspaceError(f"{stem}.csv: two rows share the key {again.iloc[0].to_dict()}")
         ordered = keys + columns + [name for name in table if name not in keys + columns]
         text = table[ordered].sort_values(keys).to_csv(index=False, float_format="%.6g", lineterminator="\n")
         return self.text(f"{stem}.csv", text)

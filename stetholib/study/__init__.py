@@ -126,8 +126,7 @@ def named(source: str | None) -> str | None:
 def parameters_of(cells: list[str]) -> set[str]:
     """The names that a notebook's parameters were given under: in the cell that papermill added, and in the last cell that was
     run of those that set a parameter. Whatever else a notebook defines is none of anybody's business."""
-    given: set[str] = set()
-    own: set[str] = set()
+    given, own = set[str](), set[str]()
     for cell in cells:
         try:
             targets = [target for node in ast.parse(cell).body if isinstance(node, ast.Assign) for target in node.targets]

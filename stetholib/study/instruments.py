@@ -16,10 +16,9 @@ from stetholib.editing import Lazy
 from stetholib.models.dictionary import Dictionary
 from stetholib.models.subspaces import orthonormal, principal_cosines
 from stetholib.models.sums import CONTRASTS
-from stetholib.sae_features import most_specific
 from stetholib.store.artefacts import Artefact
 from stetholib.store.values import Input, hashed
-from stetholib.study.sae_features import SaeFeatures
+from stetholib.study.sae_features import SaeFeatures, beside
 
 DICTIONARIES = 10
 
@@ -57,9 +56,7 @@ def random_scores(step: SaeFeatures, count: int = DICTIONARIES) -> dict[str, np.
 
 def frozen(step: SaeFeatures) -> SaeFeatures:
     """SAEs of which only the encoder was trained, over a decoder that stays at random; believed where the others are."""
-    other = SaeFeatures(step._world, replace(step._spec, frozen_decoder=True))
-    other._refused = step._refused
-    return other
+    return beside(step, replace(step._spec, frozen_decoder=True))
 
 
 def reseeded(step: SaeFeatures, seeds: int) -> list[SaeFeatures]:
@@ -93,7 +90,8 @@ def _subspaces(step: SaeFeatures, contrast: str) -> dict[int, torch.Tensor]:
     with step.dictionaries.opened() as every:
         for layer, one in enumerate(step.specificities(contrast)):
             if one:
-                found[layer] = orthonormal(every[layer].W_dec[most_specific(*one, rank).to(every[layer].W_dec.device)].cpu())
+                decoders = every[layer].W_dec
+                found[layer] = orthonormal(decoders[sae_features.most_specific(*one, rank).to(decoders.device)].cpu())
     return found
 
 

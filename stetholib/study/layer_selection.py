@@ -11,8 +11,6 @@ from stetholib import calibration, layer_selection, layer_sets
 from stetholib import known_layers as known
 from stetholib.data import corpora
 from stetholib.errors import UserError
-from stetholib.layer_selection import Scores
-from stetholib.layer_sets import LayerSet, PlannedSet
 from stetholib.minerva_math import Variant
 from stetholib.models.sums import CONTRASTS
 from stetholib.statistics import Values
@@ -20,7 +18,7 @@ from stetholib.store.progress import progress
 from stetholib.study.instruments import reseeded, scores_of
 from stetholib.study.losses import Losses
 from stetholib.study.rivals import rivals
-from stetholib.study.sae_features import SaeFeatures, against
+from stetholib.study.sae_features import SaeFeatures, beside
 from stetholib.study.task_vectors import TaskVectors
 from stetholib.study.world import Step, World
 
@@ -46,7 +44,7 @@ class LayerSelection(Step):
         """m, the number of layers to select."""
         return layer_sets.layer_count(self._world.layers, self._profile.selection.layer_share)
 
-    def scores(self, contrast: str) -> Scores:
+    def scores(self, contrast: str) -> layer_selection.Scores:
         """Layer scores under one contrast, with permutations and resamples."""
         p, features = self._profile.selection, self._features
         inputs = (features.sums(contrast), torch.tensor(features.listening.corpus_of), features.rule(), contrast == "matched")
@@ -91,7 +89,7 @@ class LayerSelection(Step):
         scores = {contrast: self.scores(contrast).score for contrast in CONTRASTS}
         return layer_sets.fixed_rules(scores, self._layer_energy)
 
-    def chosen(self) -> dict[str, tuple[str, LayerSet]]:
+    def chosen(self) -> dict[str, tuple[str, layer_sets.LayerSet]]:
         """selector -> (contrast, layers) for every rule of the ledger that picks m layers without sight of a loss."""
         return layer_sets.chosen_sets(self._rules(), self.selected_count)
 
@@ -110,7 +108,7 @@ class LayerSelection(Step):
         """The layers that mathematics was put into, where that is known."""
         return self._profile.finetune.blocks or ()
 
-    def _plan(self) -> list[PlannedSet]:
+    def _plan(self) -> list[layer_sets.PlannedSet]:
         random_sets, seed = self._profile.selection.random_sets, self._world.seed("random sets")
         return layer_sets.planned_sets(self.chosen(), self._layer_energy, self._features.believed, random_sets, seed)
 
@@ -121,7 +119,7 @@ class LayerSelection(Step):
         plan += known.planned(self._known, self._world.layers) if self._known else []
         plan += layer_sets.rival_sets(layer_sets.chosen_sets(self._rivals, self.selected_count))
         if (own := own_edit(self)) and own.vector == "raw":
-            plan.append(PlannedSet("own", 0, "-", own.layers, own.alpha))
+            plan.append(layer_sets.PlannedSet("own", 0, "-", own.layers, own.alpha))
         smooth = {one.selector: one.layers for one in plan if one.selector in ("stethoscope", "stethoscope_rise")}
         plan += layer_sets.smooth_sets(smooth, self._world.layers)
         sizes = (self._world.layers, self.selected_count, p.small_step, p.greedy)
@@ -166,7 +164,7 @@ def formal_text(step: LayerSelection) -> pd.DataFrame:
     of it? Columns contrast, rho, layers, common and chance, as of `sae_stability`. No rows where general text is generated: the
     model that is made for it knows no other words."""
     rows: list[dict[str, object]] = []
-    other = against(step._features, corpora.FORMAL)
+    other = beside(step._features, general=corpora.FORMAL)
     for contrast in CONTRASTS if step._profile.data.general not in ("generated", corpora.FORMAL) else ():
         try:  # a control of what was measured stops nothing
             theirs = step.plain_scores(contrast, features=other)

@@ -33,7 +33,6 @@ from stetholib.study.minerva_math import MinervaMath
 
 T = TypeVar("T")
 LOSS_PROBLEMS, ANSWERED = 245, 105  # a second, and three, on the miniature and two cores
-BESIDE = ("base", "full")  # what every setting is shown beside
 Setting = Variant  # which vector, into which layers, at which scale; its name does not count
 
 
@@ -159,7 +158,8 @@ class LiveBench:
 
     @cached_property
     def _beside(self) -> dict[str, pd.DataFrame]:
-        return {name: self._recorded(name) for name in BESIDE}
+        """The records that every setting is shown beside."""
+        return {name: self._recorded(name) for name in ("base", "full")}
 
     def accuracy_table(self, setting: Setting | str) -> pd.DataFrame:
         """Accuracies over all subjects with Wilson's 95 % intervals, and the gain over the base with Tango's: columns metric,

@@ -11,7 +11,6 @@ import pandas as pd
 
 from stetholib import layer_sets, minerva_math
 from stetholib.adapters import harness
-from stetholib.adapters.harness import Asked, Tasks
 from stetholib.claims import NUMBER_THEORY
 from stetholib.data import corpora
 from stetholib.data.prompts import problem_id
@@ -84,11 +83,11 @@ class MinervaMath(Step):
         return {problem_id(row["subject"], row["problem"]): row["family"] for row in rows} if known else None
 
     @cached_property
-    def _tasks(self) -> Input[Tasks]:
+    def _tasks(self) -> Input[harness.Tasks]:
         return self._world.tasks_on(self._problems)
 
     @cached_property
-    def _asked(self) -> Asked:
+    def _asked(self) -> harness.Asked:
         return self._world.asked(self._tasks)
 
     @cached_property

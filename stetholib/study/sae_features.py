@@ -190,9 +190,9 @@ def training(step: SaeFeatures) -> pd.DataFrame | None:
     return pd.concat(curves, names=["layer"]).reset_index("layer").reset_index(drop=True)
 
 
-def against(step: SaeFeatures, general: str) -> SaeFeatures:
-    """The same SAEs, believed or not as they were, on the same problems and other general text."""
-    other = SaeFeatures(step._world, step._spec, general)
+def beside(step: SaeFeatures, spec: Sae | None = None, general: str | None = None) -> SaeFeatures:
+    """Other SAEs than a step's, or other general text, on the same problems; believed or not as the step's own are."""
+    other = SaeFeatures(step._world, spec or step._spec, general)
     other._refused = step._refused
     return other
 

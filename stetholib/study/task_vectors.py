@@ -120,5 +120,4 @@ def _alike(one: Tensor, other: Tensor) -> bool:
     """Whether two matrices are the same but for rounding, number by number: a step of the coarser's dtype, or of float32 at the
     size of the largest, where a sum has lost the last bits of a small number."""
     step, wide = max(torch.finfo(weight.dtype).eps for weight in (one, other)), other.float().to(one.device)
-    within = step * wide.abs() + torch.finfo(torch.float32).eps * wide.abs().max()
-    return bool(((one.float() - wide).abs() <= within).all())
+    return torch.allclose(one.float(), wide, rtol=step, atol=torch.finfo(torch.float32).eps * float(wide.abs().max()))

@@ -14,7 +14,6 @@ import torch
 from IPython.display import Markdown
 
 from stetholib.adapters import harness
-from stetholib.adapters.harness import Asked, Tasks
 from stetholib.commands.environment import LIBRARIES
 from stetholib.data import corpora, hub, source
 from stetholib.data.prompts import problem_id, prompt, target
@@ -157,13 +156,13 @@ class World:
         """(prompt, gold solution) of problems, as a fine-tune sees them."""
         return [(prompt(row["problem"]), target(row["solution"], self.profile.finetune.target)) for row in rows]
 
-    def tasks_on(self, rows: Sequence[corpora.Row]) -> Input[Tasks]:
+    def tasks_on(self, rows: Sequence[corpora.Row]) -> Input[harness.Tasks]:
         """The harness's tasks on some problems, as an input of stages."""
         p = self.profile.evaluation
         files = [f"{file.name} {file_hash(file)}" for file in harness.task_files(p.task)]
         return self.store.derived(harness.tasks_on, rows, p.num_fewshot, p.task, files)
 
-    def asked(self, tasks: Input[Tasks]) -> Asked:
+    def asked(self, tasks: Input[harness.Tasks]) -> harness.Asked:
         """What is asked: the test's prompts, with its shots and its chat template, and its stop strings."""
         chat = self.model if self.profile.evaluation.chat_template else None
         return self.store.made(harness.asked, tasks, chat).value
