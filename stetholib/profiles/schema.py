@@ -13,8 +13,8 @@ def key(
     low: Bound = None, high: Bound = None, choices: tuple[str, ...] = (), name: bool = False, own: bool = False, later: Any = ...
 ) -> Any:
     """A profile's key with its closed range, or its choices; name: whether it is one, which files and folders may bear; own: whether
-    a function in a file of one's own, `mine.py:function`, may take a choice's place; later: of a key that came later, what was done
-    before, so that a profile that asks as it always did keeps its hash."""
+    a function in a file of one's own, `mine.py:function`, may take a choice's place; later: of a key that came later, what was
+    done before, so that a profile that asks as it always did keeps its hash."""
     return field(metadata={"low": low, "high": high, "choices": choices, "name": name, "own": own, "later": later})
 
 

@@ -71,8 +71,8 @@ class LayerSelection(Step):
 
     def sae_stability(self, draws: int) -> pd.DataFrame:
         """Layer scores with SAEs of other seeds, in the same world: do they point at the same layers? Columns contrast, sae_seed,
-        rho (Spearman with the default's scores), layers, common (of the default's m layers chosen again) and chance (what m random
-        layers would share). No rows where SAEs are fetched: they have one seed."""
+        rho (Spearman with the default's scores), layers, common (of the default's m layers chosen again) and chance (what m
+        random layers would share). No rows where SAEs are fetched: they have one seed."""
         rows = []
         for other, contrast in product(reseeded(self._features, draws), CONTRASTS):
             ours, theirs = self.plain_scores(contrast), self.plain_scores(contrast, features=other)

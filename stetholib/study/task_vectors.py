@@ -91,7 +91,7 @@ class TaskVectors(Step):
 
     def rounding(self) -> pd.DataFrame:
         """What precision can carry of the change: columns change, stored_in, unmoved, energy_kept, cosine. Of the fine-tune made
-        here before and after it is stored in the model's dtype, and of the task vector in bfloat16, which released models have."""
+        here before and after it is stored in the model's dtype, and of the task vector in bfloat16, as released models are."""
         stored = self._made_here.value.stored if self._made_here else None
         return self._store.made(task_vectors.rounding, self._world.weights, self.tau, stored, self._profile.model.dtype).value
 
