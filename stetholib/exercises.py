@@ -3,8 +3,9 @@
 `facts` of an exercise computes the truth, and what likely wrong answers are worth; each of these has a hint of its own.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sized
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping
+from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -24,20 +25,19 @@ from stetholib.study.layer_selection import DEFINITIONS
 NUMBER, SHARE, TRUE, NAME = "a number", "a share between 0 and 1", "True or False", "a name in quotation marks"
 EMPTY = "*Yours to answer: write it where `None` stands, and run this cell again (Shift and Enter).*"
 SCALES = (0.5, 1.0, 1.5, 2.0, 3.0)
+Facts = Callable[[Any], dict[str, Any]]
 GOOD = 0.9  # the share of other sets that a good pick beats
 
 
-@dataclass(frozen=True)
 class Exercise:
     """wants: what an answer must be; facts: of an open study, `truth` and what else texts and hints name; right: said of the right
-    answer; hints: by the fact that a wrong answer equals, else by `else`, in which `side` is whether the truth is more or less;
-    near: how close counts as equal."""
+    answer; near: how close counts as equal; hints: by the fact that a wrong answer equals, and `otherwise`, kept as `else`, in which
+    `side` is whether the truth is more or less."""
 
-    wants: str
-    facts: Callable[[Any], dict[str, Any]]
-    right: str
-    hints: Mapping[str, str]
-    near: float = 0.005
+    def __init__(self, wants: str, facts: Facts, right: str, near: float = 0.005, *, otherwise: str, **hints: str) -> None:
+        """A question's texts and numbers."""
+        self.wants, self.facts, self.right, self.near = wants, facts, right, near
+        self.hints = hints | {"else": otherwise}
 
 
 def check(study: Any, question: str, answer: Any) -> Markdown:
@@ -111,11 +111,9 @@ def _shown(value: Any) -> str:
 
 def _is_empty(answer: Any) -> bool:
     """None, an empty text, list or set; 0 and False are answers."""
-    return (
-        answer is None
-        or answer is ...
-        or (isinstance(answer, Sized) and getattr(answer, "shape", None) != () and len(answer) == 0)
-    )
+    with suppress(TypeError):  # of what has no length
+        return len(answer) == 0
+    return answer is None or answer is ...
 
 
 def _named(answer: Any) -> str:
@@ -149,22 +147,18 @@ def _same(given: Any, fact: Any, near: float) -> bool:
 
 def _hint(one: Exercise, given: Any, facts: Mapping[str, Any]) -> str:
     """The hint that this wrong answer deserves."""
-    named = next((name for name in one.hints if name in facts and _same(given, facts[name], one.near)), None)
-    if named:
-        return one.hints[named]
+    other = one.hints["else"]
     if one.wants == SHARE and not 0 <= given <= 1:
-        return "A share lies between 0 and 1; of so many per cent take the hundredth part."
-    return one.hints["else"]
+        other = "A share lies between 0 and 1; of so many per cent take the hundredth part."
+    return next((hint for name, hint in one.hints.items() if name in facts and _same(given, facts[name], one.near)), other)
 
 
-def _among_all(study: Any, chosen: layer_sets.LayerSet, known: Iterable[int]) -> tuple[float, str]:
+def _among_all(study: Any, chosen: layer_sets.LayerSet, known: Collection[int]) -> tuple[float, str]:
     board = leaderboard.all_sets(study, len(chosen)).set_index("layers")
-    place: dict[str, Any] = {
-        name: board.index.get_loc(" ".join(map(str, one))) for name, one in (("own", chosen), ("known", tuple(known)))
-    }
-    share, common = float(board["share"].iloc[place["own"]]), len({*chosen} & {*known})
-    said = f"Layers {layer_sets.ranges(' '.join(map(str, chosen)))} stand at place {place['own'] + 1} of {len(board)} and beat {share:.0%} of the others. "
-    told = f"{common} of them are among the layers that mathematics was put into, whose own set stands at place {place['known'] + 1}."
+    own, meant = (list(board.index).index(" ".join(map(str, one))) for one in (chosen, known))
+    share, common = float(board["share"].iloc[own]), len({*chosen} & {*known})
+    said = f"Layers {layer_sets.ranges(' '.join(map(str, chosen)))} stand at place {own + 1} of {len(board)} and beat {share:.0%} of the others. "
+    told = f"{common} of them are among the layers that mathematics was put into, whose own set stands at place {meant + 1}."
     return share, said + told
 
 
@@ -225,12 +219,11 @@ def _chance(study: Any) -> dict[str, Any]:
     return dict(truth=float(pooled["random"]), nothing=0.0, length=share**0.5, sae=float(pooled["sae_decoder"]), share=share)
 
 
-def _by_energy(study: Any) -> dict[str, Any]:
+def _by_energy(name: str, study: Any) -> dict[str, Any]:
     rows = study.subspace_projection.energy_or_direction().set_index("variant")
     part = rows["loss_change"] / rows["loss_change"]["full"]
     energy = float(rows["energy"]["scalpel"])
-    raw, rescaled, scalpel = (float(part[name]) for name in ("raw_shrunk", "scalpel_rescaled", "scalpel"))
-    return dict(raw=raw, rescaled=rescaled, scalpel=scalpel, energy=energy, length=energy**0.5, all=1.0)
+    return dict(truth=float(part[name]), scalpel=float(part["scalpel"]), energy=energy, length=energy**0.5, all=1.0)
 
 
 def _in_common(study: Any) -> dict[str, Any]:
@@ -248,12 +241,8 @@ def _unclosed(study: Any) -> dict[str, Any]:
 def _unread(study: Any) -> dict[str, Any]:
     base = study.minerva_math.records(["base"])
     right = (base["math_verify"] == 1) & (base["exact_match"] == 0)
-    return dict(
-        truth=float(right.mean()),
-        none=0.0,
-        unreadable=float((base["extracted"] == "[invalidanswer]").mean()),
-        count=int(right.sum()),
-    )
+    unreadable = float((base["extracted"] == "[invalidanswer]").mean())
+    return dict(truth=float(right.mean()), none=0.0, unreadable=unreadable, count=int(right.sum()))
 
 
 def _beside_random(study: Any) -> dict[str, Any]:
@@ -288,176 +277,136 @@ def _halved(study: Any) -> dict[str, Any]:
     return dict(truth=times, twice=2.0, half=mde / 2, mde=mde, n=n, wanted=round((times or 0) * n))
 
 
-def _of(name: str, facts: Callable[[Any], dict[str, Any]]) -> Callable[[Any], dict[str, Any]]:
-    """Facts, one of which is the truth."""
-
-    def named(study: Any) -> dict[str, Any]:
-        found = facts(study)
-        return {"truth": found.pop(name), **found}
-
-    return named
-
-
 EXERCISES: dict[str, Exercise] = {
     "energy of twice the vector": Exercise(
         NUMBER,
         _twice,
         "Twice the vector has {truth:.4g} times the energy: every entry doubles, and energy sums their squares.",
-        {
-            "twice": "Every entry doubles, but energy sums *squares*.",
-            "same": "Every entry changes, so the sum of their squares does too.",
-            "else": "Energy is the sum of the squares of all entries: what becomes of a square when its entry doubles?",
-        },
+        twice="Every entry doubles, but energy sums *squares*.",
+        same="Every entry changes, so the sum of their squares does too.",
+        otherwise="Energy is the sum of the squares of all entries: what becomes of a square when its entry doubles?",
         near=0.01,
     ),
     "energy of the last third": Exercise(
         SHARE,
         _last_layers,
         "The last third of the layers holds {truth:.1%} of the energy; an even spread would give {even:.1%}.",
-        {
-            "even": "That is an even spread. Do all bars of the right figure reach just that line?",
-            "else": "It is {side} than that: add up the bars of these layers in the right figure.",
-        },
+        even="That is an even spread. Do all bars of the right figure reach just that line?",
+        otherwise="It is {side} than that: add up the bars of these layers in the right figure.",
     ),
     "best scale": Exercise(
         NUMBER,
         _scale,
         "At {truth:g} the loss falls by {best:.4f} nats a token; at 1 by {at_one:.4f}, at {farthest:g} by {at_end:.4f}.",
-        {
-            "one": "At 1 *all* layers together are the fine-tuned model. Need the best scale of a third of them, alone, be the same?",
-            "farthest": "So far out the vector has left what it was trained for: the loss is above its lowest again.",
-            "else": "Another of the five does better: ask `study.losses.of(layers, alpha).mean()` for each.",
-        },
+        one="At 1 *all* layers together are the fine-tuned model. Need the best scale of a third of them, alone, be the same?",
+        farthest="So far out the vector has left what it was trained for: the loss is above its lowest again.",
+        otherwise="Another of the five does better: ask `study.losses.of(layers, alpha).mean()` for each.",
     ),
     "unexplained by random directions": Exercise(
         SHARE,
         _random_dictionary,
         "Random directions leave {truth:.2f}, the trained SAEs {trained:.2f}: the best few of many directions explain something, whatever they are.",
-        {
-            "mean": "1 is always answering the mean. Of many random directions the few that fit a token best are chosen: that explains something.",
-            "nothing": "0 would be a perfect reconstruction.",
-            "trained": "That is what the trained SAEs leave. Which column is the random dictionary's?",
-            "else": "It is {side} than that: see the column `fvu_random`.",
-        },
+        mean="1 is always answering the mean. Of many random directions the few that fit a token best are chosen: that explains something.",
+        nothing="0 would be a perfect reconstruction.",
+        trained="That is what the trained SAEs leave. Which column is the random dictionary's?",
+        otherwise="It is {side} than that: see the column `fvu_random`.",
         near=0.05,
     ),
     "matched words lower the best feature": Exercise(
         TRUE,
         _matched,
         "The best d is {corpus:.2f} on all tokens and {matched:.2f} on matched words.",
-        {
-            "else": "The best d is {corpus:.2f} on all tokens and {matched:.2f} on matched words. "
-            "What would have to be so if the best feature heard vocabulary alone?"
-        },
+        otherwise="The best d is {corpus:.2f} on all tokens and {matched:.2f} on matched words. "
+        "What would have to be so if the best feature heard vocabulary alone?",
     ),
     "words that general text never holds": Exercise(
         NUMBER,
         _foreign_words,
         "{truth} of the {all}: {words}. On the others the feature must tell mathematics by what stands around the word.",
-        {
-            "none": "Some of these signs no general text holds: look for them in the texts that were heard.",
-            "all": "Then the feature would be a detector of vocabulary. Do stories not hold the plainest of these words?",
-            "else": "It is {side} than that: compare the words with those of every general text that was heard.",
-        },
+        none="Some of these signs no general text holds: look for them in the texts that were heard.",
+        all="Then the feature would be a detector of vocabulary. Do stories not hold the plainest of these words?",
+        otherwise="It is {side} than that: compare the words with those of every general text that was heard.",
     ),
     "kept by a random subspace": Exercise(
         SHARE,
         _chance,
         "A random subspace keeps {truth:.1%}, as rank by width says ({share:.1%}); the SAE's keeps {sae:.1%}.",
-        {
-            "nothing": "Little, but not nothing: a random direction is nearly orthogonal to the vector, and there are several of them.",
-            "length": "That is the share of the *length*. Energy is its square.",
-            "sae": "That is what the SAE's directions keep. What would directions drawn at random keep?",
-            "else": "It is {side} than that: take the rank by the width.",
-        },
+        nothing="Little, but not nothing: a random direction is nearly orthogonal to the vector, and there are several of them.",
+        length="That is the share of the *length*. Energy is its square.",
+        sae="That is what the SAE's directions keep. What would directions drawn at random keep?",
+        otherwise="It is {side} than that: take the rank by the width.",
         near=0.004,
     ),
     "gain of the shrunk vector": Exercise(
         SHARE,
-        _of("raw", _by_energy),
+        partial(_by_energy, "raw_shrunk"),
         "With {energy:.1%} of the energy the raw vector keeps {truth:.0%} of the gain: its length is {length:.0%}, and the first steps bring most.",
-        {
-            "energy": "That is its energy. The *weights* move by the square root of that share.",
-            "length": "That is its length: right if the loss fell along a straight line. Does the first step bring as much as the last?",
-            "else": "It is {side} than that: divide `loss_change` of `raw_shrunk` by that of `full`.",
-        },
+        energy="That is its energy. The *weights* move by the square root of that share.",
+        length="That is its length: right if the loss fell along a straight line. Does the first step bring as much as the last?",
+        otherwise="It is {side} than that: divide `loss_change` of `raw_shrunk` by that of `full`.",
         near=0.05,
     ),
     "gain of the rescaled scalpel": Exercise(
         SHARE,
-        _of("rescaled", _by_energy),
+        partial(_by_energy, "scalpel_rescaled"),
         "With all the energy, the scalpel's direction brings {truth:.0%} of the gain; shrunk, {scalpel:.0%}. What was lost was direction.",
-        {
-            "all": "It has all the *energy* again, but not the direction: what was orthogonal to the subspace does not come back.",
-            "scalpel": "That is the scalpel before it was scaled back.",
-            "else": "It is {side} than that: divide `loss_change` of `scalpel_rescaled` by that of `full`.",
-        },
+        all="It has all the *energy* again, but not the direction: what was orthogonal to the subspace does not come back.",
+        scalpel="That is the scalpel before it was scaled back.",
+        otherwise="It is {side} than that: divide `loss_change` of `scalpel_rescaled` by that of `full`.",
         near=0.05,
     ),
     "layers on which three definitions agree": Exercise(
         NUMBER,
         _in_common,
         "Of {all} layers, all three definitions select {truth} in common: which layers are specific is partly a choice of formula.",
-        {
-            "all": "The three rank layers alike only in part: compare the column `layers` of their rows for all tokens.",
-            "else": "It is {side} than that: compare the column `layers` of the three rows for all tokens.",
-        },
+        all="The three rank layers alike only in part: compare the column `layers` of their rows for all tokens.",
+        otherwise="It is {side} than that: compare the column `layers` of the three rows for all tokens.",
     ),
     "exact match without the closing sentence": Exercise(
         TRUE,
         _unclosed,
         "The base has {count} such answers that Math-Verify counts as right, and exact match counts none of them.",
-        {"else": "Exact match reads an answer from the closing sentence only. Where does it stand in such an answer?"},
+        otherwise="Exact match reads an answer from the closing sentence only. Where does it stand in such an answer?",
     ),
     "right but not read": Exercise(
         SHARE,
         _unread,
         "{count} answers, {truth:.1%} of all: so much can be gained without any mathematics.",
-        {
-            "none": "Some are: count answers of the base with `math_verify` 1 and `exact_match` 0.",
-            "unreadable": "That is every answer that cannot be read. Some of these are wrong as well.",
-            "else": "It is {side} than that: count answers of the base with `math_verify` 1 and `exact_match` 0.",
-        },
+        none="Some are: count answers of the base with `math_verify` 1 and `exact_match` 0.",
+        unreadable="That is every answer that cannot be read. Some of these are wrong as well.",
+        otherwise="It is {side} than that: count answers of the base with `math_verify` 1 and `exact_match` 0.",
         near=0.01,
     ),
     "stethoscope minus random layers": Exercise(
         "a difference of two shares, as 0.01 for one point",
         _beside_random,
         "By Math-Verify its layers bring {points:+.1f} points more than {count} random sets of as many do on average; against the base it is {base_points:+.1f}.",
-        {
-            "base": "That is its lead over the *base*. Random layers lead the base as well.",
-            "exact": "That is by exact match, which counts the closing sentence too.",
-            "else": "It is {side} than that: take its `math_verify` over all subjects, less the mean of `random_1` to `random_3`.",
-        },
+        base="That is its lead over the *base*. Random layers lead the base as well.",
+        exact="That is by exact match, which counts the closing sentence too.",
+        otherwise="It is {side} than that: take its `math_verify` over all subjects, less the mean of `random_1` to `random_3`.",
     ),
     "test that prints both figures": Exercise(
         NAME,
         _test,
         "Only with the harness's standard errors do z and p print as published.",
-        {
-            "pooled": "The pooled test, that of the textbook, prints {of_pooled}.",
-            "unpooled": "It prints {of_unpooled}: the z is as published, the p is not.",
-            "else": "The table above has three: harness, unpooled, pooled.",
-        },
+        pooled="The pooled test, that of the textbook, prints {of_pooled}.",
+        unpooled="It prints {of_unpooled}: the z is as published, the p is not.",
+        otherwise="The table above has three: harness, unpooled, pooled.",
     ),
     "claims that hold strictly": Exercise(
         NUMBER,
         _strictly,
         "{truth} of {all} claims hold by what a sceptic would ask, {verdict} like for like with the paper.",
-        {
-            "verdict": "So many hold like for like, by `verdict`. The sceptic's column is `verdict_strict`.",
-            "all": "Not every claim holds here: see the column `verdict_strict`.",
-            "else": "It is {side} than that: count the claims that `verdict_strict` calls consistent under every contrast.",
-        },
+        verdict="So many hold like for like, by `verdict`. The sceptic's column is `verdict_strict`.",
+        all="Not every claim holds here: see the column `verdict_strict`.",
+        otherwise="It is {side} than that: count the claims that `verdict_strict` calls consistent under every contrast.",
     ),
     "problems that halve the smallest difference": Exercise(
         NUMBER,
         _halved,
         "With some {truth:.1f} times the problems, {wanted} for {n}, the smallest difference falls from {mde:.1%} to {half:.1%}.",
-        {
-            "twice": "An error shrinks with the square root of the number of problems: twice as many take off less than a third.",
-            "else": "It is {side} than that: an error shrinks with the square root of the number of problems.",
-        },
+        twice="An error shrinks with the square root of the number of problems: twice as many take off less than a third.",
+        otherwise="It is {side} than that: an error shrinks with the square root of the number of problems.",
         near=0.3,
     ),
 }
