@@ -144,7 +144,7 @@ def _of(e: Evidence) -> str:
     return f"; of a {e.lora}" if e.lora else ""
 
 
-def _discarded(e: Evidence, contrast: str) -> Finding:
+def _discarded(e: Evidence, variant: str) -> Finding:
     split = e.split()
     lost, random = 1 - split.retained, 1 - split.chance
     z = f" (z = {(random - lost) / split.chance_sd:+.1f})" if split.chance_sd > 0 else ""
@@ -165,14 +165,14 @@ def _contained(e: Evidence, by: By) -> tuple[str, Verdict]:
     return said, holds if _enough(len(counted), len(subjects) - 1) else None
 
 
-def _no_gain(e: Evidence, contrast: str) -> Finding:
+def _no_gain(e: Evidence, variant: str) -> Finding:
     (usual, holds), (strict, strictly) = (_contained(e, by) for by in (USUAL, e.strict))
     if lost := e.rounded_away:  # another edit was tested than the one that is meant
         holds, strictly = None, None
     return Finding(f"{usual}; {strict}", f"{_lifted_subjects(e)}; intervals must end below the margin{lost}", holds, strictly)
 
 
-def _misaligned(e: Evidence, contrast: str) -> Finding:
+def _misaligned(e: Evidence, variant: str) -> Finding:
     whole, control = e.split(), e.control().set_index("variant")
     sides = ", ".join(f"{side}s {e.split(side=side).index:.2f}" for side in ("reader", "writer"))
     ends = [f"{end}_against_rival" for end in ("loss_change", "low", "high")]
@@ -191,8 +191,7 @@ def _misaligned(e: Evidence, contrast: str) -> Finding:
     return Finding(measured, testable, whole.index > 0.5 if whole.ceiling - whole.chance >= 0.01 else None, strict)
 
 
-def _lifts(e: Evidence, contrast: str) -> Finding:
-    variant = CONTRAST_VARIANT[contrast]
+def _lifts(e: Evidence, variant: str) -> Finding:
     usual, strict = (e.rows(variant, by.metric).loc[NUMBER_THEORY] for by in (USUAL, e.strict))
     shrunk = e.rows(variant, e.strict.metric, base="full_shrunk").loc[NUMBER_THEORY]
     place, apart = e.sets().query("draw == 0").set_index("selector").loc[variant], e.tells_apart()
@@ -208,8 +207,7 @@ def _lifts(e: Evidence, contrast: str) -> Finding:
     return Finding(measured, testable, *holds, bool(usual["ci_low"] <= PUBLISHED_GAIN <= usual["ci_high"]))
 
 
-def _significantly(e: Evidence, contrast: str) -> Finding:
-    variant = CONTRAST_VARIANT[contrast]
+def _significantly(e: Evidence, variant: str) -> Finding:
     usual, strict = (e.rows(variant, by.metric).loc[[NUMBER_THEORY]] for by in (USUAL, e.strict))
     holds, strictly = (_where(e, by, e.improved(row, by).item()) for row, by in ((usual, USUAL), (strict, e.strict)))
     z, p, p_holm = usual["z"].item(), usual["p"].item(), strict["mcnemar_p_holm"].item()
@@ -217,8 +215,7 @@ def _significantly(e: Evidence, contrast: str) -> Finding:
     return Finding(measured, f"{_lifted(e, USUAL)}; {_lifted(e, e.strict)}", holds, strictly)
 
 
-def _improved(e: Evidence, contrast: str) -> Finding:
-    variant = CONTRAST_VARIANT[contrast]
+def _improved(e: Evidence, variant: str) -> Finding:
     rows = {by: e.rows(variant, by.metric).drop(ALL) for by in (USUAL, e.strict)}
     n, (usual, strict) = len(rows[USUAL]), (int(e.improved(subjects, by).sum()) for by, subjects in rows.items())
     shrunk = e.rows(variant, e.strict.metric, base="full_shrunk").loc[ALL]
@@ -228,8 +225,8 @@ def _improved(e: Evidence, contrast: str) -> Finding:
     return Finding(measured, _lifted_subjects(e), _enough(usual, n) if told[0] else None, strictly)
 
 
-def _not_degraded(e: Evidence, contrast: str) -> Finding:
-    by_metric = {by.metric: e.rows(CONTRAST_VARIANT[contrast], by.metric).drop(ALL) for by in (USUAL, e.strict)}
+def _not_degraded(e: Evidence, variant: str) -> Finding:
+    by_metric = {by.metric: e.rows(variant, by.metric).drop(ALL) for by in (USUAL, e.strict)}
     subjects, verdicts = by_metric[USUAL.metric], pd.concat([rows["verdict"] for rows in by_metric.values()])
     n, above = len(subjects), subjects["base_accuracy"] >= FLOOR
     usual = int(((subjects["p"] < e.level) & (subjects["difference"] < 0)).sum())
@@ -242,7 +239,7 @@ def _not_degraded(e: Evidence, contrast: str) -> Finding:
     return Finding(measured, testable, False if usual else (True if _enough(telling, n) else None), strict)
 
 
-def _deterministic(e: Evidence, contrast: str) -> Finding:
+def _deterministic(e: Evidence, variant: str) -> Finding:
     c = e.checks()
     n, same, scores, weights = c["answered_twice"], c["identical_answers"], c["identical_scores"], c["weights_restored"]
     whole, testable = bool(same == n and scores and weights), f"{n} problems were answered twice"
@@ -252,7 +249,7 @@ def _deterministic(e: Evidence, contrast: str) -> Finding:
     return Finding(measured, testable, whole, whole) if n else Finding("not measured", testable, None, None)
 
 
-def _costless(e: Evidence, contrast: str) -> Finding:
+def _costless(e: Evidence, variant: str) -> Finding:
     base, edited = e.checks()["base_cost"], e.checks()["edited_cost"]
     more = [f"{edited[name] - base[name]:+d}" for name in ("parameters", "flops")]
     said = f"{more[0]} parameters, {more[1]} FLOPs a forward pass"
@@ -309,7 +306,7 @@ def ledger(evidence: Evidence, names: Sequence[str] = NAMES) -> pd.DataFrame:
     for claim in (claim for claim in CLAIMS if claim.name in names):
         for contrast in CONTRAST_VARIANT if claim.by_contrast else ("-",):
             elsewhere = claim.name in ABOUT_ONE and NUMBER_THEORY not in set(evidence.against("full", "base")["subject"])
-            found = ELSEWHERE if elsewhere else claim.judge(evidence, contrast)
+            found = ELSEWHERE if elsewhere else claim.judge(evidence, CONTRAST_VARIANT.get(contrast, contrast))
             if contrast == "matched" and len({evidence.chosen()[name] for name in CONTRAST_VARIANT.values()}) == 1:
                 found = found._replace(testable="both contrasts select the same layers", holds=SAME, strict=SAME)
             usual, strict = (word(one, evidence.published_rung, found.reproduced) for one in (found.holds, found.strict))

@@ -3,7 +3,7 @@
 Both runs are read from what they left: tables in figures/, answers in runs/. Nothing is computed anew but paired intervals."""
 
 from collections.abc import Iterator
-from pathlib import Path
+from functools import partial
 
 import pandas as pd
 
@@ -11,13 +11,9 @@ from stetholib.significance import SPOKEN, Margins, metrics_of, paired_against, 
 from stetholib.store.tables import Workspace
 
 COLUMNS = ("what", "default", "here", "change", "beyond noise?")
-RULES = {
-    "stethoscope": "the stethoscope's layers",
-    "stethoscope_matched": "its layers on matched words",
-    "own": "your own layers",
-}
-ANSWERING = {"scalpel": "the scalpel", "stethoscope": "the stethoscope", "stethoscope_matched": "the stethoscope, matched words"}
-ANSWERING |= {"full_shrunk": "the whole vector, shrunk", "full": "the whole vector", "own": "your own edit"}
+RULES = dict(stethoscope="the stethoscope's layers", stethoscope_matched="its layers on matched words", own="your own layers")
+ANSWERING = dict(scalpel="the scalpel", stethoscope="the stethoscope", stethoscope_matched="the stethoscope, matched words")
+ANSWERING |= dict(full_shrunk="the whole vector, shrunk", full="the whole vector", own="your own edit")
 NOTHING = (
     "Nothing is overridden here. Change a key in the second cell, for example `overrides = {'selection.layer_share': 0.25}` or "
     "`{'edit.layers': [1, 4, 5, 11]}`, run all cells again, and the change appears here, beside the default."
@@ -82,14 +78,13 @@ def _sets(usual: Workspace, here: Workspace) -> Iterator[Row]:
 
 def _accuracies(usual: Workspace, here: Workspace) -> Iterator[Row]:
     """Accuracies over all subjects, paired by problem where both runs asked the same ones."""
+    read = partial(pd.read_json, lines=True, dtype={"problem_id": str, "extracted": str})
     for name, words in ANSWERING.items() if (here.figures / "05_minerva_math.csv").is_file() else ():
         rival = name if (usual.records / f"{name}.jsonl").is_file() else "stethoscope"
-        paths = usual.records / f"{rival}.jsonl", here.records / f"{name}.jsonl"
-        if not all(path.is_file() for path in paths):
+        paths = dict(default=usual.records / f"{rival}.jsonl", here=here.records / f"{name}.jsonl")
+        if not all(path.is_file() for path in paths.values()):
             continue
-        records = pd.concat(
-            [_answers(path, run) for path, run in zip(paths, ("default", "here"), strict=True)], ignore_index=True
-        )
+        records = pd.concat([read(path).assign(variant=run) for run, path in paths.items()], ignore_index=True)
         asked = records.groupby("variant")["problem_id"].agg(frozenset)
         beside = "" if rival == name else ", beside the stethoscope"
         for metric in metrics_of(records):
@@ -101,10 +96,6 @@ def _accuracies(usual: Workspace, here: Workspace) -> Iterator[Row]:
             row = paired_against(records, "default", "here", MARGINS, metric)
             beyond = row["ci_low"] > 0 or row["ci_high"] < 0
             yield *shown, points(row), "yes" if beyond else "no, the interval holds 0"
-
-
-def _answers(path: Path, run: str) -> pd.DataFrame:
-    return pd.read_json(path, lines=True, dtype={"problem_id": str, "extracted": str}).assign(variant=run)
 
 
 def _verdicts(usual: Workspace, here: Workspace) -> Iterator[Row]:

@@ -13,7 +13,6 @@ import pandas as pd
 from scipy import stats
 
 from stetholib.errors import UserError
-from stetholib.models.streams import DocumentLosses
 from stetholib.store.progress import progress
 
 
@@ -38,15 +37,9 @@ def by_problem(study: Any, sets: Sequence[str]) -> np.ndarray:
     return np.stack([study.losses.of(tuple(map(int, one.split()))).nats() for one in sets])
 
 
-def paired_error(one: DocumentLosses, other: DocumentLosses) -> float:
-    """The standard error, over problems, of the difference of two edits' mean losses, in nats a token: the same problems are
-    read under both, so that what is hard about a problem cancels."""
-    difference = one.nats() - other.nats()
-    return float(np.sqrt(len(difference) * difference.var(ddof=1)) / one.tokens.sum())
-
-
 def paired_errors(study: Any, sets: Sequence[str]) -> np.ndarray:
-    """`paired_error` of each two sets, [set, set]; sets: as in the column layers."""
+    """The standard error, over problems, of the difference of each two sets' mean losses, in nats a token, [set, set]: the same
+    problems are read under both, so that what is hard about a problem cancels. sets: as in the column layers."""
     covariance = np.cov(by_problem(study, sets))
     own = np.diag(covariance)
     spread = np.maximum(own[:, None] + own[None] - 2 * covariance, 0)  # of sets alike, rounding may go below 0

@@ -6,6 +6,7 @@ lm-evaluation-harness asks, extracts and scores (`adapters.harness`); the model 
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from math import nan
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from stetholib.data.prompts import INVALID, problem_id
 from stetholib.editing import Edit, TaskVector, edited
 from stetholib.errors import UserError
+from stetholib.layer_sets import LayerSet
 from stetholib.models.answering import Answer, Limits, answer_some
 from stetholib.models.loading import LanguageModel
 from stetholib.models.weights import weight_hash
@@ -55,32 +57,17 @@ def accuracy_by_limit(all_records: pd.DataFrame, needed: Sequence[int | None], l
 
 def measure(all_records: pd.DataFrame, general_loss: Mapping[str, float]) -> pd.DataFrame:
     """The table of step 05: one row a variant and subject, and `all`; general_loss in nats a token, by variant."""
-    groups = [
-        (str(variant), str(subject), part)
-        for variant, whole in all_records.groupby("variant")
-        for subject, part in (("all", whole), *whole.groupby("subject"))
-    ]
     rows = []
-    for variant, subject, part in groups:
-        n, correct = len(part), int(part["exact_match"].sum())
-        readable = part["extracted"] != INVALID
-        accuracy = correct / n
-        rows.append(
-            dict(
-                variant=variant,
-                subject=subject,
-                n=n,
-                correct=correct,
-                accuracy=accuracy,
-                stderr=(accuracy * (1 - accuracy) / (n - 1)) ** 0.5 if n > 1 else float("nan"),
-                math_verify=part["math_verify"].mean(),
-                extractable=readable.mean(),
-                truncated=(part["stopped_by"] == "length").mean(),
-                accuracy_given_extractable=part.loc[readable, "exact_match"].mean() if readable.any() else float("nan"),
-                mean_tokens=part["completion_tokens"].mean(),
-                general_loss=general_loss[variant],
-            )
-        )
+    for variant, whole in all_records.groupby("variant"):
+        for subject, part in (("all", whole), *whole.groupby("subject")):
+            n, correct, readable = len(part), int(part["exact_match"].sum()), part["extracted"] != INVALID
+            accuracy = correct / n
+            row: dict[str, Any] = dict(variant=str(variant), subject=str(subject), n=n, correct=correct, accuracy=accuracy)
+            row |= dict(stderr=(accuracy * (1 - accuracy) / (n - 1)) ** 0.5 if n > 1 else nan)
+            row |= dict(math_verify=part["math_verify"].mean(), extractable=readable.mean())
+            row |= dict(truncated=(part["stopped_by"] == "length").mean())
+            row |= dict(accuracy_given_extractable=part.loc[readable, "exact_match"].mean() if readable.any() else nan)
+            rows.append(row | dict(mean_tokens=part["completion_tokens"].mean(), general_loss=general_loss[str(variant)]))
     return pd.DataFrame(rows)
 
 
@@ -90,7 +77,7 @@ class Variant:
 
     name: str
     vector: str = "raw"
-    layers: tuple[int, ...] = ()
+    layers: LayerSet = ()
     alpha: float = 1.0
 
 
@@ -98,20 +85,12 @@ NEEDED = ("base", "full", "full_shrunk", "scalpel", "stethoscope", "stethoscope_
 
 
 def variants(
-    layers: int,
-    filtered: Sequence[int],
-    chosen: Mapping[str, tuple[int, ...]],
-    drawn: Sequence[tuple[int, ...]],
-    wanted: Sequence[str],
-    shrunk: float,
+    layers: int, part: Sequence[int], chosen: dict[str, LayerSet], drawn: Sequence[LayerSet], wanted: Sequence[str], shrunk: float
 ) -> dict[str, Variant]:
-    """The edited models that answer the test, in the order wanted; filtered: the layers that the scalpel has directions for;
-    chosen: layers by selector; drawn: random sets.
-
-    shrunk: the alpha at which the whole vector, in all layers, has the energy of the stethoscope's.
-    Raises UserError for a name that does not exist, and where one that the claims need is left out.
-    """
-    every, part = tuple(range(layers)), tuple(filtered)
+    """The edited models that answer the test, in the order wanted; part: the layers that the scalpel has directions for;
+    chosen: layers by selector; drawn: random sets; shrunk: the alpha at which the whole vector, in all layers, has the energy of the
+    stethoscope's. Raises UserError for a name that does not exist, and where one that the claims need is left out."""
+    every, part = tuple(range(layers)), tuple(part)
     selected = ("stethoscope", "stethoscope_matched", "least_specific", "largest_norm")
     known = [
         Variant("base"),
@@ -126,7 +105,7 @@ def variants(
     ]
     by_name = {variant.name: variant for variant in known}
     if odd := [name for name in wanted if name not in by_name]:
-        few = f", since {len(filtered)} layers make {len(drawn)} random sets" if odd[0].startswith("random_") else ""
+        few = f", since {len(part)} layers make {len(drawn)} random sets" if odd[0].startswith("random_") else ""
         raise UserError(f"evaluation.variants: unknown variant {odd[0]!r}{few}; there are: {', '.join(by_name)}")
     if absent := [name for name in NEEDED if name not in wanted]:
         raise UserError(f"evaluation.variants: {absent[0]} is not there; the ledger of claims needs {', '.join(NEEDED)}")
@@ -191,9 +170,8 @@ def headline_title(table: pd.DataFrame, subject: str, name: str) -> str:
     if not {"stethoscope", "full_shrunk"} <= {*metric.index} or random.empty:
         return name
     ahead = f"ahead of {(random < metric['stethoscope']).sum()} of {len(random)} random set{'s' * (len(random) > 1)}"
-    return f"{name}, by {judge}: the stethoscope is\n{ahead}" + (
-        ", behind shrinking" if metric["full_shrunk"] > metric["stethoscope"] else ""
-    )
+    behind = ", behind shrinking" if metric["full_shrunk"] > metric["stethoscope"] else ""
+    return f"{name}, by {judge}: the stethoscope is\n{ahead}{behind}"
 
 
 def example_pair(all_records: pd.DataFrame, one: str = "base", other: str = "full") -> tuple[str, dict[str, str]]:

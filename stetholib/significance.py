@@ -191,10 +191,9 @@ def summary(table: pd.DataFrame, ledger: pd.DataFrame, level: float = 0.05) -> s
 
 def _untestable(ledger: pd.DataFrame) -> str:
     """Which claims could not be tested, each with its reason, and which only strictly could not."""
-    neither = ledger[ledger["verdict"] == "not testable"]
-    reasons = "; ".join(f"{row.claim} ({row.testable})" for row in neither.itertuples())
-    rest = ledger[(ledger["verdict"] != "not testable") & (ledger["verdict_strict"] == "not testable")]
-    strictly = "; ".join(f"{row.claim} ({row.testable})" for row in rest.itertuples())
+    told = ledger["claim"] + " (" + ledger["testable"] + ")"
+    neither, strict = (ledger[column] == "not testable" for column in ("verdict", "verdict_strict"))
+    reasons, strictly = ("; ".join(told[which]) for which in (neither, strict & ~neither))
     said = f" **Not testable**, and so not upheld either: {reasons}." if reasons else ""
     return said + (f" Not testable **strictly**: {strictly}." if strictly else "")
 
