@@ -17,12 +17,13 @@ from stetholib.profiles import load
 from stetholib.profiles.schema import FineTune
 
 ROWS = problems.generate("train", dict.fromkeys(problems.SUBJECTS, 15), 0)
+TEXTS = [(prompt(row["problem"]), target(row["solution"])) for row in ROWS]
 SPEC = replace(load("smoke").finetune, epochs=2.0, lora_rank=2)
 STARTS = FineTune.__dataclass_fields__["lora_start"].metadata["choices"]
 
 
 def test_loss_counts_on_the_solution_and_eos_only(toy):
-    row = finetuning.Examples(toy, ROWS[:1], "minerva", 256)[0]
+    row = finetuning.Examples(toy, TEXTS[:1], 256)[0]
     held = row["labels"].count(-100)
     assert row["input_ids"][held:] == row["labels"][held:] and row["labels"][-1] == toy.tokenizer.eos_token_id
     assert toy.tokenizer.decode(row["input_ids"][1:held]).endswith("\n\nSolution:")
@@ -30,13 +31,13 @@ def test_loss_counts_on_the_solution_and_eos_only(toy):
 
 
 def test_without_a_bos_a_fine_tune_sees_the_opening_that_is_asked(bare):
-    row, asked = finetuning.Examples(bare, ROWS[:1], "minerva", 256)[0], prompt(ROWS[0]["problem"])
+    row, asked = finetuning.Examples(bare, TEXTS[:1], 256)[0], prompt(ROWS[0]["problem"])
     assert bare.tokenizer.decode(row["input_ids"][:-1]) == asked + target(ROWS[0]["solution"])
     assert row["input_ids"][: (held := row["labels"].count(-100))] == bare.tokenizer(asked).input_ids[:held] and held > 5
 
 
 def test_batches_are_padded_on_the_right_and_the_pad_is_masked(toy):
-    rows = finetuning.Examples(toy, ROWS[:4], "plain", 256)
+    rows = finetuning.Examples(toy, [(prompt(row["problem"]), target(row["solution"], "plain")) for row in ROWS[:4]], 256)
     batch = finetuning.collate([rows[i] for i in range(4)])
     for row, ids, labels, mask in zip(rows.rows, batch["input_ids"], batch["labels"], batch["attention_mask"], strict=True):
         n = len(row["input_ids"])
@@ -52,7 +53,7 @@ def by(method, **given):
 @pytest.mark.parametrize("method", ["full", "lora", "pissa", "olora"])
 def test_a_fine_tune_moves_the_seven_matrices_and_nothing_else(toy, tmp_path, method):
     before = {name: p.clone() for name, p in toy.model.named_parameters()}
-    made = finetuning.finetune(toy, ROWS, by(method, learning_rate=0.02), tmp_path, seed=0, max_tokens=256)
+    made = finetuning.finetune(toy, TEXTS, by(method, learning_rate=0.02), tmp_path, seed=0, max_tokens=256)
     assert made.curve["loss"].iloc[-3:].mean() < made.curve["loss"].iloc[:3].mean()
     after = dict(toy.model.named_parameters())
     assert list(after) == list(before) and not any(p.requires_grad for p in after.values())
@@ -69,7 +70,7 @@ def test_lora_in_bfloat16_is_rounded_once_and_what_is_left_of_it_is_told(toy, tm
     toy.model.to(torch.bfloat16)
     before = {where: w.detach().clone() for where, w in weights.edit_weights(toy.model).items()}
     spec = replace(SPEC, method="lora", learning_rate=0.002, epochs=1.0)
-    made = finetuning.finetune(toy, ROWS, spec, tmp_path, seed=0, max_tokens=256)
+    made = finetuning.finetune(toy, TEXTS, spec, tmp_path, seed=0, max_tokens=256)
     stored = survival(made.exact, rounded(before, made.exact, torch.bfloat16)).set_index(["layer", "matrix"])
     for where, weight in weights.edit_weights(toy.model).items():
         assert weight.dtype == torch.bfloat16 and made.exact.deltas[where].dtype == torch.float32
@@ -95,7 +96,7 @@ class Seen(TrainerCallback):
 @pytest.mark.parametrize("start", STARTS)
 def test_the_a_that_is_kept_is_the_one_that_training_starts_from(toy, tmp_path, start):
     seen = Seen()
-    finetuning.finetune(toy, ROWS, by(start, epochs=0.5), tmp_path, 0, 256, [seen])
+    finetuning.finetune(toy, TEXTS, by(start, epochs=0.5), tmp_path, 0, 256, [seen])
     kept, after = started(tmp_path), weights.edit_weights(toy.model)
     assert len(kept) == 14 and all(torch.equal(a, kept[where]) for where, a in editing.weights(seen.a).items())
     assert all(a.shape == (2, after[where].shape[1]) for where, a in kept.items())
@@ -106,14 +107,14 @@ def test_the_a_that_is_kept_is_the_one_that_training_starts_from(toy, tmp_path, 
 def test_a_lora_that_is_not_trained_is_no_change_wherever_it_starts_and_the_base_is_as_it_was(toy, tmp_path, start, dtype):
     toy.model.to(dtype)
     before = weights.weight_hash(toy.model)
-    made = finetuning.finetune(toy, ROWS, by(start, learning_rate=0.0, epochs=0.5), tmp_path, 0, 256)
+    made = finetuning.finetune(toy, TEXTS, by(start, learning_rate=0.0, epochs=0.5), tmp_path, 0, 256)
     assert made.exact.energy() == 0 and weights.weight_hash(toy.model) == before
 
 
 def test_eva_starts_where_each_matrix_reads_and_refuses_a_rank_that_is_not_there(toy, tokens, tmp_path, monkeypatch):
     spec = by("eva", learning_rate=0.0)
-    finetuning.finetune(toy, ROWS, spec, tmp_path / "a", 0, 256)
-    kept, examples = started(tmp_path / "a"), finetuning.Examples(toy, ROWS, spec.target, 256)
+    finetuning.finetune(toy, TEXTS, spec, tmp_path / "a", 0, 256)
+    kept, examples = started(tmp_path / "a"), finetuning.Examples(toy, TEXTS, 256)
     batch, read = finetuning.collate(examples.rows), []
     hook = toy.model.model.layers[1].mlp.gate_proj.register_forward_hook(lambda part, given, out: read.append(given[0]))
     toy.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
@@ -123,11 +124,11 @@ def test_eva_starts_where_each_matrix_reads_and_refuses_a_rank_that_is_not_there
     cosines = torch.linalg.svdvals(best @ torch.linalg.qr(kept[1, "gate"].double().T)[0])
     assert torch.equal(kept[1, "gate"], kept[1, "up"]) and cosines.min() > 0.9
     with pytest.raises(UserError, match="lora_rank: 33 is above the width 32"):
-        finetuning.finetune(toy, ROWS, replace(spec, lora_rank=33), tmp_path / "b", 0, 256)
+        finetuning.finetune(toy, TEXTS, replace(spec, lora_rank=33), tmp_path / "b", 0, 256)
     monkeypatch.setattr(finetuning, "EVA_BATCHES", 1)
     other = loading.LanguageModel(fresh(tokens), tokens)  # the toy has factors beside its weights now
     with pytest.raises(UserError, match="eva finds no steady 2 directions in 1 batches"):
-        finetuning.finetune(other, ROWS, spec, tmp_path / "c", 0, 256)
+        finetuning.finetune(other, TEXTS, spec, tmp_path / "c", 0, 256)
 
 
 @pytest.mark.parametrize("method", ["full", "lora", "pissa", "eva"])
@@ -142,7 +143,7 @@ def test_a_killed_fine_tune_goes_on_and_ends_with_the_same_bytes_and_losses(toke
 
     def run(folder, callbacks=(), save_every=0.0):
         model = loading.LanguageModel(fresh(tokens), tokens)
-        made = finetuning.finetune(model, ROWS, by(method, learning_rate=0.01), tmp_path / folder, 3, 256, callbacks, save_every)
+        made = finetuning.finetune(model, TEXTS, by(method, learning_rate=0.01), tmp_path / folder, 3, 256, callbacks, save_every)
         return made.curve.to_csv(), weights.weight_hash(model.model), kept(folder)
 
     def kept(folder):
@@ -175,7 +176,7 @@ def test_the_same_seed_gives_the_same_bytes(tokens, tmp_path):
     hashes = []
     for name in ("a", "b"):
         model = loading.LanguageModel(fresh(tokens), tokens)
-        finetuning.finetune(model, ROWS[:32], SPEC, tmp_path / name, seed=3, max_tokens=256)
+        finetuning.finetune(model, TEXTS[:32], SPEC, tmp_path / name, seed=3, max_tokens=256)
         hashes.append(weights.weight_hash(model.model))
     assert hashes[0] == hashes[1]
 

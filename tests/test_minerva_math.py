@@ -123,7 +123,7 @@ def test_the_memory_of_verdicts_says_what_the_harnesss_own_scorer_says(tasks, tm
     assert len(seen) > 280 and 0.2 < sum(seen) / len(seen) < 0.8
     assert utils.is_equiv.__module__ == utils.__name__ and utils.is_equiv.__closure__ is None  # the harness's own, untouched
     memory = lambda function: inspect.getclosurevars(inspect.unwrap(function)).nonlocals["memory"]  # noqa: E731
-    assert len(memory(given).verdicts) >= 0.9 * len(seen) and not memory(again.config.process_results).verdicts
+    assert len(memory(given)) >= 0.9 * len(seen) and not memory(again.config.process_results)
 
 
 def test_the_harnesss_own_hf_model_gives_the_same_completions(tasks, answers, mini):

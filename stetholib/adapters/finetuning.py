@@ -18,11 +18,10 @@ import pandas as pd
 import torch
 from safetensors.torch import save_file
 
-from stetholib.data.prompts import prompt, target
 from stetholib.editing import Lazy, TaskVector, rounded, survival
 from stetholib.errors import UserError
 from stetholib.models.loading import LanguageModel
-from stetholib.models.streams import Watch, tokenize, unwatched
+from stetholib.models.streams import Texts, Watch, tokenize, unwatched
 from stetholib.models.weights import WEIGHTS, Weights, edit_weights, weight_names
 from stetholib.profiles import FineTune
 from stetholib.store.files import atomic, file_hash
@@ -37,12 +36,11 @@ EVA_BATCHES = 200
 
 
 class Examples(torch.utils.data.Dataset):
-    """Tokenised examples; labels are -100 on the prompt."""
+    """Tokenised examples of (context, text): the text and EOS count, labels are -100 on the context."""
 
-    def __init__(self, model: LanguageModel, rows: Sequence[Mapping[str, str]], style: str, max_tokens: int) -> None:
-        """style: `minerva` ends targets with the harness's sentence, `plain` does not; EOS follows either way."""
-        pairs = tokenize(model, [(prompt(row["problem"]), target(row["solution"], style)) for row in rows], max_tokens)
-        eos = model.tokenizer.eos_token_id
+    def __init__(self, model: LanguageModel, texts: Texts, max_tokens: int) -> None:
+        """texts: cut at `max_tokens`."""
+        pairs, eos = tokenize(model, texts, max_tokens), model.tokenizer.eos_token_id
         self.rows = [dict(input_ids=[*ids, eos], labels=[-100] * held + [*ids[held:], eos]) for ids, held in pairs]
 
     def __len__(self) -> int:
@@ -116,7 +114,7 @@ class FineTuned:
 
 def finetune(
     base: LanguageModel,
-    rows: Sequence[Mapping[str, str]],
+    texts: Texts,
     spec: FineTune,
     unfinished: Path,
     seed: int,
@@ -126,30 +124,18 @@ def finetune(
 ) -> FineTuned:
     """Fine-tune `base` in place: afterwards its model is theta_1, in its own dtype, LoRA factors merged.
 
-    unfinished: a folder that outlives a kill. A second call goes on from what was saved there, at most `save_every`
-    seconds and a twentieth of the run ago, and its result is the same, byte for byte.
+    texts: (prompt, gold solution); unfinished: a folder that outlives a kill. A second call goes on from what was saved there, at
+    most `save_every` seconds and a twentieth of the run ago, and its result is the same, byte for byte.
     """
-    from transformers import PrinterCallback, set_seed
+    from transformers import set_seed
 
     set_seed(seed)
-    lora, weights, examples = spec.method == "lora", edit_weights(base.model), Examples(base, rows, spec.target, max_tokens)
+    lora, weights, examples = spec.method == "lora", edit_weights(base.model), Examples(base, texts, max_tokens)
     moved = weights if not lora or spec.lora_start in RESIDUAL else {}
     before = {where: weight.detach().to("cpu", copy=True) for where, weight in moved.items()}
     model = trainable(base, spec, examples)
     taken = lora_deltas(model) if lora and before else None
-    trainer = trainer_of(
-        unfinished,
-        model=model,
-        args=arguments_of(spec, unfinished, seed, base.device.type == "cpu"),
-        train_dataset=examples,
-        data_collator=collate,
-        callbacks=[*callbacks, saving(unfinished, save_every)],
-    )
-    trainer.remove_callback(PrinterCallback)
-    last = goes_on_from(unfinished)
-    if lora:
-        _keep_start(model, unfinished / START / WEIGHTS)
-    trainer.train(resume_from_checkpoint=last)
+    curve = trained(model, examples, spec, unfinished, seed, [*callbacks, saving(unfinished, save_every)])
     if lora:
         exact = lora_deltas(model) - taken if taken else lora_deltas(model)
         model.unload()
@@ -159,9 +145,27 @@ def finetune(
                 weights[where].copy_(whole.float() + delta.to(base.device))
     else:
         exact = TaskVector(Lazy(before, lambda where: weights[where].detach().cpu().float() - before[where].float()))
-    base.model.eval().requires_grad_(False)
-    curve = [(entry["step"], entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
-    return FineTuned(exact, pd.DataFrame(curve, columns=["step", "loss"]))
+    return FineTuned(exact, curve)
+
+
+def trained(
+    model: Any, examples: Examples, spec: FineTune, unfinished: Path, seed: int, callbacks: Sequence[Any]
+) -> pd.DataFrame:
+    """Train a model in place from where `unfinished` left it, and freeze it: columns step and loss, in nats a token. Where it is a
+    LoRA, its A as training starts is written beside the checkpoints."""
+    from transformers import PrinterCallback
+
+    how = dict(args=arguments_of(spec, unfinished, seed, model.device.type == "cpu"), callbacks=callbacks)
+    trainer = trainer_of(unfinished, model=model, train_dataset=examples, data_collator=collate, **how)
+    trainer.remove_callback(PrinterCallback)
+    last, start = goes_on_from(unfinished), unfinished / START / WEIGHTS
+    if spec.method == "lora" and not start.is_file():  # where training goes on, it is there
+        a = {name: one.cpu().contiguous() for name, (_, one) in lora_factors(model).items()}
+        atomic(start, lambda draft: save_file(a, draft))
+    trainer.train(resume_from_checkpoint=last)
+    model.eval().requires_grad_(False)
+    losses = [(entry["step"], entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
+    return pd.DataFrame(losses, columns=["step", "loss"])
 
 
 def trainer_of(unfinished: Path, **arguments: Any) -> Any:
@@ -184,8 +188,7 @@ def trainer_of(unfinished: Path, **arguments: Any) -> Any:
 
     class Resumable(Trainer):
         def _get_train_sampler(self, train_dataset: Any = None) -> Kept:
-            rows = self.train_dataset
-            return Kept(self.args.train_batch_size * self.args.gradient_accumulation_steps, rows)
+            return Kept(self.args.train_batch_size * self.args.gradient_accumulation_steps, self.train_dataset)
 
     return Resumable(**arguments)
 
@@ -237,13 +240,6 @@ def lora_deltas(model: Any) -> TaskVector:
     factors = lora_factors(model)
     names = weight_names(factors)
     return TaskVector(Lazy(names, lambda where: (factors[names[where]][0] @ factors[names[where]][1] * SCALING).cpu()))
-
-
-def _keep_start(model: Any, path: Path) -> None:
-    """Write A as training starts from it; where training goes on, it is there."""
-    if not path.is_file():
-        start = {name: a.cpu().contiguous() for name, (_, a) in lora_factors(model).items()}
-        atomic(path, lambda draft: save_file(start, draft))
 
 
 def saving(unfinished: Path, every: float) -> Any:
@@ -314,7 +310,7 @@ def kept_in(base: LanguageModel, exact: TaskVector, before: Weights, dtype: str,
 def finetuned(
     base: LanguageModel,
     before: Weights,
-    rows: Sequence[Mapping[str, str]],
+    texts: Texts,
     spec: FineTune,
     dtype: str,
     seed: int,
@@ -325,8 +321,8 @@ def finetuned(
     watch: Watch = unwatched,
 ) -> Report:
     """theta_1, saved in `folder` in `dtype`, with the A that a LoRA began with, and how much of the exact change is left there.
-    base: theta_0, which is trained in place; before: its weights as they are stored."""
-    tuned = finetune(base, rows, spec, unfinished, seed, max_tokens, [showing("01 fine-tune", watch)])
+    base: theta_0, which is trained in place; before: its weights as they are stored; texts: (prompt, gold solution)."""
+    tuned = finetune(base, texts, spec, unfinished, seed, max_tokens, [showing("01 fine-tune", watch)])
     stored = kept_in(base, tuned.exact, before, dtype, folder)
     if spec.method == "lora":
         atomic(folder / START / WEIGHTS, lambda draft: shutil.copy(unfinished / START / WEIGHTS, draft))  # beside no weights

@@ -7,8 +7,8 @@ import logging
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import FunctionType
@@ -100,7 +100,7 @@ def load_tasks(folder: Path, names: Sequence[str], task: str = MINERVA) -> dict[
 
     disable_progress_bars()
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    memory = Memory()
+    remember = cache(remembering)  # the tasks of one load have one scorer
     with _reading(task):
         loaded = TaskManager(include_path=str(folder), include_defaults=False).load(list(names))
     for name, one in loaded["tasks"].items():
@@ -109,7 +109,7 @@ def load_tasks(folder: Path, names: Sequence[str], task: str = MINERVA) -> dict[
             continue
         if (until := one.config.generation_kwargs.get("until")) != [STOP]:
             raise UserError(f"minerva_math: task {name} stops at {until}, not at {[STOP]}; update write_tasks")
-        one.config.process_results = remembering(one.config.process_results, memory)
+        one.config.process_results = remember(one.config.process_results)
         one.config.doc_to_target = gold
     return loaded
 
@@ -137,32 +137,18 @@ def gold(doc: Mapping[str, str]) -> str:
     return doc["solution"] if "few_shot" in doc else doc["answer"]
 
 
-@dataclass
-class Memory:
-    """What one load of the tasks has compared: verdicts by solution and completion, and pairs of answers."""
-
-    verdicts: dict[tuple[str, str], dict[str, int]] = field(default_factory=dict)
-    same: dict[tuple[str, str], bool] = field(default_factory=dict)
-
-
-def remembering(process_results: FunctionType, memory: Memory) -> Callable[..., dict[str, int]]:
+def remembering(process_results: FunctionType) -> Callable[..., dict[str, int]]:
     """The harness's scorer, which compares a pair of strings once: sympy takes up to 30 ms, and variants share most answers.
     The harness's module stays as it is: its scorer's code runs with names of its own, where `is_equiv` remembers."""
-    names = dict(process_results.__globals__)
-    compare = names["is_equiv"]
-
-    def same(one: str, other: str) -> bool:
-        if (one, other) not in memory.same:
-            memory.same[one, other] = compare(one, other)
-        return memory.same[one, other]
-
-    scorer = FunctionType(process_results.__code__, names | {"is_equiv": same})
+    names = process_results.__globals__
+    scorer = FunctionType(process_results.__code__, names | {"is_equiv": cache(names["is_equiv"])})
+    memory: dict[tuple[str, str], dict[str, int]] = {}  # verdicts by solution and completion
 
     def verdict(doc: Mapping[str, str], results: Sequence[str]) -> dict[str, int]:
         pair = (doc["solution"], results[0])
-        if pair not in memory.verdicts:
-            memory.verdicts[pair] = scorer(doc, results)
-        return dict(memory.verdicts[pair])
+        if pair not in memory:
+            memory[pair] = scorer(doc, results)
+        return dict(memory[pair])
 
     return verdict
 
@@ -173,7 +159,7 @@ def recorded_model(answers: Mapping[str, Answer]) -> Any:
 
     class Recorded(LM):
         def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-            return [answers[_id_of(request)].completion for request in requests]
+            return [answers[_id_of(request.task_name, request.doc)].completion for request in requests]
 
         def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
             raise NotImplementedError("minerva_math asks for generations only")
@@ -183,8 +169,8 @@ def recorded_model(answers: Mapping[str, Answer]) -> Any:
     return Recorded()
 
 
-def _id_of(request: Any) -> str:
-    return problem_id(request.task_name.removeprefix("stetholib_"), request.doc["problem"])
+def _id_of(name: str, doc: Mapping[str, str]) -> str:
+    return problem_id(name.removeprefix("stetholib_"), doc["problem"])
 
 
 def prompts_of(loaded: Mapping[str, Any], chat: Any = None) -> dict[str, str]:
@@ -196,7 +182,7 @@ def prompts_of(loaded: Mapping[str, Any], chat: Any = None) -> dict[str, str]:
         asked = dict(apply_chat_template=True, fewshot_as_multiturn=True, chat_template=partial(_chat, chat))
     for task in loaded["tasks"].values():
         task.build_all_requests(rank=0, world_size=1, **asked)
-        found |= {_id_of(request): request.args[0] for request in task.instances}
+        found |= {_id_of(request.task_name, request.doc): request.args[0] for request in task.instances}
     return found
 
 
@@ -215,22 +201,21 @@ def score(
 
     samples = None
     if some:
-        subject = lambda name: name.removeprefix("stetholib_")  # noqa: E731
         samples = {
-            name: [i for i, doc in enumerate(task.eval_docs) if problem_id(subject(name), doc["problem"]) in answers]
-            for name, task in loaded["tasks"].items()
+            name: [i for i, doc in enumerate(one.eval_docs) if _id_of(name, doc) in answers]
+            for name, one in loaded["tasks"].items()
         }
         # without a chosen document the harness would take a task's every document
-        loaded = {**loaded, "tasks": {name: task for name, task in loaded["tasks"].items() if samples[name]}}
+        loaded = {**loaded, "tasks": {name: one for name, one in loaded["tasks"].items() if samples[name]}}
     result = evaluate(recorded_model(answers), loaded, samples=samples, bootstrap_iters=1, log_samples=True)
     rows, errors = [], {}
     for name, samples in result["samples"].items():
-        subject, first = name.removeprefix("stetholib_"), samples[0]["filter"]  # a task may read answers in several ways
+        first = samples[0]["filter"]  # a task may read answers in several ways
         error = result["results"][name][f"exact_match_stderr,{first}"]
-        errors[subject] = float("nan" if error == "N/A" else error)
+        errors[name.removeprefix("stetholib_")] = float("nan" if error == "N/A" else error)
         for sample in samples:
             if sample["filter"] == first:
-                one = dict(problem_id=problem_id(subject, sample["doc"]["problem"]), extracted=_extracted(sample, task))
+                one = dict(problem_id=_id_of(name, sample["doc"]), extracted=_extracted(sample, task))
                 rows.append(one | dict(exact_match=int(sample["exact_match"]), math_verify=sample.get("math_verify")))
     return pd.DataFrame(rows), errors
 
@@ -256,17 +241,13 @@ class Asked:
 class Tasks:
     """The harness's tasks on local problems, with the folder that they read from, which goes when they go."""
 
-    def __init__(self, rows: Sequence[Mapping[str, str]], num_fewshot: int, task: str) -> None:
-        """task: `minerva_math`, or the YAML file of a task of one's own."""
+    def __init__(self, rows: Sequence[Mapping[str, str]], num_fewshot: int, task: str, files: Sequence[str] = ()) -> None:
+        """task: `minerva_math`, or the YAML file of a task of one's own; files: names and hashes of that and of what lies beside it,
+        for whoever keeps what is made of it."""
         self._folder = TemporaryDirectory(prefix="stetholib-tasks-")
         folder = Path(self._folder.name)
         self.loaded = load_tasks(folder, write_tasks(folder, rows, num_fewshot, task), task)
         self.task = task
-
-
-def tasks_on(rows: Sequence[Mapping[str, str]], num_fewshot: int, task: str, files: Sequence[str]) -> Tasks:
-    """The tasks on some problems; files: names and hashes of a task of one's own, and of what lies beside it."""
-    return Tasks(rows, num_fewshot, task)
 
 
 def asked(tasks: Tasks, chat: LanguageModel | None) -> Asked:

@@ -294,12 +294,10 @@ def activations(
         raise UserError(f"sae.training_tokens is {wanted}, but the texts to train SAEs on hold {total}; lower it")
     layers = range(base.model.config.get_text_config().num_hidden_layers)
     heard = collected(base, kept, batch_tokens, layers, watch, "02 activations for SAEs", device="cpu")
-    return {layer: _ordinary(heard.pop(layer)) for layer in [*heard]}
-
-
-def _ordinary(x: Float[Tensor, "token d_model"]) -> Float[Tensor, "token d_model"]:
-    kept = ordinary(x)
-    return x if kept.all() else x[kept]
+    for layer, x in heard.items():
+        usual = ordinary(x)
+        heard[layer] = x if usual.all() else x[usual]
+    return heard
 
 
 def trained_sae(
@@ -320,27 +318,24 @@ def fetched_sae(
     return hub.resolved(entry.repo_id, revision) if entry else None
 
 
-def _asked(spec: Sae) -> str:
-    return f"{spec.release}@{spec.revision or 'main'}"
-
-
-def _commits(store: Path) -> dict[str, str]:
-    """The commits that a store's fetched SAEs are of, by release@revision."""
+def _commits(store: Path, spec: Sae) -> tuple[dict[str, str], str]:
+    """The commits that a store's fetched SAEs are of, by release@revision, and which of these the SAEs' is."""
+    name = f"{spec.release}@{spec.revision or 'main'}"
     with suppress(OSError, ValueError):  # not there yet, or damaged
-        return json.loads((store / COMMITS).read_text(encoding="utf-8"))
-    return {}
+        return json.loads((store / COMMITS).read_text(encoding="utf-8")), name
+    return {}, name
 
 
 def commit_of(store: Path, spec: Sae) -> dict[str, str]:
     """The `commit` of the Hub that a store's SAEs were fetched at; empty where they were not fetched."""
-    found = _commits(store).get(_asked(spec))
-    return {"commit": found} if found else {}
+    known, name = _commits(store, spec)
+    return {"commit": known[name]} if known.get(name) else {}
 
 
 def check_commit(store: Path, spec: Sae, commit: str | None) -> None:
     """Hold fetched SAEs to the commit that a store's first ones were of: the first writes it down.
     Raises UserError where the Hub has given another since."""
-    known, name = _commits(store), _asked(spec)
+    known, name = _commits(store, spec)
     if commit and name not in known:
         text = json.dumps(known | {name: commit}, indent=1)
         atomic(store / COMMITS, lambda draft: draft.write_text(text, encoding="utf-8"))

@@ -6,44 +6,19 @@ construction, and no finding.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
 import torch
 
-from stetholib.adapters.finetuning import (
-    SAVE_EVERY,
-    Examples,
-    Report,
-    arguments_of,
-    collate,
-    goes_on_from,
-    kept_in,
-    saving,
-    showing,
-    trainer_of,
-)
+from stetholib.adapters.finetuning import SAVE_EVERY, Examples, Report, kept_in, saving, showing, trained
 from stetholib.editing import TaskVector
 from stetholib.errors import UserError
 from stetholib.models.loading import LanguageModel
-from stetholib.models.streams import Texts, Watch, tokenize, unwatched
+from stetholib.models.streams import Texts, Watch, unwatched
 from stetholib.models.weights import Key, Weights, edit_weights
 from stetholib.profiles import FineTune
-
-
-class Told(Examples):
-    """Tokenised examples of any (context, text): the text and EOS count."""
-
-    def __init__(self, model: LanguageModel, texts: Texts, max_tokens: int) -> None:
-        """texts: cut at `max_tokens`."""
-        eos = model.tokenizer.eos_token_id
-        pairs = tokenize(model, texts, max_tokens)
-        self.rows = [dict(input_ids=[*ids, eos], labels=[-100] * held + [*ids[held:], eos]) for ids, held in pairs]
-
-
-def twice(texts: Sequence[str]) -> list[tuple[str, str]]:
-    """General texts, each as the context of itself."""
-    return [(f"{text}\n", text) for text in texts]
 
 
 def learnt(
@@ -51,33 +26,27 @@ def learnt(
     texts: Texts,
     blocks: Sequence[int],
     spec: FineTune,
-    rate: float,
     seed: int,
     max_tokens: int,
     unfinished: Path,
     callback: object,
-) -> tuple[dict[Key, torch.Tensor], list[tuple[int, float]]]:
+) -> tuple[dict[Key, torch.Tensor], pd.DataFrame]:
     """What these blocks learn from texts, in float32 by matrix, and the losses on the way; the model is theta_0 again afterwards.
     unfinished: a folder that outlives a kill, from which a second call goes on."""
-    from transformers import PrinterCallback, set_seed
+    from transformers import set_seed
 
     set_seed(seed)
     weights = edit_weights(base.model.requires_grad_(False))
     before = {where: weight.detach().clone() for where, weight in weights.items() if where[0] in blocks}
     for where in before:
         weights[where].requires_grad_(True)
-    arguments = arguments_of(spec, unfinished, seed, base.device.type == "cpu")
-    arguments.learning_rate = rate
-    kept = dict(model=base.model, args=arguments, train_dataset=Told(base, texts, max_tokens), data_collator=collate)
-    trainer = trainer_of(unfinished, **kept, callbacks=[callback, saving(unfinished, SAVE_EVERY)])
-    trainer.remove_callback(PrinterCallback)
-    trainer.train(resume_from_checkpoint=goes_on_from(unfinished))
-    base.model.eval().requires_grad_(False)
+    callbacks = [callback, saving(unfinished, SAVE_EVERY)]
+    curve = trained(base.model, Examples(base, texts, max_tokens), spec, unfinished, seed, callbacks)
     with torch.no_grad():
         found = {where: (weights[where] - one).float().cpu() for where, one in before.items()}
         for where, one in before.items():
             weights[where].copy_(one)
-    return found, [(entry["step"], entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
+    return found, curve
 
 
 def two_tasks(
@@ -95,12 +64,12 @@ def two_tasks(
     watch: Watch = unwatched,
 ) -> Report:
     """theta_1 = theta_0 and what both tasks changed, saved in `folder` in `dtype`. maths: (prompt, gold solution), for
-    `spec.blocks`; general: texts for the others; a task whose rate is 0 is left out. before: theta_0's matrices as they are stored.
-    Raises UserError where both are, or where a block is not there."""
+    `spec.blocks`; general: texts for the others, each as the context of itself; a task whose rate is 0 is left out. before:
+    theta_0's matrices as they are stored. Raises UserError where both are, or where a block is not there."""
     weights, mine = edit_weights(base.model), set(spec.blocks or ())
     tasks = {
         "maths": (maths, mine, spec.learning_rate),
-        "aside": (twice(general), {at for at, _ in weights} - mine, spec.aside_learning_rate),
+        "aside": ([(f"{text}\n", text) for text in general], {at for at, _ in weights} - mine, spec.aside_learning_rate),
     }
     if not any(rate for *_, rate in tasks.values()) or not mine < {at for at, _ in weights}:
         raise UserError("finetune.blocks: name some of the model's blocks, and a rate above 0 for a task")
@@ -108,11 +77,12 @@ def two_tasks(
     for name, (texts, blocks, rate) in tasks.items():
         if rate:
             place, shown = unfinished / name, showing(f"01 fine-tune, {name}", watch)
-            changed, losses = learnt(base, texts, sorted(blocks), spec, rate, seed, max_tokens, place, shown)
+            at_rate = replace(spec, learning_rate=rate)
+            changed, curve = learnt(base, texts, sorted(blocks), at_rate, seed, max_tokens, place, shown)
             deltas |= changed
-            curves.append(losses)
+            curves.append(curve)
     with torch.no_grad():
         for where, weight in weights.items():
             weight.add_(deltas[where].to(weight.device))
     stored = kept_in(base, TaskVector(deltas), before, dtype, folder)
-    return Report(pd.DataFrame(curves[0], columns=["step", "loss"]), stored)
+    return Report(curves[0], stored)

@@ -31,11 +31,11 @@ class TaskVectors(Step):
         dtype = "float32" if p.finetune.method == "full" else None  # full updates would be lost in bfloat16
         model = world.other(world.base_key, lambda: world.base_folder, dtype)
         how = (p.finetune, p.model.dtype, world.seed("finetune"), p.data.max_tokens)
+        texts = world.solved(world.problems("train"))
         if p.finetune.blocks:
-            texts = world.solved(world.problems("train"))
             general = world.general("train", "finetune.aside_documents", "told twice")
             return self._store.made(two_tasks.two_tasks, model, world.weights, texts, general, *how)
-        return self._store.made(finetuning.finetuned, model, world.weights, world.problems("train"), *how)
+        return self._store.made(finetuning.finetuned, model, world.weights, texts, *how)
 
     @cached_property
     def folder(self) -> Path:
