@@ -3,7 +3,6 @@
 Both runs are read from what they left: tables in figures/, answers in runs/. Nothing is computed anew but paired intervals."""
 
 from collections.abc import Iterator
-from functools import partial
 
 import pandas as pd
 
@@ -78,13 +77,14 @@ def _sets(usual: Workspace, here: Workspace) -> Iterator[Row]:
 
 def _accuracies(usual: Workspace, here: Workspace) -> Iterator[Row]:
     """Accuracies over all subjects, paired by problem where both runs asked the same ones."""
-    read = partial(pd.read_json, lines=True, dtype={"problem_id": str, "extracted": str})
+    text = {"problem_id": str, "extracted": str}
     for name, words in ANSWERING.items() if (here.figures / "05_minerva_math.csv").is_file() else ():
         rival = name if (usual.records / f"{name}.jsonl").is_file() else "stethoscope"
         paths = dict(default=usual.records / f"{rival}.jsonl", here=here.records / f"{name}.jsonl")
         if not all(path.is_file() for path in paths.values()):
             continue
-        records = pd.concat([read(path).assign(variant=run) for run, path in paths.items()], ignore_index=True)
+        runs = [pd.read_json(path, lines=True, dtype=text).assign(variant=run) for run, path in paths.items()]
+        records = pd.concat(runs, ignore_index=True)
         asked = records.groupby("variant")["problem_id"].agg(frozenset)
         beside = "" if rival == name else ", beside the stethoscope"
         for metric in metrics_of(records):

@@ -31,8 +31,8 @@ GOOD = 0.9  # the share of other sets that a good pick beats
 
 class Exercise:
     """wants: what an answer must be; facts: of an open study, `truth` and what else texts and hints name; right: said of the right
-    answer; near: how close counts as equal; hints: by the fact that a wrong answer equals, and `otherwise`, kept as `else`, in which
-    `side` is whether the truth is more or less."""
+    answer; near: how close counts as equal; hints: by the fact that a wrong answer equals, and `otherwise`, kept as `else`, in
+    which `side` is whether the truth is more or less."""
 
     def __init__(self, wants: str, facts: Facts, right: str, near: float = 0.005, *, otherwise: str, **hints: str) -> None:
         """A question's texts and numbers."""

@@ -88,8 +88,8 @@ def variants(
     layers: int, part: Sequence[int], chosen: dict[str, LayerSet], drawn: Sequence[LayerSet], wanted: Sequence[str], shrunk: float
 ) -> dict[str, Variant]:
     """The edited models that answer the test, in the order wanted; part: the layers that the scalpel has directions for;
-    chosen: layers by selector; drawn: random sets; shrunk: the alpha at which the whole vector, in all layers, has the energy of the
-    stethoscope's. Raises UserError for a name that does not exist, and where one that the claims need is left out."""
+    chosen: layers by selector; drawn: random sets; shrunk: the alpha at which the whole vector, in all layers, has the energy of
+    the stethoscope's. Raises UserError for a name that does not exist, and where one that the claims need is left out."""
     every, part = tuple(range(layers)), tuple(part)
     selected = ("stethoscope", "stethoscope_matched", "least_specific", "largest_norm")
     known = [
@@ -211,13 +211,8 @@ def price(table: pd.DataFrame, variants: Sequence[str]) -> pd.Series:
     return (loss - loss["base"]).drop("base")
 
 
-SHOWN = {
-    "base": "{} base",
-    "full": "{} whole vector",
-    "stethoscope": "**{}** stethoscope",
-    "full_shrunk": "{} whole vector shrunk to its energy",
-    "own": "{} your own edit",
-}
+SHOWN = dict(base="{} base", full="{} whole vector", stethoscope="**{}** stethoscope")
+SHOWN |= dict(full_shrunk="{} whole vector shrunk to its energy", own="{} your own edit")
 
 
 def summary(table: pd.DataFrame, significance: pd.DataFrame, noise: pd.DataFrame, headline: str, against: pd.DataFrame) -> str:

@@ -17,6 +17,7 @@ from typing import Any
 import pandas as pd
 import torch
 from safetensors.torch import save_file
+from torch.nn.utils.rnn import pad_sequence
 
 from stetholib.editing import Lazy, TaskVector, rounded, survival
 from stetholib.errors import UserError
@@ -52,11 +53,9 @@ class Examples(torch.utils.data.Dataset):
 
 def collate(rows: Sequence[Mapping[str, list[int]]]) -> dict[str, torch.Tensor]:
     """Pad to the longest on the right."""
-    width = max(len(row["input_ids"]) for row in rows)
-    pad = lambda name, fill: torch.tensor([row[name] + [fill] * (width - len(row[name])) for row in rows])  # noqa: E731
-    lengths = torch.tensor([len(row["input_ids"]) for row in rows]).unsqueeze(1)
-    mask = (torch.arange(width).unsqueeze(0) < lengths).long()
-    return dict(input_ids=pad("input_ids", 0), labels=pad("labels", -100), attention_mask=mask)
+    masked = [dict(row, attention_mask=[1] * len(row["input_ids"])) for row in rows]
+    fills = dict(input_ids=0, labels=-100, attention_mask=0)
+    return {name: pad_sequence([torch.tensor(row[name]) for row in masked], True, fill) for name, fill in fills.items()}
 
 
 def trainable(base: LanguageModel, spec: FineTune, examples: Examples) -> Any:
@@ -151,8 +150,8 @@ def finetune(
 def trained(
     model: Any, examples: Examples, spec: FineTune, unfinished: Path, seed: int, callbacks: Sequence[Any]
 ) -> pd.DataFrame:
-    """Train a model in place from where `unfinished` left it, and freeze it: columns step and loss, in nats a token. Where it is a
-    LoRA, its A as training starts is written beside the checkpoints."""
+    """Train a model in place from where `unfinished` left it, and freeze it: columns step and loss, in nats a token. Where it is
+    a LoRA, its A as training starts is written beside the checkpoints."""
     from transformers import PrinterCallback
 
     how = dict(args=arguments_of(spec, unfinished, seed, model.device.type == "cpu"), callbacks=callbacks)

@@ -242,8 +242,8 @@ class Tasks:
     """The harness's tasks on local problems, with the folder that they read from, which goes when they go."""
 
     def __init__(self, rows: Sequence[Mapping[str, str]], num_fewshot: int, task: str, files: Sequence[str] = ()) -> None:
-        """task: `minerva_math`, or the YAML file of a task of one's own; files: names and hashes of that and of what lies beside it,
-        for whoever keeps what is made of it."""
+        """task: `minerva_math`, or the YAML file of a task of one's own; files: names and hashes of that and of what lies beside
+        it, for whoever keeps what is made of it."""
         self._folder = TemporaryDirectory(prefix="stetholib-tasks-")
         folder = Path(self._folder.name)
         self.loaded = load_tasks(folder, write_tasks(folder, rows, num_fewshot, task), task)

@@ -23,7 +23,7 @@ from stetholib.data.source import HUB_ID, Source
 from stetholib.errors import UserError
 from stetholib.models.dictionary import Dictionary, ordinary
 from stetholib.models.loading import LanguageModel
-from stetholib.models.streams import Watch, collected, tokenize, unwatched, up_to
+from stetholib.models.streams import Texts, Watch, collected, tokenize, unwatched, up_to
 from stetholib.profiles import Sae, nearest
 from stetholib.store.files import atomic
 
@@ -279,13 +279,7 @@ def dictionary(sae: Any) -> Dictionary:
 
 
 def activations(
-    base: LanguageModel,
-    texts: Sequence[tuple[str, str]],
-    wanted: int,
-    max_tokens: int,
-    batch_tokens: int,
-    *,
-    watch: Watch = unwatched,
+    base: LanguageModel, texts: Texts, wanted: int, max_tokens: int, batch_tokens: int, *, watch: Watch = unwatched
 ) -> dict[int, Float[Tensor, "token d_model"]]:
     """Residual streams of at least `wanted` content tokens to train SAEs on, by layer, without the outliers among them; texts are
     (context, scored text). Raises UserError where the texts hold fewer."""

@@ -22,17 +22,10 @@ from stetholib.profiles import FineTune
 
 
 def learnt(
-    base: LanguageModel,
-    texts: Texts,
-    blocks: Sequence[int],
-    spec: FineTune,
-    seed: int,
-    max_tokens: int,
-    unfinished: Path,
-    callback: object,
+    base: LanguageModel, examples: Examples, blocks: set[int], spec: FineTune, seed: int, unfinished: Path, callback: object
 ) -> tuple[dict[Key, torch.Tensor], pd.DataFrame]:
-    """What these blocks learn from texts, in float32 by matrix, and the losses on the way; the model is theta_0 again afterwards.
-    unfinished: a folder that outlives a kill, from which a second call goes on."""
+    """What these blocks learn from examples, in float32 by matrix, and the losses on the way; the model is theta_0 again
+    afterwards. unfinished: a folder that outlives a kill, from which a second call goes on."""
     from transformers import set_seed
 
     set_seed(seed)
@@ -40,8 +33,7 @@ def learnt(
     before = {where: weight.detach().clone() for where, weight in weights.items() if where[0] in blocks}
     for where in before:
         weights[where].requires_grad_(True)
-    callbacks = [callback, saving(unfinished, SAVE_EVERY)]
-    curve = trained(base.model, Examples(base, texts, max_tokens), spec, unfinished, seed, callbacks)
+    curve = trained(base.model, examples, spec, unfinished, seed, [callback, saving(unfinished, SAVE_EVERY)])
     with torch.no_grad():
         found = {where: (weights[where] - one).float().cpu() for where, one in before.items()}
         for where, one in before.items():
@@ -77,8 +69,8 @@ def two_tasks(
     for name, (texts, blocks, rate) in tasks.items():
         if rate:
             place, shown = unfinished / name, showing(f"01 fine-tune, {name}", watch)
-            at_rate = replace(spec, learning_rate=rate)
-            changed, curve = learnt(base, texts, sorted(blocks), at_rate, seed, max_tokens, place, shown)
+            examples, at_rate = Examples(base, texts, max_tokens), replace(spec, learning_rate=rate)
+            changed, curve = learnt(base, examples, blocks, at_rate, seed, place, shown)
             deltas |= changed
             curves.append(curve)
     with torch.no_grad():
