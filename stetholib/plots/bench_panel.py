@@ -63,10 +63,8 @@ class BenchPanel:
         wide: Any = dict(style={"description_width": "90px"}, layout={"width": "330px"})
         names = [(words(name), name) for name in bench.variants]
         self.start = widgets.Dropdown(options=names, value=DEFAULT, description="start from", **wide)
-        self.layers = [
-            widgets.Checkbox(layer in start.layers, description=f"layer {layer}", indent=False, layout={"width": "84px"})
-            for layer in bench.layers
-        ]
+        box: Any = dict(indent=False, layout={"width": "84px"})
+        self.layers = [widgets.Checkbox(at in start.layers, description=f"layer {at}", **box) for at in bench.layers]
         scales = [*SCALE, *(variant.alpha for variant in bench.variants.values())]
         ends: Any = dict(min=math.floor(min(scales)), max=math.ceil(max(scales)), step=0.05)
         self.alpha = widgets.BoundedFloatText(start.alpha, description="scale alpha", **ends, **wide)

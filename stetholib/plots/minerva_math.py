@@ -8,18 +8,11 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from stetholib.minerva_math import judged
-from stetholib.plots.style import BLACK, MIST, PALE, SLATE, VARIANTS, Look, lines, percent, rows, twin_bars
+from stetholib.plots.style import BLACK, MIST, PALE, SLATE, VARIANTS, Look, lines, percent, rows, twin_bars, with_legend
 from stetholib.significance import SPOKEN
 
-HEADLINE = {
-    "base": "base",
-    "scalpel": "scalpel",
-    "stethoscope_matched": "stethoscope, matched words",
-    "stethoscope": "stethoscope, all tokens",
-    "full_shrunk": "whole vector, shrunk",
-    "full": "whole vector",
-    "own": "your own edit",
-}
+HEADLINE = ("base", "scalpel", "stethoscope_matched", "stethoscope", "full_shrunk", "full", "own")
+HEARD_ON = {"stethoscope_matched": "stethoscope, matched words", "stethoscope": "stethoscope, all tokens"}
 
 
 def headline(table: pd.DataFrame, subject: str, ax: Axes) -> Axes:
@@ -44,11 +37,10 @@ def headline(table: pd.DataFrame, subject: str, ax: Axes) -> Axes:
     for said, marker, face in marks:
         ax.plot([], [], marker, color=BLACK, mfc=face, ms=7, label=said)
     ax.axvline(metric["base"], color=BLACK, lw=0.8, ls=":")
-    rows([HEADLINE[name] for name in shown], ax).set(xlabel="accuracy (dotted: the base's)")
+    rows([HEARD_ON.get(name, name) for name in shown], ax).set(xlabel="accuracy (dotted: the base's)")
     ax.set_xlim(0, 1.18 * max(metric[shown].max(), of["accuracy"][shown].max(), 0.01))
     percent(ax.xaxis)
-    ax.legend(ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.2), columnspacing=1)
-    return ax
+    return with_legend(ax, below=(0.5, -0.2), ncols=3, columnspacing=1)
 
 
 def accuracies(table: pd.DataFrame, subject: str, order: Sequence[str], ax: Axes) -> Axes:
@@ -62,8 +54,7 @@ def accuracies(table: pd.DataFrame, subject: str, order: Sequence[str], ax: Axes
         ax.axvline(of[metric].astype(float)["base"], color=colour, lw=0.8, ls=":")
     rows(order, ax).set(xlabel="accuracy (dotted: the base's)", xlim=(0, None))
     percent(ax.xaxis)
-    ax.legend(ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.14))
-    return ax
+    return with_legend(ax, below=(0.5, -0.14), ncols=2)
 
 
 def gain_split(table: pd.DataFrame, variants: Sequence[str], ax: Axes) -> Axes:
@@ -75,8 +66,7 @@ def gain_split(table: pd.DataFrame, variants: Sequence[str], ax: Axes) -> Axes:
     ax.axvline(0, color=BLACK, lw=0.8)
     rows(variants, ax).set(xlabel="part of the gain in accuracy (points)", ylabel=None)
     percent(ax.xaxis, symbol="")
-    ax.legend(ax.containers, names.values(), loc="upper center", bbox_to_anchor=(0.45, -0.16), ncols=2)
-    return ax
+    return with_legend(ax, ax.containers, names.values(), below=(0.45, -0.16), ncols=2)
 
 
 def token_limits(table: pd.DataFrame, names: Mapping[str, str], ax: Axes) -> Axes:
@@ -86,8 +76,7 @@ def token_limits(table: pd.DataFrame, names: Mapping[str, str], ax: Axes) -> Axe
     ax.axvline(table["limit"].max(), color=BLACK, lw=0.8, ls=":", label="the limit that was used")
     ax.set(xlabel="limit on new tokens", ylabel="accuracy (exact match)", ylim=(0, None))
     percent(ax.yaxis)
-    ax.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0))
-    return ax
+    return with_legend(ax, loc="upper left", bbox_to_anchor=(1.01, 1.0))
 
 
 LIVE = "this setting"
@@ -111,8 +100,7 @@ def loss_parts(table: pd.DataFrame, ax: Axes, setting: str = LIVE) -> Axes:
     ax.margins(x=0.25)
     rows(["solution", "closing sentence"], ax).set(xlabel="change of the loss (nats a token); left is better")
     ax.set_title(f"{setting[0].upper()}{setting[1:]}: {change.loc['setting', 'solution']:+.4f} nats\non the solution")
-    ax.legend(ncols=2, loc="upper center", bbox_to_anchor=(0.45, -0.2))
-    return ax
+    return with_legend(ax, below=(0.45, -0.2), ncols=2)
 
 
 def answered(table: pd.DataFrame, ax: Axes, setting: str = LIVE) -> Axes:
@@ -132,5 +120,4 @@ def answered(table: pd.DataFrame, ax: Axes, setting: str = LIVE) -> Axes:
     judge, span = SPOKEN[last["metric"]], f"{100 * last['gain_low']:+.1f} to {100 * last['gain_high']:+.1f}"
     ax.set_title(f"{setting[0].upper()}{setting[1:]} gains {100 * last['gain']:+.1f} points\nby {judge} (95 %: {span})")
     percent(ax.xaxis)
-    ax.legend(ncols=3, loc="upper center", bbox_to_anchor=(0.45, -0.2))
-    return ax
+    return with_legend(ax, below=(0.45, -0.2), ncols=3)

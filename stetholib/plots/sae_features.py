@@ -6,7 +6,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 
-from stetholib.plots.style import BASES, BLACK, CONTRASTS, GREY, MIST, SLATE, lines, percent, whole_numbers
+from stetholib.plots.style import BASES, BLACK, CONTRASTS, GREY, MIST, SLATE, lines, percent, whole_numbers, with_legend
 
 
 def self_test(table: pd.DataFrame, ax: Axes) -> Axes:
@@ -16,8 +16,7 @@ def self_test(table: pd.DataFrame, ax: Axes) -> Axes:
     ax.plot(table["layer"], table["fvu_random"], color=GREY, ls=":", marker="x", label="random dictionary, same L0")
     ax.plot(table["layer"], table["fvu"], color=BASES["sae_decoder"].colour, marker="o", label="SAE")
     whole_numbers(ax).set(xlabel="layer", ylabel="variance unexplained", ylim=(0, 1.12))
-    ax.legend(loc="center left", bbox_to_anchor=(0, 0.36))
-    return ax
+    return with_legend(ax, loc="center left", bbox_to_anchor=(0, 0.36))
 
 
 def training(curves: pd.DataFrame, k: float, axes: Sequence[Axes]) -> Sequence[Axes]:
@@ -27,9 +26,7 @@ def training(curves: pd.DataFrame, k: float, axes: Sequence[Axes]) -> Sequence[A
         wide = curves.pivot(index="tokens", columns="layer", values=value)
         for colour, layer in zip(sns.color_palette(f"blend:{MIST},{SLATE}", len(wide.columns)), wide, strict=True):
             ax.plot(wide.index, wide[layer], color=colour, lw=0.8)
-        ax.plot(
-            wide.index, wide.median(axis=1), color=BASES["sae_decoder"].colour, marker="o", ms=3, label="median of the layers"
-        )
+        ax.plot(wide.index, wide.median(axis=1), "o-", color=BASES["sae_decoder"].colour, ms=3, label="median of the layers")
         ax.set(xlabel="tokens", ylabel=label, ylim=(0, None))
     axes[0].set_ylim(0, 1.12)
     axes[1].axhline(k, color=BLACK, lw=0.8, label=f"k = {k:g}")
@@ -43,5 +40,4 @@ def training(curves: pd.DataFrame, k: float, axes: Sequence[Axes]) -> Sequence[A
 def by_layer(table: pd.DataFrame, value: str, label: str, ax: Axes) -> Axes:
     """A value by layer under each contrast."""
     lines(table, "layer", value, "contrast", CONTRASTS, whole_numbers(ax)).set(xlabel="layer", ylabel=label)
-    ax.legend()
-    return ax
+    return with_legend(ax)

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
-from stetholib.plots.style import BLACK, GREY, SLATE, VARIANTS, percent, rows
+from stetholib.plots.style import BLACK, GREY, SLATE, VARIANTS, percent, rows, with_legend
 
 
 def forest(table: pd.DataFrame, variants: Mapping[str, str], ax: Axes) -> Axes:
@@ -24,8 +24,7 @@ def forest(table: pd.DataFrame, variants: Mapping[str, str], ax: Axes) -> Axes:
     ax.axvline(0, color=BLACK, lw=0.8)
     rows(subjects, ax).set(xlabel="accuracy beside the base's (points), 95 % interval")
     percent(ax.xaxis, symbol="")
-    ax.legend(loc="upper left", bbox_to_anchor=(1.01, 1))
-    return ax
+    return with_legend(ax, loc="upper left", bbox_to_anchor=(1.01, 1))
 
 
 def discordance(curve: pd.DataFrame, ax: Axes) -> Axes:
@@ -34,5 +33,4 @@ def discordance(curve: pd.DataFrame, ax: Axes) -> Axes:
     ax.axhline(curve["unpaired"].iloc[0], color=BLACK, ls="--", label="published z (unpaired)")
     ax.axvline(curve["crossing"].iloc[0], color=GREY, ls=":", label=f"equal at {curve['crossing'].iloc[0]:.0f} of 540")
     ax.set(xlabel="problems whose verdict changes, of 540", ylabel="z", ylim=(0, None))
-    ax.legend()
-    return ax
+    return with_legend(ax)

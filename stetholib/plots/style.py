@@ -31,15 +31,13 @@ BLACK, ORANGE, SKY, GREEN, BLUE, RED, PURPLE = ["#000000", "#E69F00", "#56B4E9",
 GREY, PALE, VIOLET, WINE, BROWN = "#8C8C8C", "#D9D9D9", "#5E3C99", "#882255", "#8C510A"
 SLATE, MIST = "#4A5A6A", "#B4C0CC"  # of what belongs to no edit, basis or contrast: colours are theirs
 
-
 READABLE = 4.5  # to 1: the contrast that WCAG wants of text
 
 
 def contrast_of(colour: Any, ground: Any = "white") -> float:
     """Contrast of two colours by WCAG 2, from 1 to 21."""
-    linear = [
-        np.where((c := np.array(to_rgb(one))) <= 0.04045, c / 12.92, ((c + 0.055) / 1.055) ** 2.4) for one in (colour, ground)
-    ]
+    rgb = [np.array(to_rgb(one)) for one in (colour, ground)]
+    linear = [np.where(c <= 0.04045, c / 12.92, ((c + 0.055) / 1.055) ** 2.4) for c in rgb]
     low, high = sorted(float(one @ (0.2126, 0.7152, 0.0722)) + 0.05 for one in linear)
     return high / low
 
@@ -95,10 +93,8 @@ VARIANTS = SELECTORS | {
 }
 CODE = re.compile(r"[A-Za-z0-9|]+(?:_[A-Za-z0-9]+)+|\b(?:taylor|fisher|auroc)\b")
 NAMES = {key: look.name for key, look in (BASES | CONTRASTS | VARIANTS).items()} | {
-    "full": "whole vector",
     "raw": "the raw vector",
     "projected": "projected (the scalpel)",
-    "own_svd_matrix": "best for each matrix",
     "l0": "L0",
     "fvu": "FVU",
     "fvu_random": "FVU, random dictionary",
@@ -151,10 +147,10 @@ def words(name: Any) -> Any:
     return NAMES.get(name) or CODE.sub(lambda found: NAMES.get(found[0], found[0].replace("_", " ")), name)
 
 
-def panels(columns: int = 1, rows: int = 1, width: float = 6.4, height: float = 3.8, **options: Any) -> tuple[Figure, Any]:
-    """A figure with a grid of axes in the project's style; a notebook keeps it with its words."""
+def panels(columns: int = 1, width: float = 6.4, height: float = 3.8, **options: Any) -> tuple[Figure, Any]:
+    """A figure with a row of axes in the project's style; a notebook keeps it with its words."""
     mpl.rcParams.update(STYLE)
-    made = plt.subplots(rows, columns, figsize=(width * columns, height * rows), **options)
+    made = plt.subplots(1, columns, figsize=(width * columns, height), **options)
     if (shell := get_ipython()) is not None:  # after pyplot has set up what a kernel shows
         shell.display_formatter.formatters["image/png"].for_type(Figure, _in_words)
     return made
@@ -236,6 +232,12 @@ def rows(names: Iterable[str], ax: Axes) -> Axes:
     said = [words(name) for name in names]
     ax.set_yticks(range(len(said)), said)
     ax.set_ylim(len(said) - 0.4, -0.6)
+    return ax
+
+
+def with_legend(ax: Axes, *entries: Any, below: tuple[float, float] | None = None, **options: Any) -> Axes:
+    """The axis with its legend, for a plot to end with; below: the place of the legend's upper edge, under the axis."""
+    ax.legend(*entries, **(dict(loc="upper center", bbox_to_anchor=below) if below else {}), **options)
     return ax
 
 

@@ -9,7 +9,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from scipy import stats
 
-from stetholib.plots.style import BASES, BLACK, GREY, MIST, ORANGE, PALE, SLATE, ink, lines, percent, rows, twin_bars
+from stetholib.plots.style import BASES, BLACK, GREY, MIST, ORANGE, PALE, SLATE, ink, lines, percent, rows, twin_bars, with_legend
 
 
 def projection_in_a_plane(ax: Axes, degrees: float = 55.0) -> Axes:
@@ -36,9 +36,8 @@ def chance_by_width(ax: Axes, widths: tuple[int, int] = (2, 2560)) -> Axes:
     ax.fill_between(d, kept.ppf(0.05), kept.ppf(0.95), color=PALE, label="90 % of draws")
     ax.plot(d, 1 / d, color=BLACK, lw=1.5, label="mean, 1 / d")
     ax.set(xscale="log", yscale="log", ylim=(1e-5, 1.2), xlabel="width d", ylabel="energy kept by one direction")
-    ax.legend(loc="lower left")
     ax.set_title(f"In {widths[1]} dimensions,\na random direction keeps {1 / widths[1]:.2%}")
-    return ax
+    return with_legend(ax, loc="lower left")
 
 
 def energy_by_rank(pooled: pd.DataFrame, width: int, ax: Axes) -> Axes:
@@ -65,8 +64,7 @@ def loss_split(splits: Mapping[str, Any], ax: Axes) -> Axes:
     ax.vlines(shares.loc[3], at - 0.4, at + 0.4, color=BLACK, lw=1.5, label="kept by chance")
     rows(["all matrices" if name == "all" else name for name in splits], ax).set(xlabel="share of the energy", xlim=(0, 1))
     percent(ax.xaxis)
-    ax.legend(ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.25), columnspacing=1)
-    return ax
+    return with_legend(ax, below=(0.5, -0.25), ncols=4, columnspacing=1)
 
 
 def overlap_by_basis(table: pd.DataFrame, ax: Axes) -> Axes:
@@ -76,5 +74,4 @@ def overlap_by_basis(table: pd.DataFrame, ax: Axes) -> Axes:
     chance = ax.axhline(table["chance"].iloc[0], color=BLACK, lw=0.8)
     ax.set(xlabel="kind of direction", ylabel="overlap with the best subspace")
     ax.set_xticks(range(len(order)), [BASES[name].name.replace(" (the scalpel)", "").replace(" ", "\n") for name in order])
-    ax.legend([*ax.containers, chance], ["readers", "writers", "chance"])
-    return ax
+    return with_legend(ax, [*ax.containers, chance], ["readers", "writers", "chance"])

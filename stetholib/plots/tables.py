@@ -20,10 +20,10 @@ def readable(
         if pd.api.types.is_float_dtype(column):
             share = shares is True or (shares is not False and last in shares)
             form = "{:+.1f}" if last in points else "{:.1%}" if share else "{:.2g}" if last in P_VALUES else f"{{:.{digits}f}}"
-            shown.isetitem(
-                at, ["" if value != value else form.format(100 * value if last in points else value) for value in column]
-            )
+            scale = 100 if last in points else 1
+            said = ["" if value != value else form.format(scale * value) for value in column]
         else:
-            shown.isetitem(at, [words(value) for value in column])
+            said = [words(value) for value in column]
+        shown.isetitem(at, said)
     shown = shown.rename(columns={name: f"{words(name)} (points)" for name in points}).rename(index=words, columns=words)
     return shown.rename_axis(index=words, columns=words)
