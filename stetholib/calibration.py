@@ -1,7 +1,4 @@
-"""Planted truth: worlds in which the right layer and the right features are known by design.
-
-They calibrate the instrument before it is believed: tests hold it to them, and notebook 04 opens with them.
-"""
+"""Planted truth: worlds whose right layer and features are known by design calibrate the instrument before it is believed."""
 
 from collections.abc import Sequence
 

@@ -42,10 +42,7 @@ def claims_by_world(table: pd.DataFrame, column: str, ax: Axes) -> Axes:
 
 
 def gains_by_world(worlds: pd.DataFrame, spread: pd.DataFrame, ax: Axes) -> Axes:
-    """Gain over the base by math_verify: one hollow mark a world, and the mean over worlds with Student's 95 % interval.
-
-    spread: of `seeds.spread`, by column quantity.
-    """
+    """Gain over the base by math_verify: a hollow mark a world, and by `seeds.spread` their mean with Student's 95 % interval."""
     of: Any = spread.set_index("quantity")
     names = ("full", "full_shrunk", "stethoscope", "stethoscope_matched")
     for at, name in enumerate(names):
