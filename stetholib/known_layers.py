@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 
 from stetholib import selectors
-from stetholib.layer_sets import IN_ALL, SEEING, PlannedSet, Rules, named_sets, reliability_of_sets
+from stetholib.layer_sets import IN_ALL, SEEING, PlannedSet, Rules, named_sets, reliability_of_sets, standing
 from stetholib.statistics import mean_interval
 
 RELIABILITY, HELD_OUT, AHEAD = 0.8, 0.3, 0.95  # what such a world must show, fixed before any score was seen
@@ -26,17 +26,14 @@ def measure(rules: Rules, sets: pd.DataFrame, known: Sequence[int]) -> pd.DataFr
     """One row a rule. Columns selector, contrast, layers, auroc (of a known layer's score against another's; .5 is chance),
     overlap (how many of its layers are known ones), exact, share (of the whole vector's fall of the solution's loss that its set
     brings), and percentile among random sets with its interval. sets: the table of sets of layers."""
-    named = named_sets(sets)
-    whole = named["loss_change"]["full"]
-    rows = []
+    told, rows = standing(sets).set_index("selector"), []
     for name, (contrast, score) in rules.items():
-        row = named.loc[name]
+        row = told.loc[name]
         layers = {int(layer) for layer in row["layers"].split()}
         found = dict(selector=name, contrast=contrast, layers=row["layers"], auroc=selectors.auroc(score, known))
-        found |= dict(overlap=len(layers & {*known}), exact=layers == {*known})
-        rows.append(found | dict(share=row["loss_change"] / whole if whole < 0 else float("nan")))
+        rows.append(found | dict(overlap=len(layers & {*known}), exact=layers == {*known}, share=row["share"]))
     ends = ["percentile", "percentile_low", "percentile_high"]
-    return pd.DataFrame(rows).join(named[ends], on="selector")
+    return pd.DataFrame(rows).join(named_sets(sets)[ends], on="selector")
 
 
 def holds(sets: pd.DataFrame, reliability: pd.DataFrame) -> bool:
@@ -67,27 +64,27 @@ def summary(table: pd.DataFrame, sets: pd.DataFrame, reliability: pd.DataFrame) 
     return "\n".join(f"- {line}" for line in lines)
 
 
-def over_worlds(worlds: pd.DataFrame, organisms: pd.DataFrame | None = None, level: float = 0.05) -> pd.DataFrame:
+def over_worlds(worlds: pd.DataFrame, organisms: pd.DataFrame | None = None) -> pd.DataFrame:
     """Every rule over worlds, best first: mean percentile of its set among random ones with Student's interval (low, high). Over
     those organisms that can test a rule: how many (organisms), the mean over them of its AUROC, which is a mean over seeds of the
     SAEs, with its interval (auroc_low, auroc_high), and in how many of all `runs` its set is exactly right. worlds, organisms:
     `layer_sets.standing` and `measure` of each, with a column world; organisms also with `holds`."""
     rows: list[dict[str, Any]] = []
     for name, group in worlds.groupby("selector", sort=False):
-        mean, low, high = _share_interval(group["percentile"], level)
+        mean, low, high = _share_interval(group["percentile"])
         rows.append(dict(selector=name, worlds=len(group), percentile=mean, low=low, high=high))
     table = pd.DataFrame(rows).set_index("selector")
     for name, group in organisms[organisms["holds"]].groupby("selector", sort=False) if organisms is not None else ():
         each = group.groupby("world")["auroc"].mean()
-        mean, low, high = _share_interval(each, level)
+        mean, low, high = _share_interval(each)
         found = dict(organisms=len(each), auroc=mean, auroc_low=low, auroc_high=high, exact=group["exact"].sum(), runs=len(group))
         table.loc[name, [*found]] = [*found.values()]
     return table.sort_values("percentile", ascending=False, kind="stable")
 
 
-def _share_interval(values: pd.Series, level: float) -> tuple[float, float, float]:
+def _share_interval(values: pd.Series) -> tuple[float, float, float]:
     """The mean of shares with Student's interval, which ends where shares do."""
-    mean, *ends = mean_interval(values, level)
+    mean, *ends = mean_interval(values)
     low, high = (min(max(end, 0.0), 1.0) if end == end else end for end in ends)
     return mean, low, high
 
@@ -114,21 +111,17 @@ def bet(table: pd.DataFrame) -> str:
     rules, right = favourites(table)
     best, ours = rules.index[0], rules.loc["stethoscope"]
     row = rules.loc[best]
-    said = lambda row: f"{between(row['percentile'], row['low'], row['high'])} of random sets"  # noqa: E731
-    over, sets = (
-        (f"Over {row['worlds']:.0f} worlds", "the sets it picks beat")
-        if row["worlds"] > 1
-        else ("In the default world", "its set beats")
-    )
-    beside = "" if best == "stethoscope" else f"; the stethoscope's, {said(ours)}"
-    worlds = f"{over} *{best}* does best: {sets} {said(row)}{beside}."
+    share = lambda row: between(row["percentile"], row["low"], row["high"])  # noqa: E731
+    over, sets = "In the default world", "its set beats"
+    if row["worlds"] > 1:
+        over, sets = f"Over {row['worlds']:.0f} worlds", "the sets it picks beat"
+    beside = "" if best == "stethoscope" else f"; the stethoscope's, {share(ours)} of random sets"
+    worlds = f"{over} *{best}* does best: {sets} {share(row)} of random sets{beside}."
     if right.empty:
         return worlds
     names, row = ", ".join(f"*{name}*" for name in right.index), right.iloc[0]
     found = f"AUROC {row['auroc']:.2f}, exact in {row['exact']:.0f} of {row['runs']:.0f}"
     mine = f"AUROC {ours['auroc']:.2f}, exact in {ours['exact']:.0f}"
     known = f"Where the layers are known, {names} find{'s' * (len(right) == 1)} them best ({found}; the stethoscope {mine}; chance .50)."
-    both = (
-        f" Of these *{right.index[0]}* does best in the worlds too, with {between(row['percentile'], row['low'], row['high'])}."
-    )
+    both = f" Of these *{right.index[0]}* does best in the worlds too, with {share(row)}."
     return f"{worlds} {known}{both if len(right) > 1 else ''}"

@@ -6,7 +6,7 @@ stands beside: layers that write the one need not write the other. No test probl
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import combinations
+from itertools import combinations, groupby
 from math import comb
 from random import Random
 from typing import Any
@@ -27,6 +27,7 @@ SETS_OF_MANY = ("random", "only", "without", "window", "stethoscope_shifted", "s
 IN_ALL = ("full", "full_shrunk")
 SEEING = ("greedy", "small_step")  # rules that see losses, so they choose on one half of the problems and are judged on the other
 FEWEST = 10  # random sets, below which a fit to them says nothing
+HALVINGS = 100  # of the problems, over which reliability is a mean
 RELIABLE, RESOLVED = 0.5, 0.1  # what `tells_apart` asks of two halves, fixed before any result
 
 
@@ -138,11 +139,6 @@ def planned_sets(
     return plan + [PlannedSet("random", draw, "-", layers) for draw, layers in enumerate(drawn)]
 
 
-def rival_sets(rivals: Mapping[str, tuple[str, LayerSet]]) -> list[PlannedSet]:
-    """The sets of rules that came after the ledger's own: no part of what says whether a world tells sets apart."""
-    return [PlannedSet(name, 0, contrast, layers) for name, (contrast, layers) in rivals.items()]
-
-
 def smooth_sets(chosen: Mapping[str, LayerSet], layers: int, at_most: int = 12) -> list[PlannedSet]:
     """The null of a smooth score, which picks neighbours: windows of as many layers as the sets have, and circular shifts of
     each set, as a profile shifted round the depth would pick; evenly spaced where there are more than `at_most`."""
@@ -200,17 +196,13 @@ def additivity(sets: pd.DataFrame, layers: int, seed: int) -> pd.DataFrame:
     y = random["loss_change"].to_numpy()
     if len(y) < FEWEST:
         return pd.DataFrame(dict(model=["alone", "layers", "pairs"], n=len(y), r2=np.nan))
-    x = np.array(
-        [[layer in row for layer in range(layers)] for row in (set(map(int, s.split())) for s in random["layers"])], float
-    )
+    members = [set(map(int, one.split())) for one in random["layers"]]
+    x = np.array([[layer in one for layer in range(layers)] for one in members], float)
     pairs = np.column_stack([x, *(x[:, i] * x[:, j] for i, j in combinations(range(layers), 2))])
     parts = KFold(min(10, len(y)), shuffle=True, random_state=seed)
-    fitted = {
-        name: cross_val_predict(RidgeCV(np.logspace(-3, 3, 13)), of, y, cv=parts)
-        for name, of in (("layers", x), ("pairs", pairs))
-    }
-    spread = ((y - y.mean()) ** 2).sum()
-    told = {"alone": x @ alone.reindex(range(layers)).to_numpy(), **fitted}
+    ridge, spread = RidgeCV(np.logspace(-3, 3, 13)), ((y - y.mean()) ** 2).sum()
+    told = {"alone": x @ alone.reindex(range(layers)).to_numpy()}
+    told |= {name: cross_val_predict(ridge, of, y, cv=parts) for name, of in (("layers", x), ("pairs", pairs))}
     r2 = [1 - ((y - one) ** 2).sum() / spread if spread else np.nan for one in told.values()]
     return pd.DataFrame(dict(model=[*told], n=len(y), r2=r2))
 
@@ -280,15 +272,13 @@ def percentiles(changes: np.ndarray, chance: np.ndarray, seed: int, draws: int =
     return np.column_stack([found[:, 0], *np.quantile(found[:, 1:], [0.025, 0.975], axis=1)])
 
 
-def reliability(
-    plan: Sequence[PlannedSet], loss_of: LossOf, subjects: Sequence[str], seed: int, halvings: int = 100
-) -> pd.DataFrame:
+def reliability(plan: Sequence[PlannedSet], loss_of: LossOf, subjects: Sequence[str], seed: int) -> pd.DataFrame:
     """Whether validation losses tell layers, and sets of layers, apart: do two halves of the problems agree?
 
     Columns what (alone, left_out, sets), loss, n (how many are ranked), reliability (`agreement_of_halves`) and, of sets,
     r_held_out and r_in_sample (`resolution`). Sets that a rule chose with sight of the losses are no part of it.
     """
-    halves = np.stack([halving(subjects, seed + draw) for draw in range(halvings)])
+    halves = np.stack([halving(subjects, seed + draw) for draw in range(HALVINGS)])
     at: dict[str, list[int]] = {}
     for index, one in enumerate(plan):
         at.setdefault(one.selector, []).append(index)
@@ -355,11 +345,8 @@ def ranges(layers: str) -> str:
     """Layers as they are read: "0 1 2 5 | 3 4" as "0-2, 5 | 3-4"."""
     told = []
     for one in layers.split(" | "):
-        runs: list[list[int]] = []
-        for layer in map(int, one.split()):
-            if runs and layer == runs[-1][-1] + 1:
-                runs[-1].append(layer)
-            else:
-                runs.append([layer])
+        at_places = enumerate(map(int, one.split()))
+        # in a run of neighbours, a layer less its place in the set stays the same
+        runs = [[layer for _, layer in run] for _, run in groupby(at_places, lambda pair: pair[1] - pair[0])]
         told.append(", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs))
     return " | ".join(told)

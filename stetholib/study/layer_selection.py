@@ -117,7 +117,9 @@ class LayerSelection(Step):
         p, losses, plan = self._profile.selection, self._losses, self._plan()
         half = layer_sets.halving(losses.subjects, self._world.seed("halves"))
         plan += known.planned(self._known, self._world.layers) if self._known else []
-        plan += layer_sets.rival_sets(layer_sets.chosen_sets(self._rivals, self.selected_count))
+        # these rules came after the ledger's: no part of `_plan`, which says whether a world tells sets apart
+        picked = layer_sets.chosen_sets(self._rivals, self.selected_count)
+        plan += [PlannedSet(name, 0, contrast, layers) for name, (contrast, layers) in picked.items()]
         if (own := own_edit(self)) and own.vector == "raw":
             plan.append(layer_sets.PlannedSet("own", 0, "-", own.layers, own.alpha))
         smooth = {one.selector: one.layers for one in plan if one.selector in ("stethoscope", "stethoscope_rise")}
