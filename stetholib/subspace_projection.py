@@ -197,17 +197,10 @@ def directions(
             top, one = most_specific(*features, firing), dictionaries[layer]
             bases["sae_decoder"] = orthonormal(one.W_dec[top].cpu())
             bases["sae_encoder"] = orthonormal(one.W_enc[:, top].T.cpu())
-        bases |= {
-            "activation_pca": principal(heard[layer].covariance[layer])[:, :count].contiguous(),
-            "gradient_pca": principal(gradients[layer])[:, :count].contiguous(),
-        }
+        moments = {"activation_pca": heard[layer].covariance[layer], "gradient_pca": gradients[layer]}
+        bases |= {name: principal(moment)[:, :count].contiguous() for name, moment in moments.items()}
         found[layer] = Directions(bases)
     return found
-
-
-def filtered(vector: TaskVector, layers: Sequence[int]) -> TaskVector:
-    """The part of a vector that the scalpel has directions for."""
-    return vector.restrict(layers)
 
 
 VECTORS = ("raw", "projected", "projected_rescaled", "raw_shrunk")

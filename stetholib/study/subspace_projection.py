@@ -40,7 +40,7 @@ class SubspaceProjection(Step):
         """The raw vector in those layers."""
         if len(self.layers) == self._world.layers:
             return self._vectors.tau
-        return self._store.derived(subspace_projection.filtered, self._vectors.tau, self.layers)
+        return self._store.derived(TaskVector.restrict, self._vectors.tau, self.layers)
 
     @cached_property
     def ranks(self) -> Ranks:
