@@ -85,11 +85,8 @@ def measure(
         (features,) = specificities([one], labels, kind, minimum_firing, False)
         assert features is not None
         ranked = most_specific(*features, int(features[1].sum()))
-        moment = own_moments(vector, layer)["both"]
-        decoders, rates = (
-            dictionaries[layer].W_dec[ranked.to(dictionaries[layer].W_dec.device)].cpu(),
-            firing_rates(one, labels)[ranked],
-        )
+        moment, decoder = own_moments(vector, layer)["both"], dictionaries[layer].W_dec
+        decoders, rates = decoder[ranked.to(decoder.device)].cpu(), firing_rates(one, labels)[ranked]
         for name, value in of_layer(moment, decoders, rates, rank, draws, generator).items():
             total[name] += value
         energy += float(moment.trace())
@@ -101,15 +98,12 @@ def summary(table: pd.DataFrame) -> str:
     share = table.set_index("choice")["energy_retained"]
     gap = share["best_subspace"] - share["most_specific"]
     chosen = (share["best_features"] - share["most_specific"]) / gap if gap > 0 else float("nan")
-    than = (
-        "**no more than** features drawn at random"
-        if share["most_specific"] <= share["random_features"]
-        else "more than features drawn at random"
-    )
+    than = "**no more than**" if share["most_specific"] <= share["random_features"] else "more than"
     often = "less" if share["most_specific"] < share["most_frequent"] else "more"
     return (
-        f"The most specific features keep {share['most_specific']:.1%}, {than} ({share['random_features']:.1%}) and {often} than the most often "
-        f"firing ({share['most_frequent']:.1%}). Those that the vector itself would choose keep {share['best_features']:.1%}, of a random "
-        f"dictionary {share['best_random']:.1%}, the best subspace {share['best_subspace']:.1%}: of the gap to it, at least {chosen:.0%} is the "
-        f"choice of features, since others of the same dictionary, each chosen by itself, keep so much more."
+        f"The most specific features keep {share['most_specific']:.1%}, {than} features drawn at random ({share['random_features']:.1%}) "
+        f"and {often} than the most often firing ({share['most_frequent']:.1%}). Those that the vector itself would choose keep "
+        f"{share['best_features']:.1%}, of a random dictionary {share['best_random']:.1%}, the best subspace {share['best_subspace']:.1%}: "
+        f"of the gap to it, at least {chosen:.0%} is the choice of features, since others of the same dictionary, each chosen by "
+        f"itself, keep so much more."
     )

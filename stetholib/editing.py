@@ -54,9 +54,8 @@ class TaskVector:
         between unlike precisions holds the rounding of one of them.
         """
         names, others = weight_names(base), weight_names(finetuned)
-        if set(names) != set(others):
-            odd = sorted(set(names) ^ set(others))[0]
-            raise ModelError(f"task vector: {odd[1]} of layer {odd[0]} is in only one of the two checkpoints")
+        if odd := sorted(set(names) ^ set(others)):
+            raise ModelError(f"task vector: {odd[0][1]} of layer {odd[0][0]} is in only one of the two checkpoints")
         for where, name in names.items():
             before, after = _described(base, name), _described(finetuned, others[where])
             if before != after and (same_dtype or before.rsplit(" ", 1)[0] != after.rsplit(" ", 1)[0]):

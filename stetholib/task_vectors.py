@@ -4,7 +4,7 @@ The task vector and its algebra are in `editing`; here is what is measured of it
 """
 
 from collections.abc import Iterator, Mapping
-from math import prod
+from math import nan, prod
 
 import numpy as np
 import pandas as pd
@@ -40,18 +40,9 @@ def measure(base: Weights, vector: TaskVector) -> pd.DataFrame:
     rows = []
     for (layer, matrix), delta in vector.deltas.items():
         before, change = base[layer, matrix].double().norm().item(), delta.double().norm().item()
-        rows.append(
-            dict(
-                layer=layer,
-                matrix=matrix,
-                side=SIDE[matrix],
-                base_norm=before,
-                delta_norm=change,
-                relative=change / before if before else float("nan"),
-                energy_share=change**2 / total if total else 0.0,
-                stable_rank=stable_rank(delta),
-            )
-        )
+        row = dict(layer=layer, matrix=matrix, side=SIDE[matrix], base_norm=before, delta_norm=change)
+        row |= dict(relative=change / before if before else nan, energy_share=change**2 / total if total else 0.0)
+        rows.append(row | dict(stable_rank=stable_rank(delta)))
     return pd.DataFrame(rows)
 
 
@@ -93,8 +84,8 @@ def _pieces(checkpoint: Mapping[str, Tensor], name: str) -> Iterator[Tensor]:
         return
     step = max(1, 2**22 // max(1, prod(shape[1:])))
     for start in range(0, shape[0], step):
-        part = slice(start, start + step)
-        yield checkpoint.rows(name, part.start, part.stop) if isinstance(checkpoint, Checkpoint) else checkpoint[name][part]
+        stop = start + step
+        yield checkpoint.rows(name, start, stop) if isinstance(checkpoint, Checkpoint) else checkpoint[name][start:stop]
 
 
 def rounding(base: Weights, vector: TaskVector, stored: pd.DataFrame | None, dtype: str) -> pd.DataFrame:
@@ -124,7 +115,7 @@ def algebra(vector: TaskVector) -> dict[str, float]:
     energy, halves = vector.energy(), (vector.restrict(vector.layers, part) for part in (READERS, WRITERS))
     return {
         "energy of tau": energy,
-        "energy of 2 tau / energy of tau": (2 * vector).energy() / energy if energy else float("nan"),
+        "energy of 2 tau / energy of tau": (2 * vector).energy() / energy if energy else nan,
         "energy of tau - tau": (vector - vector).energy(),
         "energy of the readers' and writers' parts": sum(half.energy() for half in halves),
     }

@@ -87,7 +87,7 @@ IN_SMOKE = {
     "a further column of step 05's table": (code("minerva_math.py", "n=n, correct=correct,", "n=n, wrong=n - correct, correct=correct,"), set()),
     "another format of figures": (code("study/__init__.py", 'for kind in ("png", "svg"):', 'for kind in ("png", "svg", "pdf"):'), set()),
     "how a figure is saved": (code("plots/style.py", 'bbox_inches="tight")', 'bbox_inches="tight", dpi=90)'), set()),
-    "a further column of step 01's table": (code("task_vectors.py", "                side=SIDE[matrix],\n", "                side=SIDE[matrix],\n                width=delta.shape[1],\n"), {"measure"}),
+    "a further column of step 01's table": (code("task_vectors.py", "side=SIDE[matrix], base_norm", "side=SIDE[matrix], width=delta.shape[1], base_norm"), {"measure"}),
     "a read-out of step 01": (code("task_vectors.py", "def algebra(", "def algebra_of_it():\n    return 1\n\n\ndef algebra("), set()),
     "a side table of step 02": (code("sae_features.py", '.query("size >= 20")', '.query("size >= 10")'), {"top_tokens"}),
     "a side table of step 04": (code("layer_selection.py", "rows.append(dict(contrast=contrast, definition=kind,", "rows.append(dict(contrast=contrast, m=count, definition=kind,"), set()),
