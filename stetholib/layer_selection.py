@@ -19,6 +19,8 @@ from stetholib.models.sums import CONTRASTS, DRAWN, DocumentSums, one_hot, resam
 from stetholib.sae_features import ScoreRule
 from stetholib.statistics import Values
 
+LEVEL = 0.05  # of what the summary and the titles call beyond chance
+
 
 @dataclass(frozen=True)
 class Scores:
@@ -84,15 +86,10 @@ def calibrated(found: Sequence[Sequence[np.ndarray]], rule: ScoreRule, count: in
     score = score[:, 0].astype(float)
     tops = [set(select(column, count)) for column in again.T]
     drawn = np.where(np.isnan(score), np.nan, 1.0 if rule.kind in DRAWN else np.nan)
-    largest = np.nanmax(null, 0)
-    return Scores(
-        score=score,
-        p_value=drawn * (1 + (null >= score[:, None]).sum(1)) / (1 + null.shape[1]),
-        p_max=drawn * (1 + (largest[None] >= score[:, None]).sum(1)) / (1 + null.shape[1]),
-        selection_share=drawn * np.array([sum(layer in top for top in tops) / len(tops) for layer in range(len(score))]),
-        permuted=null,
-        resampled=again,
-    )
+    ahead = ((than >= score[:, None]).sum(1) for than in (null, np.nanmax(null, 0)[None]))
+    p_value, p_max = (drawn * (1 + count) / (1 + null.shape[1]) for count in ahead)
+    share = drawn * np.array([sum(layer in top for top in tops) / len(tops) for layer in range(len(score))])
+    return Scores(score, p_value, p_max, share, permuted=null, resampled=again)
 
 
 def measure(scores: Mapping[str, Scores], randoms: Mapping[str, Values], count: int, sets: pd.DataFrame) -> pd.DataFrame:
@@ -165,9 +162,7 @@ def chosen_layers(table: pd.DataFrame) -> dict[str, list[int]]:
     return {c: table[(table["contrast"] == c) & (table["selected"] == 1)]["layer"].tolist() for c in CONTRASTS}
 
 
-def summary(
-    table: pd.DataFrame, sets: pd.DataFrame, relations: pd.DataFrame, reliability: pd.DataFrame, level: float = 0.05
-) -> str:
+def summary(table: pd.DataFrame, sets: pd.DataFrame, relations: pd.DataFrame, reliability: pd.DataFrame) -> str:
     """What step 04 saw, as Markdown; the tables of layers, of sets, of scores against effects, and of reliability."""
     chosen = chosen_layers(table)
     common, count = len(set(chosen["corpus"]) & set(chosen["matched"])), len(chosen["corpus"])
@@ -175,11 +170,11 @@ def summary(
     rho, silent = effect["rho"], [SPOKEN[c] for c in CONTRASTS if not effect["low"][c] > 0]
     nothing = f" On {' and on '.join(silent)} **the score does not tell a layer's worth**: its interval is not above 0."
     return f"""
-- {_heard(table, level)}
+- {_heard(table)}
 - The layers selected are {chosen["corpus"]} on all tokens and {chosen["matched"]} on matched words: {common} of {count} in common.
 - Injected alone, {_place(relations, "effect_alone")} do most for the solution, {_place(relations, "closing_alone")} for its closing sentence (rho with depth {_depth(relations, "effect_alone")["rho"]:+.2f} and {_depth(relations, "closing_alone")["rho"]:+.2f}).
 - {_told_apart(reliability)}
-- {_beside_chance(sets, reliability, level)}
+- {_beside_chance(sets, reliability)}
 - {_beside_full(sets)}
 - Score against effect over layers: rho = {rho["corpus"]:+.2f} (all tokens), {rho["matched"]:+.2f} (matched words), {rho["|tau|"]:+.2f} (size of the change), {rho["depth"]:+.2f} (depth).{nothing if silent else ""}
 """.strip()
@@ -224,7 +219,7 @@ def _told_apart(reliability: pd.DataFrame) -> str:
     )
 
 
-def _beside_chance(sets: pd.DataFrame, reliability: pd.DataFrame, level: float) -> str:
+def _beside_chance(sets: pd.DataFrame, reliability: pd.DataFrame) -> str:
     """How the stethoscope's sets stand among random ones and beside other rules, with intervals."""
     named = named_sets(sets)
     share = named["percentile"]
@@ -232,10 +227,10 @@ def _beside_chance(sets: pd.DataFrame, reliability: pd.DataFrame, level: float) 
     for contrast, name in {"corpus": "stethoscope", "matched": "stethoscope_matched"}.items():
         low, high = named["percentile_low"][name], named["percentile_high"][name]
         told[contrast] = f"**{share[name]:.1%}** ({low:.0%} to {high:.0%}; {SPOKEN[contrast]})"
-        unsure += [SPOKEN[contrast]] if low < 1 - level else []
+        unsure += [SPOKEN[contrast]] if low < 1 - LEVEL else []
     rivals = share.drop(["full", "full_shrunk", "stethoscope", "known", "outside"], errors="ignore").dropna()
     better = [name.replace("_", " ") for name in rivals.index if rivals[name] > share["stethoscope"]]
-    by_chance = f" On {' and on '.join(unsure)} that is **not told from chance**, which needs {1 - level:.0%} at the interval's lower end."
+    by_chance = f" On {' and on '.join(unsure)} that is **not told from chance**, which needs {1 - LEVEL:.0%} at the interval's lower end."
     ahead = "Rules that do better" if tells_apart(reliability) else "Rules that look better, which this world cannot tell"
     return (
         f"Injected there, the raw vector does better than {told['corpus']} and {told['matched']} of random sets; chance is 50 %."
@@ -258,13 +253,13 @@ def _beside_full(sets: pd.DataFrame) -> str:
     return f"{said} Of the closing sentence's fall they bring {shares[0]:.0%} and {shares[1]:.0%}."
 
 
-def sets_title(sets: pd.DataFrame, reliability: pd.DataFrame, level: float = 0.05) -> str:
+def sets_title(sets: pd.DataFrame, reliability: pd.DataFrame) -> str:
     """The finding of the figure of sets: what the stethoscope's beat, and whether beyond chance; or that this world cannot tell."""
     row = named_sets(sets).loc["stethoscope"]
     beaten = f"beats {row['percentile']:.1%} of random sets ({row['percentile_low']:.0%} to {row['percentile_high']:.0%})"
     if not tells_apart(reliability):
         return f"This world cannot tell sets apart (the stethoscope's {beaten})"
-    return f"The stethoscope's set {beaten}" + ("" if row["percentile_low"] >= 1 - level else ": not beyond chance")
+    return f"The stethoscope's set {beaten}" + ("" if row["percentile_low"] >= 1 - LEVEL else ": not beyond chance")
 
 
 def scales_title(sets: pd.DataFrame) -> str:
@@ -276,12 +271,12 @@ def scales_title(sets: pd.DataFrame) -> str:
     return f"At equal energy, all layers bring {shares[0]:.0%} of the whole fall, the stethoscope's {shares[1]:.0%}"
 
 
-def _heard(table: pd.DataFrame, level: float) -> str:
+def _heard(table: pd.DataFrame) -> str:
     """In how many layers mathematics is heard beyond chance; that it is heard nowhere is said, not counted."""
     if table["p_max"].isna().all():
         return "Whether a layer hears mathematics beyond chance **was not tested**: this definition of specificity cannot be permuted."
     layers, test = table["layer"].nunique(), "(permutation, maximum over layers)"
-    corpus, matched = (int((table[table["contrast"] == c]["p_max"] < level).sum()) for c in CONTRASTS)
+    corpus, matched = (int((table[table["contrast"] == c]["p_max"] < LEVEL).sum()) for c in CONTRASTS)
     if not corpus and not matched:
         return f"**No layer hears mathematics beyond chance**, neither on all tokens nor on matched words {test}."
     counted = f"{corpus or '**None**'} of {layers} layers hear mathematics beyond chance on all tokens, {matched or '**none**'} on matched words {test}."

@@ -54,10 +54,8 @@ def matched_weights(tokens: Sequence[Int[Tensor, " _"]], is_maths: Sequence[bool
 
 def most_specific(values: Float[Tensor, " d_sae"], eligible: Bool[Tensor, " d_sae"], count: int) -> Int[Tensor, " count"]:
     """Indices of the `count` most specific features that fire, most specific first; ties by index."""
-    if int(eligible.sum()) < count:
-        raise UserError(
-            f"features: {count} are needed but only {int(eligible.sum())} fire often enough; lower features.minimum_firing"
-        )
+    if (alive := int(eligible.sum())) < count:
+        raise UserError(f"features: {count} are needed but only {alive} fire often enough; lower features.minimum_firing")
     ranked = torch.where(eligible, values, -torch.inf)
     return torch.sort(ranked, descending=True, stable=True).indices[:count]
 
@@ -150,14 +148,14 @@ def hear(
     content = [torch.tensor(ids[1:], dtype=torch.long) for ids, _ in pairs]
     if set(range(corpora)) - {at for at, ids in zip(listening.corpus_of, content, strict=True) if len(ids)}:
         raise UserError("texts: all of one kind have one token each, and the first one is never heard; give longer ones")
-    is_maths = (corpus_of < corpora - 1).tolist()
-    matched = matched_weights(content, is_maths, listening.matched_minimum)
+    is_maths = corpus_of < corpora - 1
+    matched = matched_weights(content, is_maths.tolist(), listening.matched_minimum)
     tests, instruments, sums = _tested(base, listening, pairs, dictionaries, group)
     moment = {layer: Covariance(instruments["sae", layer].W_dec.shape[1], base.device) for layer in group}
     passing = residual_batches(base, pairs, listening.batch_tokens, group, watch, "02 feature statistics")
     for batch, document, streams in passing:
         joined = torch.cat([matched[at] for at in batch.documents]).to(document.device)
-        maths = (corpus_of < corpora - 1).to(document.device)[document]
+        maths = is_maths.to(document.device)[document]
         for layer, x in streams.items():
             kept = (x.norm(dim=1) <= tests[layer]["norm_limit"]).float()
             weights = {"corpus": kept, "matched": joined * kept}
@@ -167,11 +165,10 @@ def hear(
     labels = one_hot(corpus_of, corpora)
     for layer in group:
         for contrast in CONTRASTS:
-            if not explains(tests[layer]):
-                tests[layer][f"score_random_{contrast}"] = nan
-                continue
-            baseline = rule.score(sums["random", layer].value(contrast), labels, contrast == "matched")
-            tests[layer][f"score_random_{contrast}"] = float(baseline[0])
+            baseline = nan
+            if explains(tests[layer]):
+                baseline = float(rule.score(sums["random", layer].value(contrast), labels, contrast == "matched")[0])
+            tests[layer][f"score_random_{contrast}"] = baseline
     found = {f"{contrast}.{layer}": sums["sae", layer].value(contrast) for layer in group for contrast in CONTRASTS}
     return Heard(pd.DataFrame([tests[layer] for layer in group]), found, {layer: moment[layer].value() for layer in group})
 
@@ -300,18 +297,8 @@ def measure(
             top = int(most_specific(*one, 1)[0]) if one else -1
             about = dict(top_feature=top, top_specificity=float(one[0][top]) if one else nan, refused=refused.get(layer, ""))
             rows.append(dict(layer=layer, contrast=contrast) | about)
-    shown = [
-        "d_sae",
-        "l0",
-        "fvu",
-        "fvu_random",
-        "alive",
-        "l0_random",
-        "fvu_neighbour",
-        "outliers",
-        "fvu_with_outliers",
-        "massive",
-    ]
+    shown = ["d_sae", "l0", "fvu", "fvu_random", "alive", "l0_random"]
+    shown += ["fvu_neighbour", "outliers", "fvu_with_outliers", "massive"]
     return pd.DataFrame(rows).join(tests.set_index("layer")[shown], on="layer")
 
 

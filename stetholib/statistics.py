@@ -148,6 +148,6 @@ def mean_interval(values: Values, level: float = 0.05) -> tuple[float, float, fl
     found = np.asarray(values, float)
     found = found[np.isfinite(found)]
     if len(found) < 2:
-        return (float(found.mean()) if len(found) else float("nan"), float("nan"), float("nan"))
+        return (float(found.mean()) if len(found) else nan), nan, nan
     half = stats.t.isf(level / 2, len(found) - 1) * found.std(ddof=1) / len(found) ** 0.5
     return float(found.mean()), float(found.mean() - half), float(found.mean() + half)
