@@ -132,16 +132,14 @@ class BenchPanel:
     def _run(self, what: str) -> None:
         """Measure the loss, or answer, at this setting, and show it; one that is known costs nothing."""
         bench, setting, known = self._bench, self.setting, self._bench.knows(what, self.setting)
-        doing = {"losses": "Measuring the loss of", "verdicts": "Answering"}[what]
-        count = {"losses": bench.loss_problems, "verdicts": len(bench.asked)}[what]
+        loss: Any = ("loss", "Measuring the loss of", bench.loss_problems, bench.loss_table, self._draw_loss)
+        answers: Any = ("answers", "Answering", len(bench.asked), bench.accuracy_table, self._draw_accuracy)
+        said, doing, count, table_of, draw = {"losses": loss, "verdicts": answers}[what]
         with self._saying(f"{doing} {count} problems, {spoken(bench.expected(what))} ..."):
-            if what == "losses":
-                self._draw_loss(bench.loss_table(setting))
-            else:
-                self._draw_accuracy(bench.accuracy_table(setting))
+            draw(table_of(setting))
             took = "known from before" if known else f"measured in {bench.expected(what):.1f} s"
             self._label()
-            self._say(f"{described_setting(setting)}: {'loss' if what == 'losses' else 'answers'}: {took}.")
+            self._say(f"{described_setting(setting)}: {said}: {took}.")
 
     @contextmanager
     def _saying(self, doing: str) -> Iterator[None]:
@@ -158,8 +156,10 @@ class BenchPanel:
         self.status.value = f'<p role="status"><b>{html.escape(text)}</b></p>'
 
     def _draw_loss(self, table: pd.DataFrame) -> None:
-        names = {"setting": "this setting", "full": "whole vector"}
-        self.loss.value = _picture(loss_parts, table) + _numbers(table.rename(index=names), "loss, nats a token", "{:.4f}")
+        named = table.rename(index={"setting": "this setting", "full": "whole vector"})
+        numbers = named.to_html(float_format="{:.4f}".format, border=0)
+        captioned = numbers.replace("<thead>", "<caption>loss, nats a token</caption><thead>", 1)
+        self.loss.value = _picture(loss_parts, table) + captioned
 
     def _draw_accuracy(self, table: pd.DataFrame) -> None:
         self.accuracy.value = _picture(answered, table)
@@ -179,8 +179,3 @@ def _picture(plot: Any, table: pd.DataFrame) -> str:
     fig.savefig(buffer := BytesIO(), format="png", dpi=100)
     words = html.escape(described(fig), quote=True)
     return f'<img alt="{words}" src="data:image/png;base64,{b64encode(buffer.getvalue()).decode()}">'
-
-
-def _numbers(table: pd.DataFrame, caption: str, form: str) -> str:
-    """A table of HTML with a caption."""
-    return table.to_html(float_format=form.format, border=0).replace("<thead>", f"<caption>{caption}</caption><thead>", 1)
