@@ -56,12 +56,11 @@ def summary(table: pd.DataFrame, sets: pd.DataFrame, reliability: pd.DataFrame) 
     place = f"Mathematics was put into layers {known}: **by construction**. Alone they bring {shares['known']:.0%} of the whole vector's fall, all others {shares['outside']:.0%}."
     if not (change["full"] < 0 and change["known"] < 0):
         place = f"The vector lowers no loss in layers {known}, the only ones that could have learnt mathematics: **there is nothing to find**."
-    lines = [
-        place,
-        f"Two halves of the problems rank sets with rho {told['reliability']:+.2f}, and the best set that one finds is worth {told['r_held_out']:.0%} on the other: this world {verdict}.",
-        f"Exactly the known layers are picked by {said(exact)}; the score that sets them apart best is *{best['selector'].iloc[0]}* (AUROC {best['auroc'].iloc[0]:.2f}), and the paper's has {float(table.set_index('selector')['auroc']['stethoscope']):.2f}; chance is .50.",
-    ]
-    return "\n".join(f"- {line}" for line in lines)
+    return f"""
+- {place}
+- Two halves of the problems rank sets with rho {told["reliability"]:+.2f}, and the best set that one finds is worth {told["r_held_out"]:.0%} on the other: this world {verdict}.
+- Exactly the known layers are picked by {said(exact)}; the score that sets them apart best is *{best["selector"].iloc[0]}* (AUROC {best["auroc"].iloc[0]:.2f}), and the paper's has {float(table.set_index("selector")["auroc"]["stethoscope"]):.2f}; chance is .50.
+""".strip()
 
 
 def over_worlds(worlds: pd.DataFrame, organisms: pd.DataFrame | None = None) -> pd.DataFrame:

@@ -96,9 +96,7 @@ def _sensitivities(cell: tuple[int, str, str], delta: Tensor, sites: Sites, gain
     rows = []
     for place in sorted(places):
         for name, basis in sites[place].by_name.items():
-            for gains in ("plain", "norm"):
-                if place == layer and gains == "plain":
-                    continue
+            for gains in ("norm",) if place == layer else ("plain", "norm"):
                 q = basis[:, :rank] if gains == "plain" else through_gain(basis[:, :rank], gain, side, name in COVECTORS)
                 kept = float(energy_by_rank(delta, q, side)[-1])
                 rows.append((*cell, name, rank, place, gains, kept, 0.0))
