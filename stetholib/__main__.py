@@ -168,9 +168,9 @@ def run(options: argparse.Namespace) -> int:
     if options.command == "rehearse":
         module.rehearse(*asked, options.scale)
     elif options.command == "seeds":
-        module.run(*asked, options.count, options.into, processes=options.processes)
+        module.run(*asked, options.count, options.into, options.processes)
     elif options.command == "claim":
-        module.check(options.claim, *asked)
+        print(module.check(options.claim, *asked))
     elif options.command == "export":
         folder = module.export(options.variant, *asked, options.into, options.delta)
         print(f"{options.variant}: {sum(path.stat().st_size for path in folder.iterdir()) / 2**20:.1f} MiB in {folder}")
@@ -180,7 +180,7 @@ def run(options: argparse.Namespace) -> int:
     elif options.command == "answer":
         module.answer(*asked, overrides_of(options.set))
     else:
-        module.reproduce(*asked, processes=options.processes, overrides=overrides_of(options.set))
+        module.reproduce(*asked, options.processes, overrides_of(options.set))
     return 0
 
 

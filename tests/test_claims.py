@@ -1,6 +1,5 @@
 """Each rule of the ledger is fed evidence in which its claim holds, fails, and cannot be told; and what is made of the words."""
 
-import io
 import re
 import shutil
 from dataclasses import replace
@@ -11,7 +10,7 @@ from conftest import ROOT
 
 from stetholib import claims
 from stetholib.__main__ import main
-from stetholib.commands import claim, readme
+from stetholib.commands import claim, readme, reproduce
 from stetholib.data.mini.problems import SUBJECTS
 from stetholib.store.tables import CONTRACTS
 from stetholib.study import Study
@@ -260,11 +259,10 @@ class Step:
 
 
 def test_one_claim_is_printed_one_item_a_line(tmp_path, monkeypatch):
-    step, said = Step(apart=False), io.StringIO()
+    step = Step(apart=False)
     monkeypatch.setattr(Study, "open", lambda *given, **options: step)
-    monkeypatch.setattr(claim, "set_environment", lambda *given: None)
-    claim.check("C4", "smoke", "cpu", root=tmp_path, out=said)
-    lines = [line.partition(": ") for line in said.getvalue().splitlines()]
+    monkeypatch.setattr(reproduce, "set_environment", lambda *given: None)
+    lines = [line.partition(": ") for line in claim.check("C4", "smoke", "cpu", root=tmp_path).splitlines()]
     items = ["measured", "testable", "like for like", "strictly"]
     contrasts = [f"{item} ({contrast})" for contrast in claims.CONTRAST_VARIANT for item in items]
     assert [label for label, *_ in lines] == ["C4", "published", "rule", *contrasts] and step.asked == ["C4"]

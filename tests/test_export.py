@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from stetholib import profiles
 from stetholib.__main__ import main
 from stetholib.commands import export as command
+from stetholib.commands import reproduce
 from stetholib.editing import Edit, Lazy, TaskVector, edited
 from stetholib.errors import UserError
 from stetholib.minerva_math import Variant
@@ -289,7 +290,7 @@ def asked(two, tmp_path, monkeypatch):
     known = {"stethoscope": Variant("stethoscope", "raw", LAYERS), "scalpel": Variant("scalpel", "projected", (0, 1, 2, 3), 0.5)}
     monkeypatch.setattr(MinervaMath, "_variants", known)
     monkeypatch.setattr(SubspaceProjection, "vector_of", lambda self, name: self._vectors.tau)
-    monkeypatch.setattr(command, "set_environment", lambda *a: None)
+    monkeypatch.setattr(reproduce, "set_environment", lambda *a: None)
     return lambda name, **more: command.export(name, "mine.yaml", "cpu", root=tmp_path, **more)
 
 

@@ -17,6 +17,7 @@ import stetholib
 from stetholib import claims, leaderboard, significance, statistics
 from stetholib.__main__ import main
 from stetholib.commands import page as command
+from stetholib.commands import reproduce
 from stetholib.data.mini import base as mini_base
 from stetholib.data.mini import problems, stories
 from stetholib.data.prompts import prompt
@@ -482,7 +483,7 @@ def test_a_page_that_is_too_large_is_refused(given, monkeypatch):
 
 def test_the_command_writes_the_page_beside_the_figures(study, given, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("STETHOLIB_HOME", str(tmp_path))
-    monkeypatch.setattr(command, "set_environment", lambda *environment: None)
+    monkeypatch.setattr(reproduce, "set_environment", lambda *environment: None)
     monkeypatch.setattr(command, "payload", lambda *studies: given)
     monkeypatch.setattr(stetholib, "Study", SimpleNamespace(open=lambda *name, **how: study))
     assert main(["page", "--profile", "smoke", "--organism", "smoke"]) == 0

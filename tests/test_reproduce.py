@@ -1,7 +1,5 @@
 """Which notebooks run again: those whose text, profile, code, models or worlds have changed, and no other."""
 
-import io
-
 import pytest
 
 from stetholib import profiles
@@ -28,7 +26,7 @@ def ran(tmp_path, monkeypatch):
     def run(name="mini"):
         steps.clear()
         paths = {step: tmp_path / "notebooks" / f"{step}.ipynb" for step in notebooks.STEPS}
-        reproduce._run_all(profiles.load(name), dict(profile=name, device="cpu"), workspace, paths, io.StringIO(), 1)
+        reproduce._run_all(profiles.load(name), dict(profile=name, device="cpu"), workspace, paths, 1)
         return tuple(steps)
 
     return run, workspace

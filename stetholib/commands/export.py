@@ -7,9 +7,8 @@ from typing import Any
 
 import yaml
 
-import stetholib
 from stetholib import minerva_math, profiles
-from stetholib.commands.reproduce import alone, set_environment
+from stetholib.commands.reproduce import opened
 from stetholib.data.hub import MODEL_FILES, files_key
 from stetholib.data.source import SHIPPED
 from stetholib.editing import Edit
@@ -53,12 +52,9 @@ def export(
     if name not in known:
         what = "has nothing added to it and is whole on disk" if name in UNEDITED else f"is no variant{nearest(name, known)}"
         raise UserError(f"export: {name!r} {what}; there are: {', '.join(known)}")
-    workspace = Workspace(profile.name, root)
-    folder = Path(into) if into else workspace.runs / "export" / (name + "-delta" * delta)
+    folder = Path(into) if into else Workspace(profile.name, root).runs / "export" / (name + "-delta" * delta)
     files.check_place(folder)
-    set_environment(profile.threads, workspace.root / "runs")
-    with alone(workspace, profile.name):
-        study = stetholib.Study.open(profile_name, device=device, root=root)
+    with opened(profile_name, device, root) as study:
         variant, base = study.minerva_math.variants()[name], study.world.base_folder
         vector = study.subspace_projection.vector_of(variant.vector)
         with vector.opened() as tau:
@@ -92,9 +88,8 @@ def _papers(study: Any, variant: Variant, vector: str, delta: bool, draft: Path)
     for what, (name, revision, folder) in came.items():
         hashes = dict(line.rsplit(" ", 1) for line in files_key(folder, *MODEL_FILES))
         said[what] = dict(name=name, revision=revision, files=hashes)
-    said |= dict(
-        dtype=p.model.dtype, libraries=library_versions(), written={path.name: file_hash(path) for path in draft.iterdir()}
-    )
+    written = {path.name: file_hash(path) for path in draft.iterdir()}
+    said |= dict(dtype=p.model.dtype, libraries=library_versions(), written=written)
     (draft / files.PROVENANCE).write_text(json.dumps(said, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 

@@ -6,7 +6,6 @@ SAEs change (`instruments`)."""
 
 import json
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,8 @@ import pandas as pd
 
 import stetholib
 from stetholib import known_layers, profiles
-from stetholib.commands.reproduce import alone, set_environment
+from stetholib.commands.reproduce import alone
+from stetholib.commands.watch import say
 from stetholib.data.mini import MODELS
 from stetholib.data.mini.organism import KNOWN
 from stetholib.errors import UserError
@@ -25,7 +25,7 @@ from stetholib.store.tables import Workspace
 INTO = "seeds-organism"
 
 
-def run(names: Sequence[str], device: str, seeds: int, root: Path | None = None, out: Any = sys.stderr) -> None:
+def run(names: Sequence[str], device: str, seeds: int, root: Path | None = None) -> None:
     """Ask every rule in each organism, with SAEs of `seeds` seeds. Raises UserError for a profile that names no blocks."""
     found: dict[str, list[pd.DataFrame]] = {"bars": [], "known_layers": [], "instruments": []}
     for name in names:
@@ -33,26 +33,24 @@ def run(names: Sequence[str], device: str, seeds: int, root: Path | None = None,
         if not blocks:
             raise UserError(f"organisms: profile {name} names no finetune.blocks, so that no layers are known in it")
         if base and (base / KNOWN).is_file() and json.loads((base / KNOWN).read_text()) != list(blocks):
-            raise UserError(
-                f"organisms: profile {name} names blocks {list(blocks)}, which are not those that its model was grown with"
-            )
+            grown = "which are not those that its model was grown with"
+            raise UserError(f"organisms: profile {name} names blocks {list(blocks)}, {grown}")
     if seeds < 1:
         raise UserError(f"organisms: SAEs of {seeds} seeds were asked for; SAES must be 1 or more")
     os.environ["STETHOLIB_PROGRESS"] = "/dev/stderr"
     manifests: dict[str, Any] = {}
     for name in names:
         profile = profiles.load(name)
-        workspace = Workspace(profile.name, root)
-        set_environment(profile.threads, workspace.root / "runs")
-        with alone(workspace, profile.name):
+        with alone(Workspace(profile.name, root), profile):
             for seed in range(profile.sae.seed, profile.sae.seed + seeds):
-                print(f"{name}, SAEs of seed {seed}: running ...", file=out, flush=True)
+                say(f"{name}, SAEs of seed {seed}: running ...")
                 changed = {} if seed == profile.sae.seed else {"sae.seed": seed}
                 tables, manifest = one(stetholib.Study.open(name, changed, device, root), seed == profile.sae.seed)
                 manifests.setdefault(name, manifest)
                 for key, table in tables.items():
                     found[key].append(table.assign(world=name, sae_seed=seed))
-    _write({key: pd.concat(parts, ignore_index=True) for key, parts in found.items()}, manifests, Workspace(INTO, root))
+    tables = {key: pd.concat(parts, ignore_index=True) for key, parts in found.items()}
+    leave(tables, manifests, Workspace(INTO, root), ["world", "sae_seed"])
 
 
 def one(study: Any, first: bool) -> tuple[dict[str, pd.DataFrame], dict[str, Any]]:
@@ -83,8 +81,9 @@ def bars(study: Any) -> dict[str, Any]:
     return found | dict(holds=known_layers.holds(sets, told))
 
 
-def _write(tables: dict[str, pd.DataFrame], manifests: dict[str, Any], folder: Workspace) -> None:
+def leave(tables: dict[str, pd.DataFrame], manifest: dict[str, Any], folder: Workspace, first: Sequence[str]) -> None:
+    """Write tables, with the columns of `first` in front, and a manifest into a workspace's figures."""
     for stem, table in tables.items():
-        ordered = table[sorted(table, key=lambda column: column not in ("world", "sae_seed"))]
+        ordered = table[sorted(table, key=lambda column: column not in first)]
         folder.text(f"{stem}.csv", ordered.to_csv(index=False, float_format="%.6g", lineterminator="\n"))
-    folder.text("manifest.json", json.dumps(manifests, indent=1, sort_keys=True) + "\n")
+    folder.text("manifest.json", json.dumps(manifest, indent=1, sort_keys=True) + "\n")

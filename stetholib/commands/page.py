@@ -18,8 +18,8 @@ import pandas as pd
 import torch
 
 import stetholib
-from stetholib import layer_sets, leaderboard, profiles
-from stetholib.commands.reproduce import alone, set_environment
+from stetholib import layer_sets, leaderboard
+from stetholib.commands.reproduce import opened
 from stetholib.data.prompts import STOP, boxed_answer
 from stetholib.editing import TaskVector
 from stetholib.errors import UserError
@@ -27,7 +27,6 @@ from stetholib.models.subspaces import split_loss
 from stetholib.models.weights import Checkpoint, weight_names
 from stetholib.plots import style
 from stetholib.significance import ALL, Margins, metrics_of
-from stetholib.store.tables import Workspace
 
 SOURCES = Path(stetholib.__file__).parent / "page"
 SCRIPTS = ("gemma", "statistics", "scoring", "ledger", "drawing", "story", "live", "game", "start")
@@ -37,19 +36,15 @@ LIVE = ("raw", "projected")  # the vectors that the page can make from what is i
 AGAINST = ("base", "full_shrunk")  # what the ledger's claims hold a variant against
 
 
-def write(profile_name: str, device: str, organism: str = "organism", root: Path | None = None) -> Path:
+def write(profile: str, device: str, organism: str) -> Path:
     """Write figures/<profile>/stethoscope.html and return its path; what it stands on is found or computed.
 
     organism: the profile whose layers of mathematics are known. Raises UserError where the profile's model is not of the
     miniature's kind, or the page would be larger than 12 MiB.
     """
-    profile = profiles.load(profile_name)
-    workspace = Workspace(profile.name, root)
-    set_environment(profile.threads, workspace.root / "runs")
-    with alone(workspace, profile.name):
-        study = stetholib.Study.open(profile_name, device=device, root=root)
+    with opened(profile, device) as study:
         check(study)
-        page = assembled(payload(study, stetholib.Study.open(organism, device=device, root=root)))
+        page = assembled(payload(study, stetholib.Study.open(organism, device=device)))
         return study.workspace.text(PAGE, page)
 
 
@@ -142,24 +137,20 @@ def scalpel_bases(study: Any) -> dict[int, np.ndarray]:
 
 def problem(row: Mapping[str, str]) -> dict[str, str]:
     """What the page shows of a test problem, and the answer that it is scored against."""
-    return dict(
-        subject=row["subject"], level=row.get("level", "-"), problem=row["problem"], solution=row["solution"]
-    ) | dict(answer=boxed_answer(row["solution"]))  # fmt: skip
+    shown = dict(subject=row["subject"], level=row.get("level", "-"), problem=row["problem"], solution=row["solution"])
+    return shown | dict(answer=boxed_answer(row["solution"]))
 
 
 def story(study: Any) -> dict[str, Any]:
     """The tables behind the five pictures: by layer, of sets of layers, and of accuracies."""
-    table, energies, rank = (
-        study.subspace_projection.table(),
-        study.task_vectors.energies(),
-        study.subspace_projection.ranks.default,
-    )
+    step, energies = study.subspace_projection, study.task_vectors.energies()
+    table, rank = step.table(), step.ranks.default
     kept = [{"layer": at} | asdict(split_loss(rows, energies, rank)) for at, rows in table.groupby("layer")]
     sets, size = study.layer_selection.sets(), study.layer_selection.selected_count
     same = sets[(sets["layers"].str.split().str.len() == size) | sets["selector"].isin(layer_sets.IN_ALL)]
     return dict(
         rank=rank,
-        width=study.subspace_projection.width,
+        width=step.width,
         energy=records(study.task_vectors.table().groupby(["layer", "side"])["energy_share"].sum().unstack().reset_index()),
         kept=kept,
         kept_of_all=asdict(split_loss(table, energies, rank)),

@@ -8,7 +8,6 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from stetholib import profiles
 from stetholib.adapters import saes
 from stetholib.commands import fabricate
 from stetholib.commands.notebooks import check_all
+from stetholib.commands.watch import say
 from stetholib.data.mini.problems import SUBJECTS
 from stetholib.data.source import Source
 from stetholib.errors import UserError
@@ -40,7 +40,7 @@ FEW: dict[str, dict[str, Any]] = {
 }
 
 
-def rehearse(name: str, device: str, scale: float, root: Path | None = None, out: Any = sys.stderr) -> None:
+def rehearse(name: str, device: str, scale: float) -> None:
     """Run a profile on fabricated weights in `runs/<profile>-rehearsal/` and print what each step took."""
     full = profiles.load(name)
     if not 0 < scale <= 1:
@@ -49,19 +49,20 @@ def rehearse(name: str, device: str, scale: float, root: Path | None = None, out
         raise UserError(f"rehearsal: profile {full.name} fetches nothing; run it: make reproduce PROFILE={full.name}")
     notebooks = Path(__file__).parents[2] / "notebooks"
     check_all(notebooks)
-    home = ((root or repository()) / "runs" / f"{full.name}-rehearsal").resolve()
+    home = (repository() / "runs" / f"{full.name}-rehearsal").resolve()
     small = _small(name, home)
     with held(home / "rehearsal.lock", f"another rehearsal of {full.name} is under way in this folder; wait for it"):
-        _fabricate(small, home, scale, out)
+        _fabricate(small, home, scale)
         if not (home / "notebooks").exists():
             (home / "notebooks").symlink_to(notebooks)
-        _reproduce(home / f"{full.name}.yaml", device, home, out)
+        _reproduce(home / f"{full.name}.yaml", device, home)
     run = json.loads((home / "runs" / full.name / "run.json").read_text(encoding="utf-8"))
-    for line in measured(run):
-        print(line, file=out)
+    for step, seconds in run["seconds"].items():
+        memory, gpu = run["peak_gib"].get(step, 0.0), run.get("peak_gpu_gib", {}).get(step)
+        say(f"{step}: {seconds:.0f} s, peak {memory:.1f} GiB" + (f", GPU {gpu:.1f} GiB" if gpu else ""))
 
 
-def _reproduce(profile: Path, device: str, home: Path, out: Any) -> None:
+def _reproduce(profile: Path, device: str, home: Path) -> None:
     """The run, in a process of its own: huggingface_hub reads where its cache is when it is imported, and whoever
     fabricates has imported it by now. Raises UserError with the run's own line where it fails."""
     command = [sys.executable, "-m", "stetholib", "reproduce", "--profile", str(profile), "--device", device]
@@ -75,7 +76,7 @@ def _reproduce(profile: Path, device: str, home: Path, out: Any) -> None:
                 if line.startswith("stetholib: "):
                     said = line.removeprefix("stetholib: ").strip()
                 else:
-                    print(line, end="", file=out, flush=True)
+                    say(line, end="")
         except KeyboardInterrupt:
             process.terminate()  # where the interruption was sent to this process alone
             raise
@@ -96,13 +97,13 @@ def _small(name: str, home: Path) -> Profile:
     return profiles.load(name, values)
 
 
-def _fabricate(profile: Profile, home: Path, scale: float, out: Any) -> None:
+def _fabricate(profile: Profile, home: Path, scale: float) -> None:
     """Fill a cache of the Hub with fabricated repositories, at the revisions that the profile pins."""
     cache, mark = home / "hub" / "hub", home / "hub" / "fabricated.json"
     made_of = digest_of(scale, profile.digest)
     if mark.is_file() and json.loads(mark.read_text())["key"] == made_of:
         return
-    print(f"rehearsal: fabricating weights at {scale:g} of the true shapes ...", file=out, flush=True)
+    say(f"rehearsal: fabricating weights at {scale:g} of the true shapes ...")
     shutil.rmtree(home / "hub", ignore_errors=True)
     shutil.rmtree(home / "runs", ignore_errors=True)
     data, model = profile.data, profile.model
@@ -116,12 +117,3 @@ def _fabricate(profile: Profile, home: Path, scale: float, out: Any) -> None:
         (place / "snapshots").mkdir()
         shutil.move(folder, place / "snapshots" / revision)
     mark.write_text(json.dumps(dict(key=made_of)))
-
-
-def measured(run: Mapping[str, Any]) -> list[str]:
-    """A line a step: seconds and peaks of memory."""
-    lines = []
-    for step, seconds in run["seconds"].items():
-        memory, gpu = run["peak_gib"].get(step, 0.0), run.get("peak_gpu_gib", {}).get(step)
-        lines.append(f"{step}: {seconds:.0f} s, peak {memory:.1f} GiB" + (f", GPU {gpu:.1f} GiB" if gpu else ""))
-    return lines

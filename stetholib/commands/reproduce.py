@@ -10,8 +10,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -25,6 +25,7 @@ from stetholib.adapters import harness, own_code
 from stetholib.commands import doctor, watch
 from stetholib.commands.environment import LIBRARIES
 from stetholib.commands.notebooks import STEPS, check_all, execute, notebook_text
+from stetholib.commands.watch import say
 from stetholib.data.mini import MODELS
 from stetholib.data.source import Source
 from stetholib.errors import UserError
@@ -36,69 +37,66 @@ from stetholib.store.tables import Workspace
 SELECTING, ANSWERING = "04_layer_selection", "05_minerva_math"
 
 
-def reproduce(
-    name: str,
-    device: str,
-    root: Path | None = None,
-    out: Any = sys.stderr,
-    processes: int = 1,
-    overrides: Mapping[str, Any] | None = None,
-) -> None:
+def reproduce(name: str, device: str, processes: int, overrides: Mapping[str, Any]) -> None:
     """Bring `figures/<profile>/` up to date, or with single keys overridden a folder beside it, and say what they changed. Raises
     UserError with one line where that cannot be done.
     processes: how many of them answer the test, one a GPU; the answers are the same as one alone would give."""
     check_processes(processes, device)
     profile = profiles.load(name, overrides)
-    workspace = Workspace.of(profile.name, profile.digest, overrides or {}, root)
+    workspace = Workspace.of(profile.name, profile.digest, overrides)
     notebooks = check_all(workspace.root / "notebooks")
-    set_environment(profile.threads, workspace.root / "runs")
-    with alone(workspace, profile.name):
+    with alone(workspace, profile):
         for folder in (workspace.figures, workspace.records):
             for left in folder.glob(".[0-9]*.*"):  # by a run that was killed while it wrote
                 left.unlink()
         asked = str(Path(name).resolve()) if name.endswith((".yaml", ".yml")) else name
         parameters = dict(profile=asked, device=device) | (dict(overrides=dict(overrides)) if overrides else {})
-        _run_all(profile, parameters, workspace, notebooks, out, processes)
+        _run_all(profile, parameters, workspace, notebooks, processes)
     if overrides:
-        print(comparison.told(workspace, signed(profile.title, overrides)), file=out, flush=True)
+        say(comparison.told(workspace, signed(profile.title, overrides)))
 
 
-def alone(workspace: Workspace, name: str) -> AbstractContextManager[Any]:
-    """Take the one lock of a profile's runs; raises UserError where another run holds it."""
-    busy = f"another run of profile {name} is under way in this folder; wait for it or use a second clone"
+def alone(workspace: Workspace, profile: Profile) -> AbstractContextManager[Any]:
+    """Fix the environment and take the one lock of a profile's runs; raises UserError where another run holds it."""
+    set_environment(profile.threads, workspace.root / "runs")
+    busy = f"another run of profile {profile.name} is under way in this folder; wait for it or use a second clone"
     return held(workspace.runs / "reproduce.lock", busy)
 
 
-def _run_all(
-    profile: Profile, parameters: dict[str, Any], workspace: Workspace, notebooks: dict[str, Path], out: Any, processes: int
-) -> None:
+@contextmanager
+def opened(name: str, device: str, root: Path | None = None) -> Iterator[Any]:
+    """The study of a profile, while its runs are locked."""
+    profile = profiles.load(name)
+    with alone(Workspace(profile.name, root), profile):
+        yield stetholib.Study.open(name, device=device, root=root)
+
+
+def _run_all(profile: Profile, parameters: dict[str, Any], workspace: Workspace, paths: dict[str, Path], processes: int) -> None:
     times: dict[str, float] = {}
     peaks: dict[str, dict[str, float]] = {}
     code = code_key(profile, parameters["device"])
-    for step, path in notebooks.items():
+    for step, path in paths.items():
         mark = workspace.executed / f"{step}.json"
         key = key_of(step, path, code, workspace)
         if _is_done(mark, key, workspace):
-            print(f"{step}: unchanged", file=out, flush=True)
+            say(f"{step}: unchanged")
             continue
         if not times:
             doctor.refuse(profile, parameters["device"], processes)
-        print(f"{step}: running ...", file=out, flush=True)
+        say(f"{step}: running ...")
         started = time.monotonic()
-        with watch.peaks(parameters["device"]) as peaks[step], watch.progress(workspace.runs / "progress.log", out):
+        with watch.peaks(parameters["device"]) as peaks[step], watch.progress(workspace.runs / "progress.log"):
             if processes > 1 and step == ANSWERING:
                 _answer(workspace, parameters, processes)
             execute(path, workspace, parameters)
         times[step] = round(time.monotonic() - started, 1)
         made = {str(p.relative_to(workspace.root)): file_hash(p) for p in _outputs(step, workspace)}
         atomic(mark, partial(Path.write_text, data=json.dumps(dict(key=key, files=made), indent=1)))
-        print(f"{step}: {times[step]:.0f} s, {len(made)} files", file=out, flush=True)
+        say(f"{step}: {times[step]:.0f} s, {len(made)} files")
     if times:
         _record(workspace, times, peaks, parameters["device"])
-        print(
-            f"all of it: {sum(times.values()):.0f} s; tables and figures are in {workspace.figures.relative_to(workspace.root)}/",
-            file=out,
-        )
+        place = workspace.figures.relative_to(workspace.root)
+        say(f"all of it: {sum(times.values()):.0f} s; tables and figures are in {place}/")
 
 
 def key_of(step: str, path: Path, code: str, workspace: Workspace) -> str:

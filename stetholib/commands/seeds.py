@@ -4,14 +4,12 @@
 spreads; world 0 is its own run.
 What is the Hub's stays the same. Every world is a process of its own, so that memory stays flat, and is cached by stage."""
 
-import json
 import multiprocessing
 import os
-import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import pandas as pd
@@ -20,7 +18,9 @@ import stetholib
 from stetholib import layer_sets, profiles
 from stetholib.claims import HOLDS
 from stetholib.commands.organisms import INTO as ORGANISMS
-from stetholib.commands.reproduce import alone, check_processes, set_environment
+from stetholib.commands.organisms import leave
+from stetholib.commands.reproduce import alone, check_processes
+from stetholib.commands.watch import say
 from stetholib.errors import UserError
 from stetholib.statistics import mean_interval
 from stetholib.store.tables import Workspace
@@ -29,15 +29,7 @@ SAE_SEEDS = 1  # further SAE trainings within each world
 REFERENCES = {"percentile_": 0.5, "reliability": 0.5, "r_held_out": 0.1, "misalignment_index": 0.5}  # of others it is 0
 
 
-def run(
-    name: str,
-    device: str,
-    count: int,
-    into: str | None = None,
-    root: Path | None = None,
-    out: Any = sys.stderr,
-    processes: int = 1,
-) -> None:
+def run(name: str, device: str, count: int, into: str | None = None, processes: int = 1) -> None:
     """Run `count` worlds of a profile and leave tables and a figure in `figures/<into>/`, by default `seeds-<profile>`.
     processes: how many worlds at once, on a CPU; what they give is the same."""
     profile = profiles.load(name)
@@ -51,30 +43,29 @@ def run(
     check_processes(processes, device)
     if processes > 1 and device != "cpu":
         raise UserError(f"seeds: PROCESSES is {processes}, but worlds share a GPU in turns only; leave it out")
-    workspace = Workspace(profile.name, root)
-    set_environment(profile.threads, workspace.root / "runs")
     os.environ["STETHOLIB_PROGRESS"] = "/dev/stderr"
     if processes > 1:  # worlds that share cores leave them at once
         os.environ["GOMP_SPINCOUNT"] = "0"
-    with alone(workspace, profile.name), ThreadPoolExecutor(processes) as threads:
+    with alone(Workspace(profile.name), profile), ThreadPoolExecutor(processes) as threads:
         seeds = range(profile.seed, profile.seed + count)
-        found = list(threads.map(lambda seed: _apart(name, device, seed, root, out), seeds))
+        found = list(threads.map(partial(_apart, name, device), seeds))
     tables = {key: pd.concat([world[key] for world, _ in found], ignore_index=True) for key in found[0][0]}
     tables["spread"] = spread(tables["worlds"])
     manifest = found[0][1] | dict(seeds=tables["worlds"]["world"].tolist())
-    _write(profile, tables, manifest, Workspace(into, root))
+    leave(tables, manifest, Workspace(into), ["world"])
+    _draw(profile, tables, Workspace(into))
 
 
-def _apart(name: str, device: str, seed: int, root: Path | None, out: Any) -> tuple[dict[str, pd.DataFrame], dict[str, Any]]:
+def _apart(name: str, device: str, seed: int) -> tuple[dict[str, pd.DataFrame], dict[str, Any]]:
     """One world in a process of its own."""
     started = time.monotonic()
-    print(f"world {seed}: running ...", file=out, flush=True)
+    say(f"world {seed}: running ...")
     try:
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-            found = pool.submit(one, name, device, seed, root).result()
+            found = pool.submit(one, name, device, seed).result()
     except BrokenProcessPool:
         raise UserError(f"world {seed}: its process was killed, most often for want of memory; finished work is kept") from None
-    print(f"world {seed}: {time.monotonic() - started:.0f} s", file=out, flush=True)
+    say(f"world {seed}: {time.monotonic() - started:.0f} s")
     return found
 
 
@@ -94,10 +85,10 @@ def spread(worlds: pd.DataFrame, level: float = 0.05) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def one(name: str, device: str, seed: int, root: Path | None = None) -> tuple[dict[str, pd.DataFrame], dict[str, Any]]:
+def one(name: str, device: str, seed: int) -> tuple[dict[str, pd.DataFrame], dict[str, Any]]:
     """One world: its ledger, its main figures in one row, and how stable its layer scores are over SAE seeds; its manifest."""
     own = profiles.load(name).seed
-    study = stetholib.Study.open(name, {} if seed == own else {"seed": seed}, device, root)
+    study = stetholib.Study.open(name, {} if seed == own else {"seed": seed}, device)
     tables = {
         "claims": study.significance.claims(),
         "worlds": pd.DataFrame([study.significance.headline()]),
@@ -107,13 +98,9 @@ def one(name: str, device: str, seed: int, root: Path | None = None) -> tuple[di
     return {key: table.assign(world=seed) for key, table in tables.items()}, study.manifest()
 
 
-def _write(profile: profiles.Profile, tables: dict[str, pd.DataFrame], manifest: dict[str, Any], folder: Workspace) -> None:
+def _draw(profile: profiles.Profile, tables: dict[str, pd.DataFrame], folder: Workspace) -> None:
     from stetholib import plots  # not earlier: matplotlib reads its settings on import, after set_environment has placed them
 
-    for stem, table in tables.items():
-        ordered = table[sorted(table, key=lambda column: column != "world")]
-        folder.text(f"{stem}.csv", ordered.to_csv(index=False, float_format="%.6g", lineterminator="\n"))
-    folder.text("manifest.json", json.dumps(manifest, indent=1, sort_keys=True) + "\n")
     claims, count = tables["claims"], tables["worlds"]["world"].nunique()
     fig, axes = plots.panels(columns=4, width=4.6, height=5.2)
     for ax, column, title in zip(axes, ("verdict", "verdict_strict"), ("Like for like", "Strictly"), strict=False):

@@ -2,13 +2,17 @@
 
 import os
 import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import psutil
+
+say = partial(print, file=sys.stderr, flush=True)
 
 
 @contextmanager
@@ -51,9 +55,9 @@ def peaks(device: str) -> Iterator[dict[str, float]]:
 
 
 @contextmanager
-def progress(log: Path, out: Any) -> Iterator[None]:
+def progress(log: Path) -> Iterator[None]:
     """Pass on what the notebook's kernel says of its progress."""
     log.write_text("")
     os.environ["STETHOLIB_PROGRESS"] = str(log)
-    with log.open(encoding="utf-8") as handle, _meanwhile(lambda: print(handle.read(), end="", file=out, flush=True), 1):
+    with log.open(encoding="utf-8") as handle, _meanwhile(lambda: say(handle.read(), end=""), 1):
         yield
