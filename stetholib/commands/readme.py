@@ -1,7 +1,7 @@
 """Write the generated parts of the READMEs from committed tables: what was found, in each notebook too, how claims were judged, the
 ledger, which rule one would bet on, what organisms and real weights say, the table of `make bench`, a vote sheet and answers. A part stands between `<!-- name -->` and `<!-- /name -->`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from stetholib.layer_sets import IN_ALL, named_sets, reliability_of_sets, standi
 from stetholib.models.subspaces import split_loss
 from stetholib.plots import words
 from stetholib.statistics import mean_interval
+from stetholib.store.tables import Workspace
 
 WORLDS = {"mini": "miniature", "smollm2": "SmolLM2-135M-Instruct", "gemma-3-270m-q4": "Gemma 3 270M, base"}
 SCALPEL = "energy that the scalpel keeps; chance; ceiling"
@@ -23,6 +24,12 @@ CONTRASTS = {"-": "", "corpus": " *(all tokens)*", "matched": " *(matched words)
 def read(root: Path, name: str) -> pd.DataFrame:
     """A committed table, by its place below figures/."""
     return pd.read_csv(root / "figures" / f"{name}.csv")
+
+
+def table_of(heads: str, rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table, one row a line; heads: with ` | ` between them."""
+    lines = [f"| {' | '.join(cells)} |\n" for cells in rows]
+    return f"| {heads} |\n{'|---' * (heads.count('|') + 1)}|\n{''.join(lines)}"
 
 
 def found(root: Path) -> str:
@@ -66,16 +73,14 @@ def _number_theory(answers: pd.DataFrame) -> dict[str, str]:
 
 def ledger(table: pd.DataFrame, worlds: pd.DataFrame) -> str:
     """The nine claims as a Markdown table: the paper's figure, the miniature's, both verdicts, and in how many worlds they hold."""
-    heads = ["claim", "paper", "miniature", "verdict", "strictly", "worlds in which it holds"]
-    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    rows = []
     for row in table.to_dict("records"):
         same = worlds[(worlds["claim"] == row["claim"]) & (worlds["contrast"] == row["contrast"])]
         holds, strictly = (in_worlds(same[column]) for column in ("verdict", "verdict_strict"))
         cells = [f"**{row['claim']}** {row['statement']}{CONTRASTS[row['contrast']]}", row["published"], words(row["measured"])]
         cells += [row["verdict"], row["verdict_strict"]]
-        cells += ["not counted" if holds == strictly == "-" else f"{holds}, strictly {strictly}"]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        rows.append([*cells, "not counted" if holds == strictly == "-" else f"{holds}, strictly {strictly}"])
+    return table_of("claim | paper | miniature | verdict | strictly | worlds in which it holds", rows)
 
 
 def in_worlds(verdicts: pd.Series) -> str:
@@ -114,12 +119,9 @@ def steps(root: Path) -> str:
     vectors, heard, sets = (read(root, f"mini/{stem}") for stem in ("01_task_vectors", "02_sae_features", "04_layer_sets"))
     heard = heard[heard["contrast"] == "corpus"]
     sound = heard[heard["refused"].isna()]
-    layers, told, said = (
-        vectors.groupby("layer")["energy_share"].sum(),
-        sets_title(sets, read(root, "mini/04_reliability")),
-        facts(root / "figures/mini"),
-    )
-    number, (kept, chance, ceiling) = _number_theory(read(root, "mini/05_minerva_math")), said[SCALPEL].split("; ")
+    layers, told = vectors.groupby("layer")["energy_share"].sum(), sets_title(sets, read(root, "mini/04_reliability"))
+    kept, chance, ceiling = facts(root / "figures/mini")[SCALPEL].split("; ")
+    number = _number_theory(read(root, "mini/05_minerva_math"))
     found = {
         "01_task_vectors": ("What did the fine-tune change, and where?", f"A layer holds {percent(layers.min())} to {percent(layers.max())} of the energy."),
         "02_sae_features": ("Can the instrument be trusted?", f"{len(sound)} of {len(heard)} SAEs pass their test; they leave {percent(sound['fvu'].median())} of the variance unexplained, random directions {percent(sound['fvu_random'].median())}."),
@@ -128,49 +130,32 @@ def steps(root: Path) -> str:
         "05_minerva_math": ("What does each edited model score?", f"Number Theory: base {number['base']}, scalpel {number['scalpel']}, stethoscope {number['stethoscope']}, whole vector {number['full']}."),
         "06_significance": ("Which claims hold up?", f"Strictly: {_judged(read(root, 'mini/06_claims'), 'verdict_strict')}."),
     }  # fmt: skip
-    lines = ["| notebook | question | found on the miniature |", "|---|---|---|"]
-    lines += [f"| [{name}](notebooks/{name}.ipynb) | {asked} | {answer} |" for name, (asked, answer) in found.items()]
-    return "\n".join(lines) + "\n"
+    rows = [(f"[{name}](notebooks/{name}.ipynb)", *told) for name, told in found.items()]
+    return table_of("notebook | question | found on the miniature", rows)
 
 
 def whole_ledger(root: Path) -> str:
     """The ledger, and what SAEs of another seed would have chosen."""
     stability = read(root, "seeds/stability")
     common = stability.groupby("contrast")["common"].mean()
-    return (
-        ledger(read(root, "mini/06_claims"), read(root, "seeds/claims"))
-        + f"\nSAEs of another seed in the same world choose {common['corpus']:.1f} (all tokens) and {common['matched']:.1f} (matched words) of "
-        f"the same layers on average; chance is {stability['chance'].iloc[0]:.1f}.\n"
-    )
+    chosen = f"{common['corpus']:.1f} (all tokens) and {common['matched']:.1f} (matched words) of the same layers on average"
+    said = f"SAEs of another seed in the same world choose {chosen}; chance is {stability['chance'].iloc[0]:.1f}."
+    return f"{ledger(read(root, 'mini/06_claims'), read(root, 'seeds/claims'))}\n{said}\n"
 
 
 def _every_rule(root: Path) -> pd.DataFrame:
     """Every rule over the worlds of `make seeds`, or in the default one, and over those of `make organisms`, or in the first, of
     those that have run."""
-    worlds, organisms, one = (
-        root / "figures" / at for at in ("seeds/selectors.csv", "seeds-organism/known_layers.csv", "organism")
-    )
+    worlds, organisms = Workspace("mini", root).over_worlds()
     told = pd.read_csv(worlds) if worlds.is_file() else standing(read(root, "mini/04_layer_sets")).assign(world=0)
-    known = pd.read_csv(organisms) if organisms.is_file() else _organism(root) if one.is_dir() else None
+    first = (root / "figures" / "organism").is_dir()
+    known = pd.read_csv(organisms) if organisms.is_file() else _organism(root) if first else None
     return known_layers.over_worlds(told, known)
 
 
 def rules(root: Path) -> str:
     """Which rule one would bet on, and every rule as a Markdown table, with how its one set does on real weights."""
-    table, real = _every_rule(root), _on_real_weights(root)
-    heads = [
-        "rule",
-        "random sets that it beats",
-        *(f"on {WORLDS[name]}" for name in real),
-        "AUROC of the known layers",
-        "exactly these",
-    ]
-    lines = [
-        f"**{words(known_layers.bet(table))} {_carried(root, table)}**",
-        "",
-        f"| {' | '.join(heads)} |",
-        "|---" * len(heads) + "|",
-    ]
+    table, real, rows = _every_rule(root), _on_real_weights(root), []
     for name, row in table.drop(index=[*IN_ALL], errors="ignore").to_dict("index").items():
         place, exact = "not asked", ""
         if pd.notna(row.get("auroc")):
@@ -179,8 +164,10 @@ def rules(root: Path) -> str:
         beaten = [_beaten(row["percentile"], row["low"], row["high"])]
         for sets in real.values():
             beaten.append(_beaten(*sets.loc[str(name), STANDS]) if name in sets.index else "not asked")
-        lines.append(f"| {' | '.join([words(name), *beaten, place, exact])} |")
-    return "\n".join(lines) + "\n"
+        rows.append([words(name), *beaten, place, exact])
+    asked = [f"on {WORLDS[name]}" for name in real]
+    heads = " | ".join(["rule", "random sets that it beats", *asked, "AUROC of the known layers", "exactly these"])
+    return f"**{words(known_layers.bet(table))} {_carried(root, table)}**\n\n{table_of(heads, rows)}"
 
 
 STANDS = ["percentile", "percentile_low", "percentile_high"]
@@ -211,12 +198,12 @@ def _carried(root: Path, table: pd.DataFrame) -> str:
 
 def organisms(root: Path) -> str:
     """What the worlds of `make organisms` are, and whether each can test a rule, as a Markdown table."""
-    lines = [
-        "| world | mathematics in | energy of a layer | the known layers bring | the others | sets beaten | reliability; held out | tests rules |"
-    ]
-    lines.append("|---" * 8 + "|")
-    rows: Any = read(root, "seeds-organism/bars").drop_duplicates("world").itertuples()
-    for row in rows:
+    heads = (
+        "world | mathematics in | energy of a layer | the known layers bring | the others | sets beaten | reliability; held out"
+    )
+    bars: Any = read(root, "seeds-organism/bars").drop_duplicates("world").itertuples()
+    rows = []
+    for row in bars:
         energy = f"{row.energy_lowest:.2f} to {row.energy_highest:.2f} of the mean"
         parts = [
             f"{share:.0%} of the fall" if row.full < 0 < row.share_known else "no fall to share"
@@ -224,8 +211,8 @@ def organisms(root: Path) -> str:
         ]
         told = f"{row.reliability:.2f}; {row.r_held_out:.2f}"
         cells = [str(row.world), str(row.known).replace(" ", ", "), energy, *parts, percent(row.percentile_known), told]
-        lines.append(f"| {' | '.join(cells)} | {'yes' if row.holds else 'no'} |")
-    return "\n".join(lines) + "\n"
+        rows.append([*cells, "yes" if row.holds else "no"])
+    return table_of(f"{heads} | tests rules", rows)
 
 
 def _organism(root: Path) -> pd.DataFrame:
@@ -237,9 +224,8 @@ def _organism(root: Path) -> pd.DataFrame:
 def real_weights(root: Path) -> str:
     """What the miniature and real weights say to the same questions, a column each, as a Markdown table."""
     found = {title: facts(root / "figures" / name) for name, title in WORLDS.items() if (root / "figures" / name).is_dir()}
-    lines = [f"| | {' | '.join(found)} |", "|---" * (1 + len(found)) + "|"]
-    told = ((what, [said.get(what, "not run") for said in found.values()]) for what in found[WORLDS["mini"]])
-    return "\n".join(lines + [f"| {what} | {' | '.join(answers)} |" for what, answers in told]) + "\n"
+    rows = [(what, *(said.get(what, "not run") for said in found.values())) for what in found[WORLDS["mini"]]]
+    return table_of(f"| {' | '.join(found)}", rows)
 
 
 def facts(folder: Path) -> dict[str, str]:
@@ -328,15 +314,15 @@ def _verdicts(ledger: Any) -> dict[str, str]:
     return {"verdicts (strictly)": "; ".join(told)}
 
 
-def beside_peers(table: pd.DataFrame) -> str:
+def peers(root: Path) -> str:
     """The rows of `make bench` as a Markdown table; what is no time is in MiB."""
-    lines = ["| work | peer | ours | theirs | ratio | equal |", "|---|---|---|---|---|---|"]
-    for row in table.to_dict("records"):
+    rows = []
+    for row in read(root, "bench/bench").to_dict("records"):
         unit = "MiB" if row["work"].endswith("_memory") else "s"
         ours, theirs = ("-" if pd.isna(row[side]) else f"{_three(row[side])} {unit}" for side in ("ours", "theirs"))
         ratio = "-" if pd.isna(row["ratio"]) else _three(row["ratio"])
-        lines.append(f"| `{row['work']}` | {row['peer']} | {ours} | {theirs} | {ratio} | {row['equal']} |")
-    return "\n".join(lines) + "\n"
+        rows.append([f"`{row['work']}`", row["peer"], ours, theirs, ratio, row["equal"]])
+    return table_of("work | peer | ours | theirs | ratio | equal", rows)
 
 
 def _three(value: float) -> str:
@@ -344,30 +330,20 @@ def _three(value: float) -> str:
     return f"{value:.3g}" if value < 999.5 else f"{value:.0f}"
 
 
-def peers(root: Path) -> str:
-    """The table of `make bench`."""
-    return beside_peers(read(root, "bench/bench"))
-
-
 def votes(root: Path) -> str:
     """A sheet for votes on the nine claims, before and after."""
     claims = read(root, "mini/06_claims").drop_duplicates("claim")
-    lines = ["| claim | paper | before | after | what changed my mind |", "|---|---|---|---|---|"]
-    lines += [
-        f"| **{row.claim}** {row.statement} | {row.published} | yes · no · ? | yes · no · ? | |" for row in claims.itertuples()
-    ]
-    return "\n".join(lines) + "\n"
+    vote = "yes · no · ?"
+    rows = [(f"**{row.claim}** {row.statement}", str(row.published), vote, f"{vote} |") for row in claims.itertuples()]
+    return table_of("claim | paper | before | after | what changed my mind", rows)
 
 
 def questions(root: Path) -> str:
     """The likeliest questions of a workshop, answered by what was found."""
     answers: Any = read(root, "mini/05_minerva_math").query("subject == 'all'").set_index("variant")
     exact, verify = (answers[name].map(percent) for name in ("accuracy", "math_verify"))
-    sets, worlds = (
-        named_sets(read(root, "mini/04_layer_sets")),
-        read(root, "seeds/claims").query("claim == 'C4' and contrast == 'corpus'"),
-    )
-    said = facts(root / "figures" / "mini")
+    sets, said = named_sets(read(root, "mini/04_layer_sets")), facts(root / "figures" / "mini")
+    worlds = read(root, "seeds/claims").query("claim == 'C4' and contrast == 'corpus'")
     kept, chance, ceiling = _kept(said)
     alone, closing = said["best layers alone: solution; closing sentence"].split("; ")
     return f"""1. **Why not simply fine-tune?** Do: the whole vector *is* the fine-tune, and no set of layers chosen here does as well ({exact["full"]} of all answers right by exact match, the stethoscope's layers {exact["stethoscope"]}). The question is what SAEs can say about a vector, not whether to have one.
