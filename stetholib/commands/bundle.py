@@ -35,7 +35,8 @@ def bundle(into: str | None, platforms: Sequence[str] | None, pythons: Sequence[
     """Make a bundle for every platform and Python (none: for this machine), and say what is in it; True when no wheel is lacking.
     into: a new folder, or a new file that ends in .tar. Raises UserError where the checkout cannot be bundled."""
     place = Path(into or "dist/stetholib").absolute()
-    targets = [target(platform, python) for platform in platforms or [here()] for python in pythons or [this_python()]]
+    running = "{}.{}".format(*sys.version_info)
+    targets = [target(platform, python) for platform in platforms or [here()] for python in pythons or [running]]
     if place.exists():
         raise UserError(f"{place} is there already; remove it, or give another place: make bundle INTO=...")
     place.parent.mkdir(parents=True, exist_ok=True)
@@ -70,11 +71,6 @@ def here() -> str:
     if not found:
         raise UserError(f"PLATFORM: no wheels are known for this machine; give some of {', '.join(PLATFORMS)}")
     return found[0]
-
-
-def this_python() -> str:
-    """The running Python's two numbers."""
-    return "{}.{}".format(*sys.version_info)
 
 
 def target(platform: str, python: str) -> Laptop:
@@ -140,11 +136,9 @@ def fetch(wanted: Sequence[str], place: Path, one: Laptop) -> list[str]:
     """Fetch wheels that fit a laptop, all at once or else one by one; returns those that are not to be had."""
     if not wanted:
         return []
-    tags = (
-        [f"macosx_{one.release[0]}_0_{one.machine}"]
-        if one.system == "Darwin"
-        else [f"manylinux_2_{minor}_{one.machine}" for minor in range(one.release[1], 4, -1)] + [f"manylinux2014_{one.machine}"]
-    )
+    tags = [f"macosx_{one.release[0]}_0_{one.machine}"]
+    if one.system == "Linux":
+        tags = [f"manylinux_2_{minor}_{one.machine}" for minor in range(one.release[1], 4, -1)] + [f"manylinux2014_{one.machine}"]
     only = ["--only-binary=:all:", "--no-deps", "--dest", str(place), "--python-version", f"{one.python[0]}.{one.python[1]}"]
     asked = ["download", *only, *(f"--platform={tag}" for tag in tags)]
     if pip(*asked, *wanted):

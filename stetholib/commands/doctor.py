@@ -133,9 +133,9 @@ def _packages() -> str:
     if not lock.is_file():
         return "no requirements.lock here; versions are as they are"
     differing = environment.differences(lock.read_text(encoding="utf-8"))
-    return (
-        "as locked" if not differing else f"{len(differing)} differ from requirements.lock ({differing[0]}); results may differ"
-    )
+    if not differing:
+        return "as locked"
+    return f"{len(differing)} differ from requirements.lock ({differing[0]}); results may differ"
 
 
 def _sources(profile: Profile) -> dict[str, Callable[[], tuple[Source, Sequence[str]]]]:
@@ -224,17 +224,14 @@ def _stored(profile: Profile, *kinds: str) -> int:
 def _disks(fetched: int, made: int) -> Iterator[Check]:
     """Room for what is fetched and made, on one disk or on two."""
     cache, here = hub.cache_place(), repository()
+    needs = [("disk", here, made, "what is made"), ("cache", cache, fetched, "what is fetched")]
     if cache.stat().st_dev == here.stat().st_dev:
-        yield _disk("disk", here, fetched + made, "what is fetched and made")
-        return
-    yield _disk("disk", here, made, "what is made")
-    yield _disk("cache", cache, fetched, "what is fetched")
-
-
-def _disk(name: str, place: Path, wanted: int, purpose: str) -> Check:
-    free = shutil.disk_usage(place).free
-    line = f"{free / GIB:.1f} GiB are free, about {wanted / GIB:.1f} are wanted for {purpose}"
-    return Check(name, free >= wanted, line if free >= wanted else f"{line}; free {(wanted - free) / GIB:.1f} GiB in {place}")
+        needs = [("disk", here, fetched + made, "what is fetched and made")]
+    for name, place, wanted, purpose in needs:
+        free = shutil.disk_usage(place).free
+        line = f"{free / GIB:.1f} GiB are free, about {wanted / GIB:.1f} are wanted for {purpose}"
+        mend = f"; free {(wanted - free) / GIB:.1f} GiB in {place}" if free < wanted else ""
+        yield Check(name, free >= wanted, line + mend)
 
 
 def _held(profile: Profile, size: Size) -> int:
@@ -242,16 +239,13 @@ def _held(profile: Profile, size: Size) -> int:
     return int(min(profile.features.memory_gib * GIB, 2 * size.layers * _sums(profile, size)))
 
 
-def _working(profile: Profile, size: Size) -> int:
+def _working(p: Profile, size: Size) -> int:
     """Bytes on the device beside the weights: the largest of what training, hearing and answering take."""
-    p = profile
     losses = 14 * size.vocabulary * max(p.data.max_tokens * p.finetune.batch_size, p.selection.batch_tokens)
     trained = losses + (16 * size.parameters if p.finetune.method == "full" and not p.finetune.finetuned else GIB)
     together = max(1, _held(p, size) // (2 * _sums(p, size)))
     hearing = 16 * size.d_sae * size.width * together + 4 * 20_000 * size.width * (together + 2) + 5 * GIB // 4
-    answering = (
-        2 * size.layers * size.width * size.bytes_each * p.evaluation.batch_size * (900 + p.evaluation.max_new_tokens) // 2
-    )
+    answering = size.layers * size.width * size.bytes_each * p.evaluation.batch_size * (900 + p.evaluation.max_new_tokens)
     return max(trained, hearing, answering) if size.parameters > 10**7 else GIB // 2
 
 

@@ -29,9 +29,12 @@ CHAT = (
     "{{ bos_token }}{% for m in messages %}{{ '<start_of_turn>' + m['role'] + '\n' + m['content'] + '<end_of_turn>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
 )
-TEXT = dict(head_dim=256, tie_word_embeddings=True)
-SIZES = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
-ROOM = ("sliding_window", "max_position_embeddings", "vocab_size")
+TEXT = dict(head_dim=256, tie_word_embeddings=True, pad_token_id=0, eos_token_id=1, bos_token_id=2)
+SIZES = (
+    *("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads"),
+    *("sliding_window", "max_position_embeddings", "vocab_size"),
+)
+VISION = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "image_size")
 SHAPES = {  # of the released models' configurations
     "google/gemma-3-270m-it": (18, 640, 2048, 4, 1, 512, 32768, 262144),
     "google/gemma-3-1b-it": (26, 1152, 6912, 4, 1, 512, 32768, 262144),
@@ -63,21 +66,15 @@ def text_config(repo: str, scale: float) -> Any:
     """The text half's configuration; a fraction keeps heads, grouping and layer types and shrinks the rest."""
     from transformers import Gemma3TextConfig
 
-    shape: dict[str, Any] = TEXT | dict(zip(SIZES + ROOM, SHAPES[repo], strict=True))
+    shape: dict[str, Any] = TEXT | dict(zip(SIZES, SHAPES[repo], strict=True))
     if scale < 1:
         shape["num_hidden_layers"] = max(6, round(shape["num_hidden_layers"] * scale))
         for key in ("hidden_size", "intermediate_size"):
             shape[key] = max(32, 16 * round(shape[key] * scale / 16))
         shape["vocab_size"] = max(1024, round(shape["vocab_size"] * scale))
         shape["head_dim"] = 16
-    return Gemma3TextConfig(
-        query_pre_attn_scalar=shape["head_dim"],
-        pad_token_id=0,
-        eos_token_id=1,
-        bos_token_id=2,
-        initializer_range=0.02 if scale == 1 else 0.25,
-        **shape,
-    )
+    spread = 0.02 if scale == 1 else 0.25
+    return Gemma3TextConfig(query_pre_attn_scalar=shape["head_dim"], initializer_range=spread, **shape)
 
 
 def model(repo: str, folder: Path, scale: float, dtype: str, seed: int) -> None:
@@ -85,19 +82,12 @@ def model(repo: str, folder: Path, scale: float, dtype: str, seed: int) -> None:
     from transformers import AutoModelForCausalLM, Gemma3Config, SiglipVisionConfig
     from transformers.utils import logging
 
-    text = text_config(repo, scale)
-    config = text
+    config = text = text_config(repo, scale)
     if repo in WITH_VISION:
-        vision: dict[str, Any] = dict(
-            hidden_size=1152, intermediate_size=4304, num_hidden_layers=27, num_attention_heads=16, image_size=896
-        )
-        if scale < 1:
-            vision = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=56)
-        config = Gemma3Config(
-            text_config=text.to_dict(),
-            vision_config=SiglipVisionConfig(patch_size=14, vision_use_head=False, **vision).to_dict(),
-            mm_tokens_per_image=256 if scale == 1 else 4,
-        )
+        sizes, image_tokens = ((32, 64, 2, 2, 56), 4) if scale < 1 else ((1152, 4304, 27, 16, 896), 256)
+        shape: dict[str, Any] = dict(zip(VISION, sizes, strict=True))
+        vision = SiglipVisionConfig(patch_size=14, vision_use_head=False, **shape).to_dict()
+        config = Gemma3Config(text_config=text.to_dict(), vision_config=vision, mm_tokens_per_image=image_tokens)
     logging.disable_progress_bar()
     torch.manual_seed(seed)
     made = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))

@@ -42,7 +42,8 @@ def _ran(workspace: Workspace, path: Path, digest: str, code: str) -> tuple[list
     done, now = json.loads(mark.read_text(encoding="utf-8")), key_of(path.stem, path, code, workspace)
     if done["key"] != now:
         raise UserError(f"notebooks/{path.name} ran with other code, libraries or another device than the CPU; {again}")
-    cells = [cell for cell in json.loads(ran.read_text(encoding="utf-8"))["cells"] if _injected(cell) is False]
+    cells = json.loads(ran.read_text(encoding="utf-8"))["cells"]
+    cells = [cell for cell in cells if "injected-parameters" not in cell["metadata"].get("tags", [])]  # papermill's own
     if [(cell["cell_type"], "".join(cell["source"])) for cell in cells] != notebook_text(path):
         raise UserError(f"notebooks/{path.name} has changed since it ran; {again}")
     figures = {Path(name).name: known for name, known in done["files"].items() if name.startswith("figures/")}
@@ -62,18 +63,10 @@ def shown(notebook: dict[str, Any], ran: list[Any], about: dict[str, Any], root:
         said = json.dumps(outputs)
         if any(one["output_type"] == "error" or one.get("name") == "stderr" for one in outputs) or root in said:
             raise UserError(f"cell {cell['id']} shows an error, a warning or a path of this machine: {said[:200]}")
-        cell |= dict(execution_count=number, outputs=[_numbered(one, number) for one in outputs])
+        numbered = [one | dict(execution_count=number) if "execution_count" in one else one for one in outputs]
+        cell |= dict(execution_count=number, outputs=numbered)
     notebook["metadata"]["stetholib"] = about
     return notebook
-
-
-def _injected(cell: dict[str, Any]) -> bool:
-    """Whether papermill put this cell there."""
-    return "injected-parameters" in cell["metadata"].get("tags", [])
-
-
-def _numbered(output: dict[str, Any], number: int) -> dict[str, Any]:
-    return {**output, "execution_count": number} if "execution_count" in output else output
 
 
 if __name__ == "__main__":
