@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from collections.abc import Callable
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -90,27 +91,17 @@ def parser(inner: bool = False) -> Parser:
     if inner:
         made["answer"] = commands.add_parser("answer")
     for name, one in made.items():
-        default = "paper" if name == "rehearse" else "mini"
-        if name == "bundle":
-            continue
-        if name not in ("listen", "organisms"):
-            one.add_argument(
-                "--profile", default=default, help=f"a shipped profile's name, or a YAML file of your own ({default})"
-            )
-        one.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="where models run (cpu)")
-    for name, processes in (
-        ("reproduce", "how many processes answer the test, one a GPU (1)"),
-        ("seeds", "how many worlds at once (1)"),
-    ):
-        made[name].add_argument("--processes", type=int, default=1, help=processes)
-    for name in ("reproduce", "doctor", "answer") if inner else ("reproduce", "doctor"):
-        made[name].add_argument(
-            "--set",
-            action="append",
-            default=[],
-            metavar="KEY=VALUE",
-            help="override one key of the profile, e.g. selection.layer_share=0.25",
-        )
+        if name not in ("bundle", "listen", "organisms"):
+            default = "paper" if name == "rehearse" else "mini"
+            said = f"a shipped profile's name, or a YAML file of your own ({default})"
+            one.add_argument("--profile", default=default, help=said)
+        if name != "bundle":
+            one.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="where models run (cpu)")
+    made["reproduce"].add_argument("--processes", type=int, default=1, help="how many processes answer the test, one a GPU (1)")
+    made["seeds"].add_argument("--processes", type=int, default=1, help="how many worlds at once (1)")
+    for name in made.keys() & {"reproduce", "doctor", "answer"}:
+        said = "override one key of the profile, e.g. selection.layer_share=0.25"
+        made[name].add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=said)
     made["rehearse"].add_argument("--scale", type=float, default=1.0, help="of the true shapes: above 0, at most 1 (1)")
     made["seeds"].add_argument("--count", type=int, default=5, help="how many worlds (5)")
     made["seeds"].add_argument("--into", help="folder below figures/ for what they say (seeds-<profile>)")
@@ -151,37 +142,30 @@ def overrides_of(given: list[str]) -> dict[str, Any]:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Run a command, whose module is loaded only now: help and complaints need no PyTorch."""
-    module: Any = import_module(f"stetholib.commands.{'reproduce' if options.command == 'answer' else options.command}")
-    if options.command == "listen":
-        texts = options.maths, options.general
-        print(module.run(options.model, options.revision, options.saes, options.sae_id, texts, options.device, options.into))
-        return 0
-    if options.command == "bundle":
-        return 0 if module.bundle(options.into, options.platform, options.python, partial(print, flush=True)) else 1
-    if options.command == "organisms":
-        module.run(options.profiles, options.device, options.count)
-        return 0
-    asked = options.profile, options.device
-    if options.command == "doctor":
-        return 0 if module.report(*asked, print, overrides_of(options.set)) else 1
-    if options.command == "rehearse":
-        module.rehearse(*asked, options.scale)
-    elif options.command == "seeds":
-        module.run(*asked, options.count, options.into, options.processes)
-    elif options.command == "claim":
-        print(module.check(options.claim, *asked))
-    elif options.command == "export":
-        folder = module.export(options.variant, *asked, options.into, options.delta)
-        print(f"{options.variant}: {sum(path.stat().st_size for path in folder.iterdir()) / 2**20:.1f} MiB in {folder}")
-    elif options.command == "page":
-        path = module.write(*asked, options.organism)
-        print(f"{path.stat().st_size / 2**20:.1f} MiB in {path}")
-    elif options.command == "answer":
-        module.answer(*asked, overrides_of(options.set))
-    else:
-        module.reproduce(*asked, options.processes, overrides_of(options.set))
-    return 0
+    """Run a command; its module is loaded only now: help and complaints need no PyTorch. The status is 1 where it gives False."""
+    o, name = options, options.command
+    module: Any = import_module(f"stetholib.commands.{'reproduce' if name == 'answer' else name}")
+    asked = getattr(o, "profile", None), getattr(o, "device", None)
+    calls: dict[str, Callable[[], Any]] = {
+        "reproduce": lambda: module.reproduce(*asked, o.processes, overrides_of(o.set)),
+        "answer": lambda: module.answer(*asked, overrides_of(o.set)),
+        "doctor": lambda: module.report(*asked, print, overrides_of(o.set)),
+        "rehearse": lambda: module.rehearse(*asked, o.scale),
+        "seeds": lambda: module.run(*asked, o.count, o.into, o.processes),
+        "claim": lambda: print(module.check(o.claim, *asked)),
+        "organisms": lambda: module.run(o.profiles, o.device, o.count),
+        "listen": lambda: print(module.run(o.model, o.revision, o.saes, o.sae_id, (o.maths, o.general), o.device, o.into)),
+        "export": lambda: print(f"{o.variant}: {_size(module.export(o.variant, *asked, o.into, o.delta))}"),
+        "page": lambda: print(_size(module.write(*asked, o.organism))),
+        "bundle": lambda: module.bundle(o.into, o.platform, o.python, partial(print, flush=True)),
+    }
+    return int(calls[name]() is False)
+
+
+def _size(place: Path) -> str:
+    """How large a file, or the files of a folder, are."""
+    size = sum(path.stat().st_size for path in (place.iterdir() if place.is_dir() else [place]))
+    return f"{size / 2**20:.1f} MiB in {place}"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -195,16 +179,13 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"stetholib: {error}", file=sys.stderr)
         return 2
     except (OSError, SafetensorError, MemoryError, RuntimeError, ImportError) as error:
-        if want_of_memory(error):
-            print(f"stetholib: {MEMORY}", file=sys.stderr)
-            return 2
-        if isinstance(error, RuntimeError | ImportError):
-            raise
-        full = full_disk(str(error))
-        if isinstance(error, SafetensorError) and not full:
-            raise
-        mend = "free some space" if full else "give this folder room and rights to write"
-        print(f"stetholib: {error}; {mend}, then run the same command again: what is finished is kept", file=sys.stderr)
+        said, full = MEMORY, full_disk(str(error))
+        if not want_of_memory(error):
+            if isinstance(error, RuntimeError | ImportError) or (isinstance(error, SafetensorError) and not full):
+                raise
+            mend = "free some space" if full else "give this folder room and rights to write"
+            said = f"{error}; {mend}, then run the same command again: what is finished is kept"
+        print(f"stetholib: {said}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stetholib: stopped; what was finished is kept, the same command goes on from there", file=sys.stderr)

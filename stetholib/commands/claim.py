@@ -9,9 +9,7 @@ from stetholib.errors import UserError
 
 def check(claim: str, name: str, device: str, root: Path | None = None) -> str:
     """A claim's statement, rule, measured figure and both verdicts, one item a line; writes no figure.
-
-    claim: C1 to C9; name: the profile's. What is measured is kept, and a whole run finds it.
-    """
+    claim: C1 to C9; name: the profile's. What is measured is kept, and a whole run finds it."""
     if claim not in NAMES:
         raise UserError(f"claim: unknown claim {claim!r}; there are: {', '.join(NAMES)}")
     with opened(name, device, root) as study:

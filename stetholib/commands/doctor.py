@@ -6,9 +6,8 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -34,8 +33,7 @@ THERE = {
 RUNTIME = 1.5 * GIB  # Python with PyTorch and the notebook's kernel
 
 
-@dataclass(frozen=True)
-class Check:
+class Check(NamedTuple):
     """One finding; `line` says what is there and, where it is not enough, how to mend it."""
 
     name: str
@@ -43,8 +41,7 @@ class Check:
     line: str
 
 
-@dataclass(frozen=True)
-class Size:
+class Size(NamedTuple):
     """What memory and disk depend on: weights, bytes of one, blocks, width, tokens that are known, features of an SAE."""
 
     parameters: int
@@ -83,10 +80,9 @@ def examine(profile: Profile, device: str, processes: int = 1) -> Iterator[Check
             yield Check(name, True, look())
         except UserError as error:
             yield Check(name, False, str(error))
-    if "model" not in absent:
-        yield Check("needs", False, "memory and disk cannot be told before the model's files can be seen")
-        return
     try:
+        if "model" not in absent:
+            raise UserError("memory and disk cannot be told before the model's files can be seen")
         known = size(profile)
     except UserError as error:
         yield Check("needs", False, str(error))

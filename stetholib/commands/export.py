@@ -43,10 +43,8 @@ def export(
     name: str, profile_name: str, device: str, into: str | None = None, delta: bool = False, root: Path | None = None
 ) -> Path:
     """Write the model of a variant, or what it adds (`delta`), with card, recipe and provenance; returns the folder.
-
     into: a new folder, or an earlier export to replace; by default runs/<profile>/export/<variant>, or <variant>-delta. What
-    the variant stands on is found or computed. Raises UserError for a variant or a place that cannot be.
-    """
+    the variant stands on is found or computed. Raises UserError for a variant or a place that cannot be."""
     profile = profiles.load(profile_name)
     known = [one for one in profile.evaluation.variants if one not in UNEDITED]
     if name not in known:

@@ -14,6 +14,7 @@ from typing import Any
 import pandas as pd
 import torch
 from safetensors.torch import load_file, save_file
+from torch.nn.functional import pad
 
 from stetholib.adapters import saes
 from stetholib.data.mini import problems, stories
@@ -161,9 +162,7 @@ def fitted(x: torch.Tensor, d_sae: int, l0: float, seed: int) -> Dictionary:
     directions = torch.cat([most, -most])[:d_sae]
     off = torch.randn(d_sae, x.shape[1], generator=generator).to(x.device) / x.shape[1] ** 0.5
     one, silent = tied_dictionary(x, directions + OFF * off[: len(directions)], l0), off[len(directions) :]
-    b_enc, threshold = (
-        torch.cat([part, part.new_full((len(silent),), value)]) for part, value in ((one.b_enc, 0), (one.threshold, NEVER))
-    )
+    b_enc, threshold = (pad(part, (0, len(silent)), value=value) for part, value in ((one.b_enc, 0), (one.threshold, NEVER)))
     return Dictionary(torch.cat([one.W_enc, silent.T], 1), b_enc, torch.cat([one.W_dec, silent]), one.b_dec, threshold)
 
 

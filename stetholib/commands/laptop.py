@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import webbrowser
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Iterator, NamedTuple, Sequence  # noqa: UP035 (a Python 3.8 reads this)
@@ -25,7 +26,6 @@ DISK, DISK_AFTER, MEMORY = 3.5, 0.5, 3.5  # GiB: the environment takes 2.6, befo
 SUMS = "SHA256SUMS"
 USED = re.compile(r"(notebooks|figures)/|runs/.*\.jsonl$")  # what a reader's own work changes, or a run adds to
 OLD_NAMES = {"manylinux1_": "manylinux_2_5_", "manylinux2010_": "manylinux_2_12_", "manylinux2014_": "manylinux_2_17_"}
-WITHOUT_WHEELS = "with a network: make env WHEELS="
 
 
 class Laptop(NamedTuple):
@@ -192,7 +192,7 @@ def packages(laptop: Laptop, wheels: Sequence[str], lock: str) -> Line:
         if not lacking(lock, wheels, laptop._replace(python=numbers(other))):
             return Line("MEND", "wheels", f"none for this Python, but for {other}: make env PYTHON={other}")
     names = ", ".join(missing[:4]) + (", ..." if len(missing) > 4 else "")
-    return Line("MEND", "wheels", f"{len(missing)} packages have none that fits here ({names}); {WITHOUT_WHEELS}")
+    return Line("MEND", "wheels", f"{len(missing)} packages have none that fits here ({names}); with a network: make env WHEELS=")
 
 
 def files(folder: Path) -> Iterator[Line]:
@@ -239,38 +239,32 @@ def look(folder: Path) -> Laptop:
 
 def succeeds(*command: str, cwd: str | None = None) -> bool:
     """Whether a command is there and ends well."""
-    try:
+    with suppress(OSError):
         return not subprocess.run(command, cwd=cwd, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).returncode
-    except OSError:
-        return False
+    return False
 
 
 def has_browser() -> bool:
     """Whether Python finds a browser with windows."""
-    try:
+    with suppress(webbrowser.Error):
         return getattr(webbrowser.get(), "name", "") not in ("www-browser", "links", "elinks", "lynx", "w3m")
-    except webbrowser.Error:
-        return False
+    return False
 
 
 def can_write(folder: Path) -> bool:
     """Whether a folder takes a file and a link, as an environment needs."""
-    try:
-        with tempfile.TemporaryDirectory(dir=str(folder)) as place:
-            os.symlink("nowhere", os.path.join(place, "link"))
+    with suppress(OSError, NotImplementedError), tempfile.TemporaryDirectory(dir=str(folder)) as place:
+        os.symlink("nowhere", os.path.join(place, "link"))
         return True
-    except (OSError, NotImplementedError):
-        return False
+    return False
 
 
 def can_bind(port: int) -> bool:
     """Whether a port of this machine's own address is free."""
-    with socket.socket() as one:
-        try:
-            one.bind(("127.0.0.1", port))
-            return True
-        except OSError:
-            return False
+    with socket.socket() as one, suppress(OSError):
+        one.bind(("127.0.0.1", port))
+        return True
+    return False
 
 
 def main() -> int:

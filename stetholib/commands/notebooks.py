@@ -14,6 +14,7 @@ from stetholib.store.tables import Workspace
 NAMES = "01_task_vectors 02_sae_features 03_subspace_projection 04_layer_selection 05_minerva_math 06_significance"
 STEPS = tuple(NAMES.split())
 PARAMETERS = ("profile", "device", "overrides")
+QUIETLY = dict(kernel_name="python3", progress_bar=False, extra_arguments=["--IPKernelApp.log_level=CRITICAL"])
 
 
 def notebook_text(path: Path) -> list[tuple[str, str]]:
@@ -79,15 +80,7 @@ def execute(path: Path, workspace: Workspace, parameters: dict[str, str]) -> Non
     for name in ("asyncio", "papermill", "traitlets"):  # after an interruption they would print tracebacks of their own
         logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
-        papermill.execute_notebook(
-            str(path),
-            str(executed),
-            parameters=parameters,
-            kernel_name="python3",
-            progress_bar=False,
-            cwd=str(workspace.root),
-            extra_arguments=["--IPKernelApp.log_level=CRITICAL"],
-        )
+        papermill.execute_notebook(str(path), str(executed), parameters=parameters, cwd=str(workspace.root), **QUIETLY)
     except papermill.PapermillExecutionError as error:
         raise UserError(f"{path.stem}, cell {error.exec_count}: {told(error, executed)}") from None
     except DeadKernelError:

@@ -1,8 +1,7 @@
 """One page that needs nothing: the story, the miniature live, every set of layers, and the ledger: `make page`.
 
 Here is gathered what the page holds; how it looks, and the model that runs in it, lie in `stetholib/page/` as HTML, CSS and plain
-JavaScript, and are put into one file. What the page says is computed in the browser, from the tables and outcomes in it.
-"""
+JavaScript, and are put into one file. What the page says is computed in the browser, from the tables and outcomes in it."""
 
 import base64
 import html
@@ -38,10 +37,8 @@ AGAINST = ("base", "full_shrunk")  # what the ledger's claims hold a variant aga
 
 def write(profile: str, device: str, organism: str) -> Path:
     """Write figures/<profile>/stethoscope.html and return its path; what it stands on is found or computed.
-
     organism: the profile whose layers of mathematics are known. Raises UserError where the profile's model is not of the
-    miniature's kind, or the page would be larger than 12 MiB.
-    """
+    miniature's kind, or the page would be larger than 12 MiB."""
     with opened(profile, device) as study:
         check(study)
         page = assembled(payload(study, stetholib.Study.open(organism, device=device)))
@@ -80,7 +77,7 @@ def payload(study: Any, organism: Any) -> dict[str, Any]:
     p, size = study.profile, study.layer_selection.selected_count
     return dict(
         profile=dict(name=p.name, title=p.title, seed=p.seed, headline=study.minerva_math.headline_subject),
-        palette=palette(),
+        palette={name: getattr(style, name.upper()) for name in ("orange", "sky", "green", "red", "violet", "grey")},
         model=packed_model(study.world.base_folder, study.task_vectors.vector),
         scalpel={str(at): packed(basis, "f8") for at, basis in scalpel_bases(study).items()},
         edits=[dict(asdict(v), layers=list(v.layers)) for v in study.minerva_math.variants().values() if v.vector in LIVE],
@@ -95,11 +92,6 @@ def payload(study: Any, organism: Any) -> dict[str, Any]:
 def packed(values: Any, kind: str = "f4") -> str:
     """Numbers as text: little-endian float32 (`f4`) or float64 (`f8`) in base 64."""
     return base64.b64encode(np.ascontiguousarray(np.asarray(values), f"<{kind}").tobytes()).decode()
-
-
-def palette() -> dict[str, str]:
-    """The figures' colours by name."""
-    return {name: getattr(style, name.upper()) for name in ("orange", "sky", "green", "red", "violet", "grey")}
 
 
 def packed_model(folder: Path, vector: TaskVector) -> dict[str, Any]:

@@ -92,11 +92,9 @@ def in_worlds(verdicts: pd.Series) -> str:
 def verdicts(root: Path) -> str:
     """How the nine claims were judged, in two sentences: by the paper's own test, and by what a sceptic would ask."""
     table = read(root, "mini/06_claims")
-    told = [f"{start}, {_judged(table, column)}." for start, column in JUDGED.items()]
-    return f"{' '.join(told)} C1 to C3 speak of the scalpel, C4 to C7 of the stethoscope, C8 of determinism and C9 of cost.\n"
-
-
-JUDGED = {"By the paper's own test": "verdict", "By what a sceptic would ask": "verdict_strict"}
+    test, sceptic = (_judged(table, column) for column in ("verdict", "verdict_strict"))
+    about = "C1 to C3 speak of the scalpel, C4 to C7 of the stethoscope, C8 of determinism and C9 of cost."
+    return f"By the paper's own test, {test}. By what a sceptic would ask, {sceptic}. {about}\n"
 
 
 def _judged(table: pd.DataFrame, column: str) -> str:
@@ -105,13 +103,8 @@ def _judged(table: pd.DataFrame, column: str) -> str:
     both = own.groupby("claim")["said"].transform("nunique") == 1
     own = own.assign(name=own["claim"].where(both, own["claim"] + own["contrast"].map(CONTRASTS)))
     names = own.drop_duplicates("name").groupby("said")["name"].agg(", ".join)
-    forms = {
-        "consistent": "{} hold",
-        "contradicted": "{} **contradicted**",
-        "not testable": "{} not testable",
-        BUILT: "{} by construction",
-    }
-    return "; ".join(forms[said].format(names[said]) for said in forms if said in names)
+    forms = {"consistent": "hold", "contradicted": "**contradicted**", "not testable": "not testable", BUILT: BUILT}
+    return "; ".join(f"{names[said]} {form}" for said, form in forms.items() if said in names)
 
 
 def steps(root: Path) -> str:
@@ -205,10 +198,8 @@ def organisms(root: Path) -> str:
     rows = []
     for row in bars:
         energy = f"{row.energy_lowest:.2f} to {row.energy_highest:.2f} of the mean"
-        parts = [
-            f"{share:.0%} of the fall" if row.full < 0 < row.share_known else "no fall to share"
-            for share in (row.share_known, row.share_outside)
-        ]
+        fell, shares = row.full < 0 < row.share_known, (row.share_known, row.share_outside)
+        parts = [f"{share:.0%} of the fall" if fell else "no fall to share" for share in shares]
         told = f"{row.reliability:.2f}; {row.r_held_out:.2f}"
         cells = [str(row.world), str(row.known).replace(" ", ", "), energy, *parts, percent(row.percentile_known), told]
         rows.append([*cells, "yes" if row.holds else "no"])
@@ -282,19 +273,13 @@ def _effects(layers: Any, sets: Any) -> dict[str, str]:
 def _sets(table: pd.DataFrame, reliability: pd.DataFrame) -> dict[str, str]:
     """Of how many random sets each rule's set is better, with intervals."""
     sets: Any = named_sets(table)
-    told = reliability_of_sets(reliability)
-
-    def beaten(name: str) -> str:
-        row = sets.loc[name]
-        return f"{row['percentile']:.0%} ({row['percentile_low']:.0%} to {row['percentile_high']:.0%})"
-
+    told, others = reliability_of_sets(reliability), ("taylor", "fisher", "largest_norm", "small_step")
+    beaten = {name: "{:.0%} ({:.0%} to {:.0%})".format(*row) for name, row in sets[STANDS].iterrows()}
     return {
         "rank correlation of sets between two halves of the problems": f"{told['reliability']:.2f}",
-        "random sets that the stethoscope beats, all tokens": beaten("stethoscope"),
-        "the same on matched words": beaten("stethoscope_matched"),
-        "random sets that other rules beat": ", ".join(
-            f"{words(name)} {sets.loc[name, 'percentile']:.0%}" for name in ("taylor", "fisher", "largest_norm", "small_step")
-        ),
+        "random sets that the stethoscope beats, all tokens": beaten["stethoscope"],
+        "the same on matched words": beaten["stethoscope_matched"],
+        "random sets that other rules beat": ", ".join(f"{words(name)} {sets.loc[name, 'percentile']:.0%}" for name in others),
     }
 
 

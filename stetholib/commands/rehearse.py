@@ -24,14 +24,9 @@ from stetholib.errors import UserError
 from stetholib.profiles import Profile
 from stetholib.store.files import digest_of, held, repository
 
+PROBLEMS = dict(train_problems=3, validation_problems=4, feature_problems=4, test_problems=dict.fromkeys(SUBJECTS, 1))
 FEW: dict[str, dict[str, Any]] = {
-    "data": dict(
-        train_problems=3,
-        validation_problems=4,
-        feature_problems=4,
-        general_documents=14,
-        test_problems=dict.fromkeys(SUBJECTS, 1),
-    ),
+    "data": dict(general_documents=14, **PROBLEMS),
     "finetune": dict(gradient_accumulation=4),
     "features": dict(minimum_firing=0.0, matched_minimum=5),
     "projection": dict(random_draws=2, gradient_problems=1),

@@ -1,8 +1,7 @@
-"""The experiment in several worlds: new data, fine-tune and SAEs from new seeds, on the same base model.
+"""The experiment in several worlds: new data, fine-tune and SAEs from new seeds, on the same base model: `make seeds SEEDS=5`.
 
-`make seeds SEEDS=5` repeats a profile under the seeds 0, 1, 2, ... and says how often each claim holds and how far each figure
-spreads; world 0 is its own run.
-What is the Hub's stays the same. Every world is a process of its own, so that memory stays flat, and is cached by stage."""
+What is the Hub's stays the same, and world 0 is the profile's own run. Every world is a process of its own, so that memory stays
+flat, and is cached by stage."""
 
 import multiprocessing
 import os
@@ -71,17 +70,15 @@ def _apart(name: str, device: str, seed: int) -> tuple[dict[str, pd.DataFrame], 
 
 def spread(worlds: pd.DataFrame, level: float = 0.05) -> pd.DataFrame:
     """Each figure over worlds: n, reference, mean, sd, Student's interval of the mean (low, high; NaN of one world) and the
-    verdict, on which side of the reference the interval lies. worlds: one row a world; p-values, which have no mean, are left out.
-    """
+    verdict, on which side of the reference the interval lies. worlds: one row a world; p-values have no mean and are left out."""
     rows = []
-    for name, column in worlds.select_dtypes("number").drop(columns="world", errors="ignore").items():
+    for name, column in worlds.select_dtypes("number").filter(regex="^(?!p_|world$)").items():
         values, reference = column.dropna(), next((r for start, r in REFERENCES.items() if str(name).startswith(start)), 0.0)
         mean, low, high = mean_interval(values.to_numpy(), level)
         side = "above" if low > reference else "below" if high < reference else ""
         verdict = f"{side} {reference:g}" if side else "cannot be told"
         about = dict(quantity=name, n=len(values), reference=reference, mean=mean, sd=values.std())
-        row = about | dict(low=low, high=high, verdict=verdict)
-        rows += [row] if not str(name).startswith("p_") else []
+        rows.append(about | dict(low=low, high=high, verdict=verdict))
     return pd.DataFrame(rows)
 
 
