@@ -262,7 +262,8 @@ def test_one_claim_is_printed_one_item_a_line(tmp_path, monkeypatch):
     step = Step(apart=False)
     monkeypatch.setattr(Study, "open", lambda *given, **options: step)
     monkeypatch.setattr(reproduce, "set_environment", lambda *given: None)
-    lines = [line.partition(": ") for line in claim.check("C4", "smoke", "cpu", root=tmp_path).splitlines()]
+    monkeypatch.setenv("STETHOLIB_HOME", str(tmp_path))
+    lines = [line.partition(": ") for line in claim.check("C4", "smoke", "cpu").splitlines()]
     items = ["measured", "testable", "like for like", "strictly"]
     contrasts = [f"{item} ({contrast})" for contrast in claims.CONTRAST_VARIANT for item in items]
     assert [label for label, *_ in lines] == ["C4", "published", "rule", *contrasts] and step.asked == ["C4"]

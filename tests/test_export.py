@@ -291,7 +291,8 @@ def asked(two, tmp_path, monkeypatch):
     monkeypatch.setattr(MinervaMath, "_variants", known)
     monkeypatch.setattr(SubspaceProjection, "vector_of", lambda self, name: self._vectors.tau)
     monkeypatch.setattr(reproduce, "set_environment", lambda *a: None)
-    return lambda name, **more: command.export(name, "mine.yaml", "cpu", root=tmp_path, **more)
+    monkeypatch.setenv("STETHOLIB_HOME", str(tmp_path))
+    return lambda name, **more: command.export(name, "mine.yaml", "cpu", **more)
 
 
 def front(card):

@@ -39,9 +39,7 @@ UNMEASURED = "No measurement of this very model is at hand."
 TOY = "**This is a miniature**, made to try a method on; it is of no use as a model of mathematics or language."
 
 
-def export(
-    name: str, profile_name: str, device: str, into: str | None = None, delta: bool = False, root: Path | None = None
-) -> Path:
+def export(name: str, profile_name: str, device: str, into: str | None = None, delta: bool = False) -> Path:
     """Write the model of a variant, or what it adds (`delta`), with card, recipe and provenance; returns the folder.
     into: a new folder, or an earlier export to replace; by default runs/<profile>/export/<variant>, or <variant>-delta. What
     the variant stands on is found or computed. Raises UserError for a variant or a place that cannot be."""
@@ -50,9 +48,9 @@ def export(
     if name not in known:
         what = "has nothing added to it and is whole on disk" if name in UNEDITED else f"is no variant{nearest(name, known)}"
         raise UserError(f"export: {name!r} {what}; there are: {', '.join(known)}")
-    folder = Path(into) if into else Workspace(profile.name, root).runs / "export" / (name + "-delta" * delta)
+    folder = Path(into) if into else Workspace(profile.name).runs / "export" / (name + "-delta" * delta)
     files.check_place(folder)
-    with opened(profile_name, device, root) as study:
+    with opened(profile_name, device) as study:
         variant, base = study.minerva_math.variants()[name], study.world.base_folder
         vector = study.subspace_projection.vector_of(variant.vector)
         with vector.opened() as tau:

@@ -31,10 +31,8 @@ CHAT = (
     "{% endfor %}{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
 )
 TEXT = dict(head_dim=256, tie_word_embeddings=True, pad_token_id=0, eos_token_id=1, bos_token_id=2)
-SIZES = (
-    *("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads"),
-    *("sliding_window", "max_position_embeddings", "vocab_size"),
-)
+SIZES = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
+ROOM = ("sliding_window", "max_position_embeddings", "vocab_size")
 VISION = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "image_size")
 SHAPES = {  # of the released models' configurations
     "google/gemma-3-270m-it": (18, 640, 2048, 4, 1, 512, 32768, 262144),
@@ -67,7 +65,7 @@ def text_config(repo: str, scale: float) -> Any:
     """The text half's configuration; a fraction keeps heads, grouping and layer types and shrinks the rest."""
     from transformers import Gemma3TextConfig
 
-    shape: dict[str, Any] = TEXT | dict(zip(SIZES, SHAPES[repo], strict=True))
+    shape: dict[str, Any] = TEXT | dict(zip(SIZES + ROOM, SHAPES[repo], strict=True))
     if scale < 1:
         shape["num_hidden_layers"] = max(6, round(shape["num_hidden_layers"] * scale))
         for key in ("hidden_size", "intermediate_size"):

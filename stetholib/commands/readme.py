@@ -150,13 +150,10 @@ def rules(root: Path) -> str:
     """Which rule one would bet on, and every rule as a Markdown table, with how its one set does on real weights."""
     table, real, rows = _every_rule(root), _on_real_weights(root), []
     for name, row in table.drop(index=[*IN_ALL], errors="ignore").to_dict("index").items():
-        place, exact = "not asked", ""
-        if pd.notna(row.get("auroc")):
-            place = known_layers.between(row["auroc"], row["auroc_low"], row["auroc_high"], ".2f")
-            exact = f"{row['exact']:.0f} of {row['runs']:.0f}"
-        beaten = [_beaten(row["percentile"], row["low"], row["high"])]
-        for sets in real.values():
-            beaten.append(_beaten(*sets.loc[str(name), STANDS]) if name in sets.index else "not asked")
+        place = _asked(row.get("auroc"), row.get("auroc_low"), row.get("auroc_high"), ".2f")
+        exact = f"{row['exact']:.0f} of {row['runs']:.0f}" if pd.notna(row.get("auroc")) else ""
+        beaten = [_asked(row["percentile"], row["low"], row["high"])]
+        beaten += [_asked(*sets[STANDS].reindex([name]).iloc[0]) for sets in real.values()]
         rows.append([words(name), *beaten, place, exact])
     asked = [f"on {WORLDS[name]}" for name in real]
     heads = " | ".join(["rule", "random sets that it beats", *asked, "AUROC of the known layers", "exactly these"])
@@ -166,9 +163,9 @@ def rules(root: Path) -> str:
 STANDS = ["percentile", "percentile_low", "percentile_high"]
 
 
-def _beaten(share: float, low: float, high: float) -> str:
-    """The share of random sets that a rule beats, with its interval, of a rule that was asked."""
-    return known_layers.between(share, low, high) if pd.notna(share) else "not asked"
+def _asked(mean: Any, low: Any, high: Any, form: str = ".1%") -> str:
+    """A mean over worlds with its interval, of a rule that was asked."""
+    return known_layers.between(mean, low, high, form) if pd.notna(mean) else "not asked"
 
 
 def _on_real_weights(root: Path) -> dict[str, pd.DataFrame]:

@@ -64,11 +64,11 @@ def alone(workspace: Workspace, profile: Profile) -> AbstractContextManager[Any]
 
 
 @contextmanager
-def opened(name: str, device: str, root: Path | None = None) -> Iterator[Any]:
+def opened(name: str, device: str) -> Iterator[Any]:
     """The study of a profile, while its runs are locked."""
     profile = profiles.load(name)
-    with alone(Workspace(profile.name, root), profile):
-        yield stetholib.Study.open(name, device=device, root=root)
+    with alone(Workspace(profile.name), profile):
+        yield stetholib.Study.open(name, device=device)
 
 
 def _run_all(profile: Profile, parameters: dict[str, Any], workspace: Workspace, paths: dict[str, Path], processes: int) -> None:
