@@ -119,7 +119,7 @@ class LayerSelection(Step):
         plan += known.planned(self._known, self._world.layers) if self._known else []
         # these rules came after the ledger's: no part of `_plan`, which says whether a world tells sets apart
         picked = layer_sets.chosen_sets(self._rivals, self.selected_count)
-        plan += [PlannedSet(name, 0, contrast, layers) for name, (contrast, layers) in picked.items()]
+        plan += [layer_sets.PlannedSet(name, 0, contrast, layers) for name, (contrast, layers) in picked.items()]
         if (own := own_edit(self)) and own.vector == "raw":
             plan.append(layer_sets.PlannedSet("own", 0, "-", own.layers, own.alpha))
         smooth = {one.selector: one.layers for one in plan if one.selector in ("stethoscope", "stethoscope_rise")}

@@ -160,7 +160,7 @@ class World:
         """The harness's tasks on some problems, as an input of stages."""
         p = self.profile.evaluation
         files = [f"{file.name} {file_hash(file)}" for file in harness.task_files(p.task)]
-        return self.store.derived(Tasks, rows, p.num_fewshot, p.task, files)
+        return self.store.derived(harness.Tasks, rows, p.num_fewshot, p.task, files)
 
     def asked(self, tasks: Input[harness.Tasks]) -> harness.Asked:
         """What is asked: the test's prompts, with its shots and its chat template, and its stop strings."""
