@@ -9,11 +9,12 @@ filled in. Two problems that differ only in who buys what are therefore never on
 problem cannot occur in training however the world is seeded.
 """
 
+import re
 from collections.abc import Iterator
 from hashlib import sha256
 from random import Random
 
-from stetholib.data.mini.families import FAMILIES, Draft, Family
+from stetholib.data.mini.families import FAMILIES, Family
 from stetholib.errors import UserError
 
 SUBJECTS = tuple(FAMILIES)
@@ -29,9 +30,9 @@ ITEMS = [
 SPLITS = {"test": range(0, 6), "validation": range(6, 8), "train": range(8, 20)}
 
 
-def split_of(draft: Draft) -> str:
+def split_of(skeleton: str) -> str:
     """The split (`train`, `validation` or `test`) that a skeleton belongs to, in every world."""
-    bucket = int.from_bytes(sha256(draft.problem.encode()).digest()[:4], "big") % 20
+    bucket = int.from_bytes(sha256(skeleton.encode()).digest()[:4], "big") % 20
     return next(split for split, buckets in SPLITS.items() if bucket in buckets)
 
 
@@ -47,13 +48,11 @@ def generate(split: str, per_subject: dict[str, int], seed: int) -> list[dict[st
         for index, make in enumerate(FAMILIES[subject]):
             taken: set[str] = set()
             for level in LEVELS:
-                if split == "train":
-                    taken = set()
                 cell = index * len(LEVELS) + level - 1
                 share = wanted * (cell + 1) // 15 - wanted * cell // 15
                 rng = Random(f"{seed}/{split}/{make.__name__}/{level}")
-                drafts = _distinct(make, level, split, share, rng, taken)
-                rows += [_row(draft, subject, make.__name__, level, rng) for draft in drafts]
+                drafts = _distinct(make, level, split, share, rng, set() if split == "train" else taken)
+                rows += [_row(draft, subject, make.__name__, level, rng) for draft in drafts.items()]
     Random(f"{seed}/{split}/order").shuffle(rows)
     return rows
 
@@ -65,35 +64,32 @@ def stream(split: str, seed: int) -> Iterator[dict[str, str]]:
         subject = rng.choice(SUBJECTS)
         make, level = rng.choice(FAMILIES[subject]), rng.choice(LEVELS)
         draft = make(rng.randint, level)
-        if split_of(draft) == split:
+        if split_of(draft[0]) == split:
             yield _row(draft, subject, make.__name__, level, rng)
 
 
-def _distinct(make: Family, level: int, split: str, wanted: int, rng: Random, taken: set[str]) -> list[Draft]:
-    """`wanted` skeletons of one family and level that fall into `split` and are not taken yet, which they are then."""
-    found: dict[str, Draft] = {}
+def _distinct(make: Family, level: int, split: str, wanted: int, rng: Random, taken: set[str]) -> dict[str, str]:
+    """`wanted` skeletons of one family and level that fall into `split` and are not taken yet, which they are then, each with
+    its solution."""
+    found: dict[str, str] = {}
     for _ in range(400 * wanted + 4000):
         if len(found) == wanted:
             break
-        draft = make(rng.randint, level)
-        if draft.problem not in taken and split_of(draft) == split:
-            found.setdefault(draft.problem, draft)
+        skeleton, solution = make(rng.randint, level)
+        if skeleton not in taken and split_of(skeleton) == split:
+            found.setdefault(skeleton, solution)
     taken |= set(found)
     if len(found) < wanted:
         raise UserError(
             f"mini: {make.__name__} at level {level} has only {len(found)} distinct {split} problems, {wanted} are wanted; "
             "lower data.test_problems, data.validation_problems or data.train_problems"
         )
-    return list(found.values())
+    return found
 
 
-def _row(draft: Draft, subject: str, name: str, level: int, rng: Random) -> dict[str, str]:
+def _row(draft: tuple[str, str], subject: str, name: str, level: int, rng: Random) -> dict[str, str]:
     item, other = rng.sample(ITEMS, 2)
-    blanks = {"{name}": rng.choice(NAMES), "{item}": item, "{other}": other}
-    texts = []
-    for text in (draft.problem, draft.solution):
-        for blank, word in blanks.items():
-            text = text.replace(blank, word)
-        texts.append(text)
+    words = dict(name=rng.choice(NAMES), item=item, other=other)
+    problem, solution = (re.sub(r"{(name|item|other)}", lambda blank: words[blank[1]], text) for text in draft)
     kind = subject.replace("_", " ").title().replace("And", "&")
-    return dict(problem=texts[0], level=f"Level {level}", type=kind, solution=texts[1], subject=subject, family=name)
+    return dict(problem=problem, level=f"Level {level}", type=kind, solution=solution, subject=subject, family=name)
