@@ -11,7 +11,7 @@ known is our construction, and is written beside the weights, with what skipping
 import argparse
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from random import Random
 
@@ -49,9 +49,7 @@ class Organism(Recipe):
     @property
     def specialist(self) -> Recipe:
         """The recipe of the few blocks that learn mathematics alone, at higher rates."""
-        kept = {
-            name: value for name, value in asdict(self).items() if name not in ("blocks", "specialist_tokens", "silent_share")
-        }
+        kept = {field.name: getattr(self, field.name) for field in fields(Recipe)}
         rates = dict(muon_lr=2 * self.muon_lr, adam_lr=5 / 3 * self.adam_lr)
         return Recipe(**kept | rates | dict(tokens=self.specialist_tokens, maths_share=1.0))
 
@@ -83,7 +81,7 @@ def grafted(specialist: Gemma3ForCausalLM, blocks: Sequence[int], seed: int) -> 
 
 def routed(recipe: Organism, tokens: PreTrainedTokenizerFast) -> Iterator[Routed]:
     """Batches of mathematics, for the known blocks, and of stories, for the others; other ones than the specialist has seen."""
-    later = Recipe(**{**asdict(recipe.specialist), "seed": recipe.seed + 1000})
+    later = replace(recipe.specialist, seed=recipe.seed + 1000)
     maths, general = (base.batches(replace(later, maths_share=share), tokens) for share in (1.0, 0.0))
     others, rng = [at for at in range(LAYERS) if at not in recipe.blocks], Random(f"{recipe.seed}/routes")
     while True:

@@ -4,13 +4,18 @@ Many words of the problems (box, sum, ways, left, half) stand in other senses, s
 mathematics has to hear more than vocabulary. They contain no formula: `$`, `=` and `\\` never occur."""
 
 from collections.abc import Iterator
+from itertools import islice
 from random import Random
 
 from stetholib.data.mini.problems import ITEMS, NAMES
 
 PLACES = ["market", "station", "school", "library", "garden", "harbour", "museum", "bakery", "theatre", "village"]
-COLOURS = ["red", "blue", "green", "white", "yellow", "black"]
-DAYS = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"]
+WORDS = {
+    "item": ITEMS,
+    "colour": ["red", "blue", "green", "white", "yellow", "black"],
+    "day": ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"],
+}
+NUMBERS = {"m": (2, 40), "hour": (1, 12), "hour2": (1, 12), "year": (1900, 2020), "year2": (1900, 2020)}  # both ends included
 SENTENCES = (
     "{name} lives in house number {n} near the {place}.",
     "The {colour} bus {n} goes from the {place} to the {place2} every {day}.",
@@ -54,24 +59,12 @@ def stream(seed: int, split: str = "train") -> Iterator[str]:
 
 def generate(count: int, seed: int, split: str) -> list[str]:
     """`count` stories of a split."""
-    source = stream(seed, split)
-    return [next(source) for _ in range(count)]
+    return list(islice(stream(seed, split), count))
 
 
 def _fill(sentence: str, name: str, name2: str, rng: Random) -> str:
     place, place2 = rng.sample(PLACES, 2)
-    return sentence.format(
-        name=name,
-        name2=name2,
-        place=place,
-        place2=place2,
-        item=rng.choice(ITEMS),
-        colour=rng.choice(COLOURS),
-        day=rng.choice(DAYS),
-        n=rng.choice((rng.randint(2, 30), rng.randint(2, 300))),
-        m=rng.randint(2, 40),
-        hour=rng.randint(1, 12),
-        hour2=rng.randint(1, 12),
-        year=rng.randint(1900, 2020),
-        year2=rng.randint(1900, 2020),
-    )
+    words = {blank: rng.choice(choices) for blank, choices in WORDS.items()}
+    n = rng.choice((rng.randint(2, 30), rng.randint(2, 300)))
+    numbers = {blank: rng.randint(low, high) for blank, (low, high) in NUMBERS.items()}
+    return sentence.format(name=name, name2=name2, place=place, place2=place2, n=n, **words, **numbers)

@@ -2,8 +2,7 @@
 
 The two halves of the closing sentence that the harness looks for are one token each, so that answers stay short."""
 
-from collections import Counter
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
@@ -16,14 +15,8 @@ PATTERN = (
     r"\nFinal Answer: The final answer is \$|\$\. I hope it is correct\.|\nSolution:|Problem:\n"
     r"| ?\\[a-z]+\{?| ?[A-Za-z]+| ?\d| ?(?:(?!\$\. I hope)[^\sA-Za-z\d\\])+|\\|\n| "
 )
+TEXTS = 20_000  # problems, and as many stories, whose words are the vocabulary
 SCAFFOLD = "Problem:\nWhat\n\nSolution: So\nFinal Answer: The final answer is $1$. I hope it is correct.\n"
-
-
-def corpus_texts(count: int) -> list[str]:
-    """`count` problems with solutions and as many stories of the training split, and the harness's scaffold."""
-    rows = islice(problems.stream("train", seed=0), count)
-    texts = [row["problem"] + "\n\nSolution: " + row["solution"] for row in rows]
-    return [SCAFFOLD, *texts, *stories.generate(count, seed=0, split="train")]
 
 
 def wrapped(made: Tokenizer, **further: Any) -> PreTrainedTokenizerFast:
@@ -34,11 +27,15 @@ def wrapped(made: Tokenizer, **further: Any) -> PreTrainedTokenizerFast:
 
 
 def build() -> PreTrainedTokenizerFast:
-    """Build the tokenizer from the world's own texts; the vocabulary is sorted, so the result is the same each time."""
+    """Build the tokenizer from the harness's scaffold and the training split's problems and stories; the vocabulary is sorted, so
+    the result is the same each time."""
     splitter = pre_tokenizers.Split(Regex(PATTERN), behavior="isolated")
-    words = Counter(word for text in corpus_texts(20_000) for word, _ in splitter.pre_tokenize_str(text))
+    rows = islice(problems.stream("train", seed=0), TEXTS)
+    solved = (row["problem"] + "\n\nSolution: " + row["solution"] for row in rows)
+    texts = chain([SCAFFOLD], solved, stories.generate(TEXTS, seed=0, split="train"))
+    words = {word for text in texts for word, _ in splitter.pre_tokenize_str(text)}
     digits = {prefix + str(digit) for prefix in ("", " ") for digit in range(10)}
-    vocabulary = {token: index for index, token in enumerate((*SPECIALS, *sorted(set(words) | digits)))}
+    vocabulary = {token: index for index, token in enumerate((*SPECIALS, *sorted(words | digits)))}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = splitter
     tokenizer.decoder = decoders.Fuse()
