@@ -44,7 +44,7 @@ def passed(model):
 @pytest.mark.parametrize("kind", KINDS)
 def test_gains_are_those_of_transformers_own_norms_where_they_stand(kind):
     model = tiny(kind)
-    gains, seen, norms = weights.norm_gains(model), passed(model), ARCHITECTURES[kind].norms
+    gains, seen, norms = loading.gains_of(loading.LanguageModel(model, None)), passed(model), ARCHITECTURES[kind].norms
     eps = model.config.rms_norm_eps
     scaled = lambda x, gain: x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * gain  # noqa: E731
     close = partial(torch.allclose, atol=1e-5)

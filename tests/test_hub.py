@@ -19,7 +19,7 @@ from rungs import environment, fabricated, repositories, small_profile, with_sma
 from safetensors.torch import save
 
 from stetholib.data.hub import files_key, missing_files
-from stetholib.data.source import Source, model_folder
+from stetholib.data.source import Source
 from stetholib.errors import UserError
 
 BODY = bytes(range(256)) * 100_000  # 25 MB: more than one chunk of the client's
@@ -348,12 +348,12 @@ def test_what_ships_and_what_lies_in_a_folder_is_never_to_be_fetched(tmp_path):
     (tmp_path / "config.json").write_bytes(bytes(10))
     assert Source.of(str(tmp_path)).bytes_to_fetch() == (0, 110)
     assert Source.of(str(tmp_path)).bytes_to_fetch(["*.safetensors"]) == (0, 100)
-    assert model_folder(str(tmp_path)) == tmp_path and (model_folder("mini") / "model.safetensors").is_file()
+    assert Source.of(str(tmp_path)).folder() == tmp_path and (Source.of("mini").folder() / "model.safetensors").is_file()
     nothing, shipped = Source.of("mini").bytes_to_fetch(["*.safetensors"])
-    assert nothing == 0 and shipped == (model_folder("mini") / "model.safetensors").stat().st_size
+    assert nothing == 0 and shipped == (Source.of("mini").folder() / "model.safetensors").stat().st_size
     assert Source.of("train", kind="sae").bytes_to_fetch() == Source.of("toy").bytes_to_fetch() == (0, 0)
     with pytest.raises(ValueError, match="it has no folder"):
-        model_folder("toy")
+        Source.of("toy").folder()
 
 
 def test_a_folders_files_are_known_by_their_bytes_and_the_stores_own_does_not_count(tmp_path):

@@ -188,7 +188,7 @@ def test_gains_are_one_plus_w_for_gemma_and_w_for_llama(toy):
     with torch.no_grad():
         block.post_feedforward_layernorm.weight.fill_(0.5)
         block.input_layernorm.weight.fill_(0.25)
-    gains = weights.norm_gains(toy.model)
+    gains = loading.gains_of(toy)
     assert torch.all(gains[1, "down"] == 1.5) and torch.all(gains[1, "q"] == 1.25)
 
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -198,7 +198,7 @@ def test_gains_are_one_plus_w_for_gemma_and_w_for_llama(toy):
     )
     with torch.no_grad():
         llama.model.layers[0].post_attention_layernorm.weight.fill_(0.5)
-    gains = weights.norm_gains(llama)
+    gains = loading.gains_of(loading.LanguageModel(llama, None))
     assert torch.all(gains[0, "gate"] == 0.5) and torch.all(gains[0, "down"] == 1)
     assert len(weights.edit_weights(llama)) == 14
 

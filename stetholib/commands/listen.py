@@ -6,7 +6,6 @@ from pathlib import Path
 import pandas as pd
 
 from stetholib.adapters import saes
-from stetholib.data import source
 from stetholib.data.source import Source
 from stetholib.errors import UserError
 from stetholib.listening import listen
@@ -28,7 +27,7 @@ def run(
     maths, general = map(texts_of, files)
     if into and not Path(into).resolve().parent.is_dir():
         raise UserError(f"listen: there is no folder for {into}; make it, or give another file")
-    base = loading.load(source.model_folder(model, revision), device=device)
+    base = loading.load(Source.of(model, revision).folder(), device=device)
     layers = layers_of(release, sae_id, base.model.config.get_text_config().num_hidden_layers)
     found = {layer: saes.fetch(release, sae_id, layer) for layer in layers}
     table = listen(base.model, base.tokenizer, found, maths, general)

@@ -27,10 +27,10 @@ SHARES = ("train",) * 6 + ("validation",) * 2 + ("test",) * 2  # of installed pa
 
 
 def problems(spec: Data, split: str, seed: int, boxed: bool = True) -> list[Row]:
-    """Problems of a split, with `problem, level, type, solution, subject`, shuffled; the counts are the profile's.
+    """Problems of a split, with `problem, level, type, solution, subject`, shuffled; the counts are the profile's. Those of
+    a data set are its own test split, or a part of its training split, at most so many of each subject, picked by hash.
     boxed: leave out training problems whose solution has no boxed answer, which a Minerva target needs."""
-    count = {"train": spec.train_problems, "validation": spec.validation_problems}
-    wanted = spec.test_problems if split == "test" else dict.fromkeys(spec.subjects, count[split])
+    wanted = spec.test_problems if split == "test" else dict.fromkeys(spec.subjects, getattr(spec, f"{split}_problems"))
     source = Source.of(spec.maths, spec.maths_revision, "dataset")
     if source.name in INSTALLED:
         raise UserError(f"data.maths is {source.name}, but packages hold general text and no problems; mend data.maths")
@@ -39,7 +39,17 @@ def problems(spec: Data, split: str, seed: int, boxed: bool = True) -> list[Row]
             known = ", ".join(mini_problems.SUBJECTS)
             raise UserError(f"data.test_problems: there are no generated problems of {unknown[0]!r}; there are: {known}")
         return [*mini_problems.generate(split, wanted, seed)]
-    return _picked_problems(source, spec, split, wanted, boxed)
+    found: list[Row] = []
+    for subject, ranked in _ranked(source, spec, split, boxed)[0].items():
+        if len(ranked) < wanted[subject] and split != "train":  # train takes what there is, up to so many
+            mend = f"lower data.{split}_problems"
+            if boxed and split != "test":
+                mend += "; only solutions with a \\boxed answer count: if yours have none, set finetune.target to plain"
+            raise UserError(
+                f"data: {spec.maths} has {len(ranked)} {split} problems of {subject}, {wanted[subject]} are wanted; {mend}"
+            )
+        found += ranked[: wanted[subject]]
+    return sorted(found, key=lambda row: _bucket(row["problem"]))
 
 
 def general(
@@ -82,21 +92,6 @@ def _articles(source: Source, spec: Data) -> Mapping[str, str]:
     return found
 
 
-def _picked_problems(source: Source, spec: Data, split: str, wanted: Mapping[str, int], boxed: bool) -> list[Row]:
-    """MATH's own test split, or a part of its training split; at most `wanted` of each subject, picked by hash."""
-    found: list[Row] = []
-    for subject, ranked in _ranked(source, spec, split, boxed)[0].items():
-        if len(ranked) < wanted[subject] and split != "train":  # train takes what there is, up to so many
-            mend = f"lower data.{split}_problems"
-            if boxed and split != "test":
-                mend += "; only solutions with a \\boxed answer count: if yours have none, set finetune.target to plain"
-            raise UserError(
-                f"data: {spec.maths} has {len(ranked)} {split} problems of {subject}, {wanted[subject]} are wanted; {mend}"
-            )
-        found += ranked[: wanted[subject]]
-    return sorted(found, key=lambda row: _bucket(row["problem"]))
-
-
 def left_out(spec: Data, boxed: bool = True) -> dict[str, int]:
     """How many training problems were left out because they are in the test split, or in validation, as well; empty for
     generated problems, whose splits cannot share one. Problems are one where their texts are, but for white space."""
@@ -107,14 +102,11 @@ def left_out(spec: Data, boxed: bool = True) -> dict[str, int]:
 def _ranked(source: Source, spec: Data, split: str, boxed: bool) -> tuple[dict[str, list[Row]], dict[str, int]]:
     """Each subject's problems of a split, ordered by hash, and how many were left out of training. Raises UserError where a folder
     of one's own has problems of the test split among the others, which is for whoever made it to mend."""
-    read = {
-        name: _parquet(source, name, "test" if split == "test" else "train", ["problem", "solution"]) for name in spec.subjects
-    }
-    usable: dict[str, list[Row]] = {
-        name: [{**row, "subject": name} for row in rows if split == "test" or not boxed or _has_answer(row)]
-        for name, rows in read.items()
-    }
-    ranked = {name: sorted(rows, key=lambda row: _bucket(row["problem"])) for name, rows in usable.items()}
+    ranked: dict[str, list[Row]] = {}
+    for name in spec.subjects:
+        read = _parquet(source, name, "test" if split == "test" else "train", ["problem", "solution"])
+        usable = ({**row, "subject": name} for row in read if split == "test" or not boxed or _has_answer(row))
+        ranked[name] = sorted(usable, key=lambda row: _bucket(row["problem"]))
     if split == "test":
         return ranked, {}
     asked = {_same(row) for name in spec.subjects for row in _parquet(source, name, "test", ["problem"])}

@@ -34,19 +34,19 @@ def snapshot(repo: str, revision: str | None = None, files: Sequence[str] = MODE
     from huggingface_hub import snapshot_download
 
     with explained(repo, revision, kind):
-        folder = cached_folder(repo, revision, files, kind)
-        if folder is not None and not missing_files(folder, files):
+        if (folder := cached_folder(repo, revision, files, kind)) is not None:
             return folder
         check_space(repo, *to_fetch(repo, revision, files, kind)[:1])
         return Path(snapshot_download(repo, revision=revision, allow_patterns=list(files), repo_type=kind))
 
 
 def cached_folder(repo: str, revision: str | None, files: Sequence[str], kind: str) -> Path | None:
-    """The cache's folder of a repository, as far as it can tell with all files that match; None without one."""
+    """The cache's folder of a repository, where all files that match are in it; None otherwise."""
     from huggingface_hub import snapshot_download
 
     with suppress(FileNotFoundError):
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=list(files), repo_type=kind, local_files_only=True))
+        found = snapshot_download(repo, revision=revision, allow_patterns=list(files), repo_type=kind, local_files_only=True)
+        return None if missing_files(Path(found), files) else Path(found)
     return None
 
 
@@ -105,22 +105,23 @@ def to_fetch(repo: str, revision: str | None = None, files: Sequence[str] = MODE
 
 def file(repo: str, name: str, revision: str | None = None) -> Path:
     """One file of a repository, from the cache or the Hub."""
-    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
+    from huggingface_hub import hf_hub_download
 
     with explained(repo, revision):
         try:
             return Path(hf_hub_download(repo, name, revision=revision, local_files_only=True))
         except FileNotFoundError:
             check_network(repo)
-            check_space(repo, get_hf_file_metadata(hf_hub_url(repo, name, revision=revision)).size or 0)
+            check_space(repo, file_size(repo, name, revision))
             return Path(hf_hub_download(repo, name, revision=revision))
 
 
-def check_access(repo: str, revision: str | None = None) -> None:
-    """Raise where this token may not have the files of a gated repository, though its sizes are shown to all."""
+def file_size(repo: str, name: str, revision: str | None) -> int:
+    """Bytes of one file, asked of its own page: a gated repository lists sizes for all, but this raises where the token may not
+    have its files."""
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
 
-    get_hf_file_metadata(hf_hub_url(repo, "config.json", revision=revision))
+    return get_hf_file_metadata(hf_hub_url(repo, name, revision=revision)).size or 0
 
 
 def checked_hash(path: Path) -> str:

@@ -66,17 +66,12 @@ class Source:
             return 0, 0 if self.where == "shipped" and self.name not in MODELS else _bytes(self.folder(), patterns)
         with hub.explained(self.name, self.revision, self.hub_kind):
             cached = hub.cached_folder(self.name, self.revision, patterns, self.hub_kind)
-            if cached is not None and not hub.missing_files(cached, patterns):
+            if cached is not None:
                 return 0, _bytes(cached, patterns)
             hub.check_network(self.name)
             if self.kind == "model":
-                hub.check_access(self.name, self.revision)
+                hub.file_size(self.name, "config.json", self.revision)  # raises where this token may not have it
             return hub.to_fetch(self.name, self.revision, patterns, self.hub_kind)
-
-
-def model_folder(name: str, revision: str | None = None) -> Path:
-    """Where the files of a model are, fetched where they must be; a `toy` has none until someone makes it."""
-    return Source.of(name, revision).folder()
 
 
 def _bytes(folder: Path, patterns: Sequence[str]) -> int:

@@ -1,5 +1,6 @@
 """A causal language model with its tokenizer, loaded from a folder: weights from safetensors only, whole and finite."""
 
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,10 +10,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from stetholib.models.architectures import check_folder
-from stetholib.models.weights import Checkpoint, Key, ModelError, norm_gains, weight_names
+from stetholib.models.architectures import architecture, check_folder
+from stetholib.models.weights import Checkpoint, Key, ModelError, weight_names
 
 FLOATS = ("F32", "BF16", "F64")
+LOCAL: dict[str, Any] = dict(local_files_only=True, trust_remote_code=False)
+NORM_WEIGHT = re.compile(r"(?:^|\.)layers\.(\d+)\.(\w+_layernorm)\.weight$")
 
 
 @dataclass(frozen=True)
@@ -41,17 +44,10 @@ def load(folder: Path, dtype: str = "float32", device: str = "cpu", attention: s
 
     logging.disable_progress_bar()
     check_stored(Checkpoint(folder))
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        folder,
-        dtype=getattr(torch, dtype),
-        attn_implementation=attention,
-        local_files_only=True,
-        use_safetensors=True,
-        trust_remote_code=False,
-        ignore_mismatched_sizes=True,  # they are refused below, in one line
-        output_loading_info=True,
-    )
-    model, info = loaded
+    # mismatched sizes are refused below, in one line
+    how: dict[str, Any] = dict(use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True, **LOCAL)
+    kind: dict[str, Any] = dict(dtype=getattr(torch, dtype), attn_implementation=attention)
+    model, info = AutoModelForCausalLM.from_pretrained(folder, **kind, **how)
     for what, said in (
         ("mismatched_keys", "has another shape than the configuration says"),
         ("missing_keys", "is missing from the checkpoint"),
@@ -69,7 +65,7 @@ def read_tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False, padding_side="left")
+        tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left", **LOCAL)
     except (OSError, ValueError, KeyError) as error:
         said = " ".join(str(error).split())[:120]
         mend = "save it into the same folder, as one that needs no code of its own"
@@ -128,5 +124,13 @@ def check_finite(tensors: Mapping[str, Tensor]) -> None:
 
 
 def gains_of(base: LanguageModel) -> dict[Key, Float[Tensor, " d_model"]]:
-    """The gains between a model's matrices and the residual stream (`weights.norm_gains`)."""
-    return norm_gains(base.model)
+    """The gain between each matrix and the residual stream, 1 + w or w by its architecture; ones where no norm stands."""
+    known, parameters = architecture(base.model.config.model_type, "model"), dict(base.model.named_parameters())
+    gains = {(int(m[1]), m[2]): p for name, p in parameters.items() if (m := NORM_WEIGHT.search(name)) and "vision" not in name}
+    found: dict[Key, Tensor] = {}
+    width = gains[0, "input_layernorm"].shape[0]
+    for layer, matrix in weight_names(parameters):
+        norm = known.norms.get(matrix)
+        stored = gains[layer, norm].detach().float() if norm else torch.ones(width)
+        found[layer, matrix] = stored + 1 if norm and known.one_plus else stored
+    return found

@@ -5,6 +5,7 @@ from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import takewhile
 from sys import maxsize
 from typing import Any
 
@@ -87,19 +88,14 @@ def tokenize(model: LanguageModel, texts: Texts, max_tokens: int) -> list[tuple[
 
 def _shared(model: LanguageModel, opening: str, ids: Sequence[int]) -> int:
     """How many tokens of a text are those of its opening alone; one that spans the boundary belongs to what follows."""
-    held = model.tokenizer(opening).input_ids
-    return next((i for i, (a, b) in enumerate(zip(held, ids, strict=False)) if a != b), min(len(held), len(ids)))
+    return common([model.tokenizer(opening).input_ids, ids])
 
 
 def batches(
-    pairs: Tokenized,
-    batch_tokens: int,
-    device: torch.device | str,
-    closing_from: Mapping[int, int] | None = None,
-    opening: tuple[int, ...] = (),
+    pairs: Tokenized, batch_tokens: int, device: torch.device | str, closing_from: Mapping[int, int] | None = None
 ) -> list[Batch]:
     """Padded batches of at most `batch_tokens` tokens, texts of like length together; order is by length, then index.
-    closing_from: where the closing sentence begins, in tokens, by the index of each text that has one; opening: see `Batch`."""
+    closing_from: where the closing sentence begins, in tokens, by the index of each text that has one."""
     order = sorted(range(len(pairs)), key=lambda i: (len(pairs[i][0]), i))
     groups: list[list[int]] = []
     for index in order:
@@ -107,7 +103,7 @@ def batches(
             groups[-1].append(index)
         else:
             groups.append([index])
-    return [replace(_batch(pairs, group, device, closing_from or {}), opening=opening) for group in groups]
+    return [_batch(pairs, group, device, closing_from or {}) for group in groups]
 
 
 def _batch(pairs: Tokenized, group: list[int], device: torch.device | str, closing_from: Mapping[int, int]) -> Batch:
@@ -250,12 +246,7 @@ def text_loss(base: LanguageModel, texts: Sequence[str], max_tokens: int, batch_
 
 
 def pool_of(
-    base: LanguageModel,
-    texts: Texts,
-    max_tokens: int,
-    batch_tokens: int,
-    closings: Sequence[str] | None = None,
-    share: bool = True,
+    base: LanguageModel, texts: Texts, max_tokens: int, batch_tokens: int, closings: Sequence[str] = (), share: bool = True
 ) -> list[Batch]:
     """Texts, each (context, scored text), in batches on the model's device. closings: the closing sentence that each scored text
     ends with, or an empty string. Where contexts open with the same 64 tokens or more, as with four shots, these are the batches' opening,
@@ -274,10 +265,9 @@ def pool_of(
     for index, ((context, text), end) in enumerate(zip(texts, closings or [""] * len(texts), strict=True)):
         if end:
             starts[index] = _shared(base, context + text.removesuffix(end), every[index][0]) - held
-    return batches(pairs, batch_tokens, base.device, starts, opening)
+    return [replace(batch, opening=opening) for batch in batches(pairs, batch_tokens, base.device, starts)]
 
 
 def common(rows: Sequence[Sequence[int]]) -> int:
     """How many tokens all rows open with."""
-    shortest = min(map(len, rows), default=0)
-    return next((at for at in range(shortest) if len({row[at] for row in rows}) > 1), shortest)
+    return sum(1 for _ in takewhile(lambda column: len({*column}) == 1, zip(*rows)))

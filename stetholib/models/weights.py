@@ -1,4 +1,4 @@
-"""Weights by their canonical names: the seven matrices of each block, the norms beside them, and checkpoints on disk.
+"""Weights by their canonical names: the seven matrices of each block, and checkpoints on disk.
 
 A weight's canonical name is `(layer, matrix)`, with matrix one of q, k, v, o, gate, up, down. It is the same for a
 text-only Gemma 3, for the language half of `Gemma3ForConditionalGeneration` and for the others of `architectures`. Everything
@@ -9,16 +9,14 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from stetholib.data.hub import missing_files, named_by
 from stetholib.errors import ModelError
-from stetholib.models.architectures import architecture
 
 Key = tuple[int, str]
 if TYPE_CHECKING:
@@ -30,7 +28,6 @@ WRITERS = ("o", "down")
 MATRICES = READERS + WRITERS
 SIDE = {matrix: "reader" if matrix in READERS else "writer" for matrix in MATRICES}
 BLOCK_WEIGHT = re.compile(r"(?:^|\.)layers\.(\d+)\.(?:self_attn|mlp)\.(q|k|v|o|gate|up|down)_proj\.weight$")
-NORM_WEIGHT = re.compile(r"(?:^|\.)layers\.(\d+)\.(\w+_layernorm)\.weight$")
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
@@ -57,20 +54,6 @@ def edit_weights(model: nn.Module) -> dict[Key, Tensor]:
     """The seven matrices of each block, by canonical name; views, not copies."""
     parameters = dict(model.named_parameters())
     return {where: parameters[name] for where, name in weight_names(parameters).items()}
-
-
-def norm_gains(model: nn.Module) -> dict[Key, Float[Tensor, " d_model"]]:
-    """The gain between each matrix and the residual stream, 1 + w or w by its architecture; ones where no norm stands."""
-    config: Any = model.config
-    known, parameters = architecture(config.model_type, "model"), dict(model.named_parameters())
-    gains = {(int(m[1]), m[2]): p for name, p in parameters.items() if (m := NORM_WEIGHT.search(name)) and "vision" not in name}
-    found: dict[Key, Tensor] = {}
-    width = gains[0, "input_layernorm"].shape[0]
-    for layer, matrix in weight_names(parameters):
-        norm = known.norms.get(matrix)
-        stored = gains[layer, norm].detach().float() if norm else torch.ones(width)
-        found[layer, matrix] = stored + 1 if norm and known.one_plus else stored
-    return found
 
 
 def decoder_blocks(model: nn.Module) -> nn.ModuleList:

@@ -15,8 +15,9 @@ from IPython.display import Markdown
 
 from stetholib.adapters import harness
 from stetholib.commands.environment import LIBRARIES
-from stetholib.data import corpora, hub, source
+from stetholib.data import corpora, hub
 from stetholib.data.prompts import problem_id, prompt, target
+from stetholib.data.source import Source
 from stetholib.editing import weights
 from stetholib.models.loading import LanguageModel, check_room, load
 from stetholib.models.weights import Checkpoint, Weights, weight_names
@@ -78,7 +79,7 @@ class World:
     def folder_of(self, name: str, revision: str | None) -> Path:
         """A model's files: shipped, in a folder, fetched from the Hub, or an untrained toy made for the tests."""
         if name != "toy":
-            return source.model_folder(name, revision)
+            return Source.of(name, revision).folder()
         from stetholib.data.mini import base  # here, so that what needs no model starts without transformers
 
         return self.store.made(base.toy).folder
