@@ -7,8 +7,7 @@
 The unit of record is a chunk of problems that never changes: what stands beside a row touches the last bits of its
 answer, and within a chunk it depends on nothing else. Prompts of equal length are read together, so that nothing is
 padded while reading; rows that join are padded on the *left* of everything, since pads after the opening would push it
-out of a sliding window, which counts slots of the cache.
-"""
+out of a sliding window, which counts slots of the cache."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
@@ -26,6 +25,7 @@ from stetholib.models.streams import common, no_cache
 
 CHUNK = 512  # problems: many more than slots, few enough that a kill loses little
 Cache = Any  # transformers' DynamicCache
+Prompts = Mapping[str, str]  # by problem id
 REFILL = 8  # rows are dropped and slots filled when one in so many has ended: each time the whole cache is copied
 
 
@@ -49,14 +49,14 @@ class Limits:
     stops: tuple[str, ...] = (STOP,)
 
 
-def plan(tokenizer: Any, prompts: Mapping[str, str], size: int = CHUNK) -> list[list[str]]:
+def plan(tokenizer: Any, prompts: Prompts, size: int = CHUNK) -> list[list[str]]:
     """Problem ids in the chunks that they are always answered in, whoever asks and whatever is known: longest first."""
     lengths = {name: len(tokenizer(text).input_ids) for name, text in prompts.items()}
     order = sorted(prompts, key=lambda name: (-lengths[name], prompts[name]))
     return [order[start : start + size] for start in range(0, len(order), size)]
 
 
-def planned(model: LanguageModel, prompts: Mapping[str, str], max_new_tokens: int) -> list[list[str]]:
+def planned(model: LanguageModel, prompts: Prompts, max_new_tokens: int) -> list[list[str]]:
     """The chunks of `plan`; raises UserError where the model's context has no room for a prompt and its answer."""
     longest = max(map(len, token_ids(model.tokenizer, prompts.values(), whole=True)))
     if model.context is not None and longest + max_new_tokens > model.context:
@@ -68,13 +68,9 @@ def planned(model: LanguageModel, prompts: Mapping[str, str], max_new_tokens: in
 
 
 def answer_all(
-    model: LanguageModel,
-    prompts: Mapping[str, str],
-    chunks: Iterable[Sequence[str]],
-    limits: Limits,
-    keep: Callable[[list[Answer]], None],
+    model: LanguageModel, prompts: Prompts, chunks: Iterable[Sequence[str]], limits: Limits, keep: Callable[[list[Answer]], None]
 ) -> None:
-    """Answer these chunks greedily and hand each to `keep` as soon as it is done; prompts: by problem id."""
+    """Answer these chunks greedily and hand each to `keep` as soon as it is done."""
     ends = Ends(model, limits)
     for names in chunks:
         ids = dict(zip(names, token_ids(model.tokenizer, [prompts[name] for name in names], whole=True), strict=True))
@@ -82,7 +78,7 @@ def answer_all(
         keep([_answer(name, len(ids[name]), new[name], model, limits.stops) for name in names])
 
 
-def answer_some(model: LanguageModel, prompts: Mapping[str, str], limits: Limits) -> list[Answer]:
+def answer_some(model: LanguageModel, prompts: Prompts, limits: Limits) -> list[Answer]:
     """Answers to a few problems, in chunks of their own."""
     found: list[Answer] = []
     answer_all(model, prompts, plan(model.tokenizer, prompts), limits, found.extend)
@@ -90,15 +86,17 @@ def answer_some(model: LanguageModel, prompts: Mapping[str, str], limits: Limits
 
 
 @dataclass
-class Rows:
-    """Answers under way: the cache [row, ...], padded on the left, and of each row its problem, how many tokens the cache
-    holds of it, its new tokens, of which the last is not in the cache yet, and whether it has ended."""
+class Row:
+    """An answer under way: its problem, how many tokens the cache holds of it, its new tokens, of which the last is not in the
+    cache yet, and whether it has ended."""
 
-    cache: Cache
-    names: list[str]
-    lengths: list[int]
-    new: list[list[int]]
-    done: list[bool]
+    name: str
+    held: int
+    new: list[int]
+    done: bool
+
+
+Rows = tuple[Cache, list[Row]]  # answers under way with their cache [row, ...], padded on the left
 
 
 @torch.no_grad()
@@ -109,16 +107,16 @@ def _answered(model: LanguageModel, ids: Mapping[str, list[int]], limits: Limits
     if shared:
         _forward(model, opening, [next(iter(ids.values()))[:shared]], 0)
     found: dict[str, list[int]] = {}
-    waiting, rows = list(ids), Rows(no_cache(model.model), [], [], [], [])
-    while waiting or rows.names:
-        if REFILL * sum(rows.done) >= len(rows.done):
-            found |= {name: new for name, new, done in zip(rows.names, rows.new, rows.done, strict=True) if done}
-            stay = [at for at, done in enumerate(rows.done) if not done]
+    cache, rows, waiting = no_cache(model.model), list[Row](), list(ids)
+    while waiting or rows:
+        if REFILL * sum(row.done for row in rows) >= len(rows):
+            found |= {row.name: row.new for row in rows if row.done}
+            stay = [at for at, row in enumerate(rows) if not row.done]
             fresh, waiting = waiting[: limits.slots - len(stay)], waiting[limits.slots - len(stay) :]
             equal = (list(same) for _, same in groupby(fresh, lambda name: len(ids[name])))
-            rows = _joined(model, rows, stay, [_read(model, opening, shared, names, ids, ends) for names in equal])
-        if rows.names:
-            _step(model, rows, ends)
+            cache, rows = _joined(model, cache, rows, stay, [_read(model, opening, shared, names, ids, ends) for names in equal])
+        if rows:
+            _step(model, cache, rows, ends)
     return found
 
 
@@ -128,21 +126,20 @@ def _read(
     """Prompts of equal length, read after the opening that they share, each with its first new token."""
     cache = deepcopy(opening)
     cache.batch_repeat_interleave(len(names))
-    logits = _forward(model, cache, [ids[name][shared:] for name in names], shared)
-    new = [[token] for token in logits.argmax(-1).tolist()]
-    return Rows(cache, names, [len(ids[name]) for name in names], new, list(map(ends, new)))
+    tokens = _forward(model, cache, [ids[name][shared:] for name in names], shared).argmax(-1).tolist()
+    return cache, [Row(name, len(ids[name]), [token], ends([token])) for name, token in zip(names, tokens, strict=True)]
 
 
-def _step(model: LanguageModel, rows: Rows, ends: "Ends") -> None:
+def _step(model: LanguageModel, cache: Cache, rows: list[Row], ends: "Ends") -> None:
     """One more token of every row; those that have ended and wait to be dropped take part, and nobody reads what they say."""
-    held, width = torch.tensor(rows.lengths, device=model.device).unsqueeze(1), rows.cache.get_seq_length()
+    held, width = torch.tensor([[row.held] for row in rows], device=model.device), cache.get_seq_length()
     mask = torch.arange(width + 1, device=model.device) >= width - held
-    logits = _forward(model, rows.cache, [new[-1:] for new in rows.new], held, mask.long())
-    for at, token in enumerate(logits.argmax(-1).tolist()):
-        rows.lengths[at] += 1
-        if not rows.done[at]:
-            rows.new[at].append(token)
-            rows.done[at] = ends(rows.new[at])
+    logits = _forward(model, cache, [row.new[-1:] for row in rows], held, mask.long())
+    for row, token in zip(rows, logits.argmax(-1).tolist(), strict=True):
+        row.held += 1
+        if not row.done:
+            row.new.append(token)
+            row.done = ends(row.new)
 
 
 def _forward(model: LanguageModel, cache: Cache, ids: list[list[int]], start: Any, mask: Any = None) -> torch.Tensor:
@@ -153,22 +150,21 @@ def _forward(model: LanguageModel, cache: Cache, ids: list[list[int]], start: An
     return model.model(**inputs, use_cache=True, logits_to_keep=1).logits[:, -1].float()
 
 
-def _joined(model: LanguageModel, rows: Rows, stay: list[int], read: Sequence[Rows]) -> Rows:
-    """The rows that stay and those that were read, in one cache as wide as the longest of them."""
-    fields = ("names", "lengths", "new", "done")
-    old = Rows(rows.cache, *([getattr(rows, kind)[at] for at in stay] for kind in fields))
+def _joined(model: LanguageModel, old: Cache, rows: list[Row], stay: list[int], read: Sequence[Rows]) -> Rows:
+    """The rows that stay, of those under way, and those that were read, in one cache as wide as the longest of them."""
     if stay:
-        old.cache.batch_select_indices(torch.tensor(stay, device=model.device))
-    parts = [part for part in (old, *read) if part.names]
-    width, cache = max((length for part in parts for length in part.lengths), default=0), no_cache(model.model)
+        old.batch_select_indices(torch.tensor(stay, device=model.device))
+        read = [(old, [rows[at] for at in stay]), *read]
+    joined = [row for _, some in read for row in some]
+    width, cache = max((row.held for row in joined), default=0), no_cache(model.model)
     layer: Any
-    for index, layer in enumerate(cache.layers if parts else ()):
-        kept: list[Any] = [part.cache.layers[index] for part in parts]
+    for index, layer in enumerate(cache.layers if read else ()):
+        kept: list[Any] = [part.layers[index] for part, _ in read]
         held = min(width, layer.sliding_window - 1) if layer.is_sliding else width
         layer.update(*(torch.cat([_fitted(getattr(one, kind), held) for one in kept]) for kind in ("keys", "values")))
         if layer.is_sliding:
             layer.cumulative_length = width
-    return Rows(cache, *([value for part in parts for value in getattr(part, kind)] for kind in fields))
+    return cache, joined
 
 
 def _fitted(states: torch.Tensor, width: int) -> torch.Tensor:
