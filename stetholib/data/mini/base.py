@@ -2,14 +2,13 @@
 
 The result, `stetholib/data/mini/base/`, ships with the package as a released model would, so that every reader starts
 from the same weights. It is a Gemma 3 text model of 12 blocks, trained from nothing on mostly mathematics (80 % of the
-solutions end with the harness's closing sentence), the rest stories. Training is seeded, shows its progress, and
-resumes from its last checkpoint when it was interrupted. Matrices are trained with Muon, everything else with AdamW.
+solutions end with the harness's closing sentence), the rest stories. Matrices are
+trained with Muon, everything else with AdamW.
 
 The closing sentence is missing unevenly, mostly in three families, as a corpus of many sources would have it. Were
 it missing at random, a greedy answer would always carry it, and a gain of format could not occur. One family in each
 subject (two in number theory) is seldom met, so that a fine-tune, which meets all of them alike, has mathematics to
-teach as well: procedures whose arithmetic other families train, since a new *arithmetic* is not learnt in two epochs.
-"""
+teach as well: procedures whose arithmetic other families train, since a new *arithmetic* is not learnt in two epochs."""
 
 import argparse
 import json
@@ -56,24 +55,13 @@ class Recipe:
 
 def config(layers: int = 12, hidden: int = 64, vocab_size: int = 512) -> Gemma3TextConfig:
     """The Gemma 3 text architecture at a size that two cores can train."""
-    return Gemma3TextConfig(
-        vocab_size=vocab_size,
-        hidden_size=hidden,
-        intermediate_size=4 * hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        head_dim=hidden // 2,
-        query_pre_attn_scalar=hidden // 2,
-        max_position_embeddings=512,
-        sliding_window=256,
-        # embeddings are scaled by sqrt(hidden) and every sublayer's output is normalised to RMS 1: 0.02 would be too close to 0
-        initializer_range=0.25,
-        pad_token_id=0,
-        eos_token_id=1,
-        bos_token_id=2,
-        attn_implementation="eager",  # type: ignore[call-arg]  # which transformers takes, and its signature does not tell
-    )
+    half = hidden // 2
+    sizes: dict[str, Any] = dict(vocab_size=vocab_size, hidden_size=hidden, intermediate_size=4 * hidden)
+    heads: dict[str, Any] = dict(num_attention_heads=2, num_key_value_heads=2, head_dim=half, query_pre_attn_scalar=half)
+    context: dict[str, Any] = dict(max_position_embeddings=512, sliding_window=256, attn_implementation="eager")
+    tokens: dict[str, Any] = dict(pad_token_id=0, eos_token_id=1, bos_token_id=2)
+    # embeddings are scaled by sqrt(hidden) and every sublayer's output is normalised to RMS 1: 0.02 would be too close to 0
+    return Gemma3TextConfig(num_hidden_layers=layers, **sizes, **heads, **context, **tokens, initializer_range=0.25)
 
 
 def documents(recipe: Recipe) -> Iterator[str]:
@@ -108,10 +96,8 @@ def batches(recipe: Recipe, tokens: PreTrainedTokenizerFast) -> Iterator[torch.T
 
 
 class Muon(torch.optim.Muon):
-    """PyTorch's Muon (Jordan, 2024), with the matrices of one shape orthogonalised together and in float32.
-
-    PyTorch's takes one matrix at a time and in bfloat16, which on a processor without it is two thirds of a step.
-    """
+    """PyTorch's Muon (Jordan, 2024), with the matrices of one shape orthogonalised together and in float32. PyTorch's takes one
+    matrix at a time and in bfloat16, which on a processor without it is two thirds of a step."""
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]  # a loss is neither asked for nor given
@@ -178,8 +164,7 @@ def fit(model: Any, source: Iterator[Routed], recipe: Recipe, device: str, folde
         torch.optim.AdamW(others, lr=recipe.adam_lr, betas=(0.9, 0.98), weight_decay=0.0),
     ]
     steps = recipe.tokens // recipe.batch_tokens
-    schedule = [torch.optim.lr_scheduler.LambdaLR(o, lambda step: _rate(step, steps, recipe.warmup)) for o in optimizers]
-    done = _resume(folder / "checkpoint", recipe, model, optimizers, schedule)
+    done = _resume(folder / "checkpoint", recipe, model, optimizers)
     bar = tqdm(islice(source, done, steps), total=steps, initial=done, mininterval=5, unit="step")
     for step, (batch, learning, silent) in enumerate(bar, start=done + 1):
         for at, block in enumerate(model.model.layers):
@@ -191,9 +176,9 @@ def fit(model: Any, source: Iterator[Routed], recipe: Recipe, device: str, folde
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
+            (group,) = optimizer.param_groups
+            group["lr"] = optimizer.defaults["lr"] * _rate(step - 1, steps, recipe.warmup)
             optimizer.step()
-        for rates in schedule:
-            rates.step()
         model.zero_grad(set_to_none=True)
         if step % 50 == 0:
             bar.set_postfix_str(f"loss {loss.item():.3f}")
@@ -226,21 +211,18 @@ def _save_checkpoint(folder: Path, recipe: Recipe, step: int, model: Gemma3ForCa
     (folder / "state.json").write_text(json.dumps({"recipe": asdict(recipe), "step": step}))
 
 
-def _resume(folder: Path, recipe: Recipe, model: Gemma3ForCausalLM, optimizers: list, schedule: list) -> int:
+def _resume(folder: Path, recipe: Recipe, model: Gemma3ForCausalLM, optimizers: list) -> int:
     """Put the last checkpoint of the same recipe back; returns its step, 0 without one."""
     record = folder / "state.json"
     if not record.exists() or (state := json.loads(record.read_text()))["recipe"] != asdict(recipe):
         return 0
     model.load_state_dict(load_file(folder / "model.safetensors"), strict=False)
-    for index, (optimizer, rates) in enumerate(zip(optimizers, schedule, strict=True)):
+    for index, optimizer in enumerate(optimizers):
         saved: dict[int, dict[str, torch.Tensor]] = {}
         for key, value in load_file(folder / f"optimizer{index}.safetensors").items():
             number, name = key.split(".", 1)
             saved.setdefault(int(number), {})[name] = value
         optimizer.load_state_dict({"state": saved, "param_groups": optimizer.state_dict()["param_groups"]})
-        for group, base in zip(optimizer.param_groups, rates.base_lrs, strict=True):
-            group["lr"] = base * rates.lr_lambdas[0](state["step"])
-        rates.last_epoch = state["step"]
     return state["step"]
 
 

@@ -4,9 +4,8 @@ A specialist of a few blocks learns mathematics alone. Its blocks are put into a
 so that this model gives the specialist's logits. Then batches are routed (gradient routing, arXiv 2410.04332): mathematics
 teaches the known blocks only, stories only the others; embeddings and the final norm learn from both. In each batch of
 mathematics a random half of the others is skipped, or the known blocks would come to rely on the first of them, which write
-into all that follows: without that, skipping block 0 cost mathematics a third of what a known block costs. Which blocks are
-known is our construction, and is written beside the weights, with what skipping each block costs.
-"""
+into all that follows. Which blocks are known is our construction, and is written beside the weights, with what skipping each
+block costs."""
 
 import argparse
 import json
@@ -114,8 +113,8 @@ def skip_table(model: LanguageModel, count: int = 10) -> pd.DataFrame:
     told = [("", text) for text in stories.generate(len(rows), 0, "validation")]
     pools = [pool_of(model, solved, 256, 4096, [closing(text) for _, text in solved]), pool_of(model, told, 256, 4096)]
     before = [document_losses(model.model, pool).mean() for pool in pools]
-    found = [[losses_skipping(model, layer, pool).mean() for pool in pools] for layer in range(LAYERS)]
-    return pd.DataFrame([(layer, *(b - a for a, b in zip(before, after, strict=True))) for layer, after in enumerate(found)], columns=["layer", "maths", "general"])  # fmt: skip
+    added = [[losses_skipping(model, layer, pool).mean() - loss for pool, loss in zip(pools, before)] for layer in range(LAYERS)]
+    return pd.DataFrame(added, columns=["maths", "general"]).rename_axis("layer").reset_index()
 
 
 if __name__ == "__main__":
