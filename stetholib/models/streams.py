@@ -1,6 +1,6 @@
 """What runs through a model: texts as batches of tokens, taps on the residual stream, and losses."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -175,19 +175,18 @@ def scored_tokens(pool: Sequence[Batch]) -> Float[np.ndarray, " doc"]:
 
 @torch.no_grad()
 def residual_batches(
-    base: LanguageModel, pairs: Tokenized, batch_tokens: int, layers: Iterable[int], watch: Watch = unwatched, label: str = ""
+    base: LanguageModel, pairs: Tokenized, batch_tokens: int, layers: Collection[int], watch: Watch = unwatched, label: str = ""
 ) -> Iterator[tuple[Batch, Int[Tensor, " token"], dict[int, Float[Tensor, "token d_model"]]]]:
     """Run texts through a model: (batch, document of each content token, residual stream after each of the layers). Streams are
     in float32. Raises ModelError where one holds NaN or Inf."""
-    wanted = list(layers)
     with residual_stream(base.model) as taken:
         for batch in watch(batches(pairs, batch_tokens, base.device), label):
             # for the taps alone: logits of the last position are enough
             base.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False, logits_to_keep=1)
             keep = batch.scored.bool()
-            check_finite({f"the output of layer {layer}": taken[layer][keep] for layer in wanted})
+            check_finite({f"the output of layer {layer}": taken[layer][keep] for layer in layers})
             document = torch.tensor(batch.documents, device=keep.device).unsqueeze(1).expand_as(keep)[keep]
-            yield batch, document, {layer: taken[layer][keep].float() for layer in wanted}
+            yield batch, document, {layer: taken[layer][keep].float() for layer in layers}
 
 
 def up_to(pairs: Iterable[tuple[list[int], int]], wanted: int) -> tuple[list[tuple[list[int], int]], int]:
@@ -230,8 +229,7 @@ def gradient_moments(
         for batch in watch(pool, "03 gradients"):
             with residual_stream(base.model) as taken:
                 loss = token_losses(base.model, batch).sum()
-            layers = sorted(taken)
-            for layer, grad in zip(layers, torch.autograd.grad(loss, [taken[layer] for layer in layers]), strict=True):
+            for layer, grad in zip(taken, torch.autograd.grad(loss, [*taken.values()]), strict=True):
                 g = grad[batch.attention_mask.bool()].double()
                 check_finite({f"the loss gradient at layer {layer}": g})
                 moments[layer] = moments.get(layer, 0) + g.T @ g

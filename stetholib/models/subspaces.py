@@ -92,18 +92,14 @@ def pooled(table: pd.DataFrame, energies: Mapping[Key, float], by: Sequence[str]
     """Energy retained over many matrices, each weighing by its energy; grouped by basis, rank and `by`.
 
     energy_sd is of the pooled energy over draws of random subspaces: at most so much, since a layer's matrices are taken to
-    move together, as they would in one subspace a layer, which is what the scalpel has; layers are independent.
-    """
+    move together, as they would in one subspace a layer, which is what the scalpel has; layers are independent."""
     part = table.assign(energy=[energies[layer, matrix] for layer, matrix in zip(table["layer"], table["matrix"], strict=True)])
     part["kept"], part["spread"] = part["energy"] * part["energy_retained"], part["energy"] * part["energy_sd"]
-    grouped = part.groupby(["basis", "rank", *by], sort=True)
-    pooled_table = grouped[["kept", "energy"]].sum()
-    a_layer = part.groupby(["basis", "rank", *by, "layer"], sort=True)["spread"].sum() ** 2
-    pooled_table["spread"] = a_layer.groupby(level=list(range(2 + len(by)))).sum()
-    pooled_table["energy_retained"] = pooled_table["kept"] / pooled_table["energy"]
-    pooled_table["energy_sd"] = pooled_table["spread"] ** 0.5 / pooled_table["energy"]
-    pooled_table["chance"] = grouped["chance"].first()
-    return pooled_table.drop(columns=["kept", "spread", "energy"]).reset_index()
+    keys = ["basis", "rank", *by]
+    grouped, a_layer = part.groupby(keys), part.groupby([*keys, "layer"])["spread"].sum()
+    energy, spread = grouped["energy"].sum(), (a_layer**2).groupby(level=keys).sum() ** 0.5
+    found = dict(energy_retained=grouped["kept"].sum() / energy, energy_sd=spread / energy, chance=grouped["chance"].first())
+    return pd.DataFrame(found).reset_index()
 
 
 def default_rows(table: pd.DataFrame) -> pd.DataFrame:
@@ -194,9 +190,9 @@ def kept_by_matrix(table: pd.DataFrame, energies: Mapping[Key, float], rank: int
     return wide.loc[list(BASES), list(MATRICES)].assign(chance=rows["chance"].iloc[0])
 
 
-def kept_by_definition(table: pd.DataFrame, rank: int, basis: str = "sae_decoder") -> pd.DataFrame:
+def kept_by_definition(table: pd.DataFrame, rank: int) -> pd.DataFrame:
     """Mean energy retained under each definition of the scalpel: sides and sites down, gains across."""
-    rows = table[(table["rank"] == rank) & (table["basis"] == basis)]
+    rows = table[(table["rank"] == rank) & (table["basis"] == "sae_decoder")]
     site = (rows["sae_layer"] == rows["layer"]).map({True: "own block", False: "block before"})
     return rows.assign(site=site).groupby(["side", "site", "gains"])["energy_retained"].mean().unstack()
 
@@ -230,8 +226,7 @@ def mechanism_test(table: pd.DataFrame) -> pd.DataFrame:
     """Does each side lie closer to where outer products put it? One row a side: Wilcoxon's signed ranks over layers.
 
     Columns predicted and other (the two bases), their mean overlaps, in how many of the layers the predicted one is
-    larger, and the two-sided p.
-    """
+    larger, and the two-sided p."""
     rows = []
     for side, pair in PREDICTED.items():
         wide = table[table["side"] == side].pivot(index="layer", columns="basis", values="overlap")

@@ -36,8 +36,7 @@ class DocumentSums:
     """Per-document sums of one block's features under one contrast's token weights.
 
     weight [doc], total / squares / fires [doc, d_sae]: sums over the document's content tokens of w, w*a, w*a^2 and
-    w*(a > 0). histogram [corpus, bin, d_sae]: weighted counts of activations in fixed bins, for AUROC.
-    """
+    w*(a > 0). histogram [corpus, bin, d_sae]: weighted counts of activations in fixed bins, for AUROC."""
 
     weight: Float[Tensor, " doc"]
     total: Float[Tensor, "doc d_sae"]
@@ -99,19 +98,15 @@ def moments(sums: DocumentSums, multiplicity: Float[Tensor, "draw corpus doc"], 
     multiplicity: how often each document counts in each corpus; the last corpus is the general one. One-hot labels
     give the observed statistic, shuffled ones a permutation, multinomial counts a resample. The subjects weigh
     equally, whatever their token counts, unless `pool_subjects`: in the matched contrast the token weights already
-    fix the mix of words, which a second weighting would undo.
-    """
+    fix the mix of words, which a second weighting would undo."""
     draws, corpora, docs = multiplicity.shape
     flat = multiplicity.reshape(-1, docs)
     weight = (flat @ sums.weight).view(draws, corpora, 1)
     parts = [(flat @ part).view(draws, corpora, -1) for part in (sums.total, sums.squares, sums.fires)]
     if pool_subjects:
-        groups = [(weight[:, :-1].sum(1), [p[:, :-1].sum(1) for p in parts]), (weight[:, -1], [p[:, -1] for p in parts])]
-        means = [[p / w.clamp(min=1e-12) for p in ps] for w, ps in groups]
-    else:
-        each = [p / weight.clamp(min=1e-12) for p in parts]
-        means = [[p[:, :-1].mean(1) for p in each], [p[:, -1] for p in each]]
-    (m1, q1, f1), (m0, q0, f0) = means
+        weight, *parts = (torch.stack([one[:, :-1].sum(1), one[:, -1]], 1) for one in (weight, *parts))
+    means = [part / weight.clamp(min=1e-12) for part in parts]
+    (m1, q1, f1), (m0, q0, f0) = [mean[:, :-1].mean(1) for mean in means], [mean[:, -1] for mean in means]
     return Moments(m1, (q1 - m1 * m1).clamp(min=0), f1, m0, (q0 - m0 * m0).clamp(min=0), f0)
 
 
