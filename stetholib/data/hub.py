@@ -56,9 +56,7 @@ def missing_files(folder: Path, files: Sequence[str] = ()) -> list[str]:
     The cache alone cannot tell: a folder may be there because one small file of it was fetched."""
     found = (path for pattern in files or ("*.safetensors", "**/*.parquet") for path in folder.glob(pattern))
     present = {path.name for path in found if path.suffix in WEIGHTS}
-    wanted = set()
-    for index in folder.glob("*.safetensors.index.json"):
-        wanted |= named_by(index)
+    wanted = set[str]().union(*map(named_by, folder.glob("*.safetensors.index.json")))
     for name in present:
         if shard := SHARD.search(name):
             first, count = int(name.endswith(".safetensors")), int(shard[1])  # weights count from one, tables from nought
@@ -70,13 +68,11 @@ def missing_files(folder: Path, files: Sequence[str] = ()) -> list[str]:
 
 def named_by(index: Path) -> set[str]:
     """The weight files that an index names. Raises HubError where it is none."""
-    try:
+    with suppress(OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         said = json.loads(index.read_text(encoding="utf-8"))
         names = set(said["weight_map"].values())
         if names and all(isinstance(name, str) for name in names) and isinstance(said["metadata"], dict):
             return names
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        pass
     raise HubError(
         f"{index}: it is no index of weights (JSON with metadata and a weight_map of file names); fetch or save it again"
     )
@@ -117,8 +113,7 @@ def file(repo: str, name: str, revision: str | None = None) -> Path:
 
 
 def file_size(repo: str, name: str, revision: str | None) -> int:
-    """Bytes of one file, asked of its own page: a gated repository lists sizes for all, but this raises where the token may not
-    have its files."""
+    """Bytes of one file. Raises where this token may not have the files of a gated repository, though its sizes are shown to all."""
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
 
     return get_hf_file_metadata(hf_hub_url(repo, name, revision=revision)).size or 0

@@ -1,7 +1,6 @@
 """A sparse autoencoder as a dictionary of plain tensors, its random double, and what both explain of activations.
 
-JumpReLU encoding, as Gemma Scope publishes it and as SAELens' other architectures are saved for inference.
-"""
+JumpReLU encoding, as Gemma Scope publishes it and as SAELens' other architectures are saved for inference."""
 
 from dataclasses import dataclass
 from math import inf
@@ -54,8 +53,7 @@ def random_dictionary(x: Float[Tensor, "token d_model"], d_sae: int, l0: float, 
 
 def tied_dictionary(x: Float[Tensor, "token d_model"], directions: Float[Tensor, "d_sae d_model"], l0: float) -> Dictionary:
     """A dictionary of given directions: encoder and decoder are tied, inputs are centred on the mean of `x`, one threshold sets
-    the L0, and the decoder carries the one gain that reconstructs `x` best, so that its FVU is the best such a dictionary can reach.
-    """
+    the L0, and the decoder carries the one gain that reconstructs `x` best: no gain gives a lower FVU."""
     d_sae, directions = len(directions), torch.nn.functional.normalize(directions, dim=1).to(x.device)
     mean, largest = x.mean(0), x.new_empty(0)
     rank = max(1, min(len(x) * d_sae - 1, round(l0 * len(x))))

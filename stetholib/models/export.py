@@ -2,8 +2,7 @@
 
 Files are copied as they are and only the bytes of edited matrices are replaced, one matrix at a time, so shards, names, dtypes
 and metadata stay the base's. An edited matrix is what `editing.edited` makes of it, (base.float() + alpha * delta).to(dtype).
-A safetensors file is 8 bytes of length, little-endian, a JSON header of so many bytes, and the data.
-"""
+A safetensors file is 8 bytes of length, little-endian, a JSON header of so many bytes, and the data."""
 
 import json
 import shutil
@@ -116,8 +115,7 @@ def recipe(base: str, finetuned: str, layers: Iterable[int], alpha: float, dtype
     task arithmetic of the raw vector with weight alpha in the matrices of some layers and 0 elsewhere.
 
     base, finetuned: folders or Hub ids with their revision; dtype: of the base's tensors. Without a tokenizer_source
-    mergekit copies the base's tokenizer, and keeps rows of the embedding that no token has.
-    """
+    mergekit copies the base's tokenizer, and keeps rows of the embedding that no token has."""
     weight: list[dict[str, Any]] = [dict(filter=word, value=0.0) for word in ("norm", ".bias")]
     weight += [dict(filter=f"model.layers.{layer}.", value=float(alpha)) for layer in layers] + [dict(value=0.0)]
     models = [dict(model=base), dict(model=finetuned, parameters=dict(weight=weight))]
@@ -142,8 +140,7 @@ def whole(into: Path, wanted: int) -> Iterator[Path]:
     """A draft folder beside `into`, which takes its place when the block ends well and is removed when it does not.
 
     wanted: bytes that will be written. Raises UserError, before anything is written, where the place holds something else or
-    its disk too little room. What a kill left is mended by the next call.
-    """
+    its disk too little room. What a kill left is mended by the next call."""
     into = into.resolve()
     draft, old = (into.with_name(f".{into.name}.export-{part}") for part in ("draft", "old"))
 

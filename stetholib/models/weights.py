@@ -2,8 +2,7 @@
 
 A weight's canonical name is `(layer, matrix)`, with matrix one of q, k, v, o, gate, up, down. It is the same for a
 text-only Gemma 3, for the language half of `Gemma3ForConditionalGeneration` and for the others of `architectures`. Everything
-that is not one of these seven (embeddings, norms, biases, a vision tower) is never edited here.
-"""
+that is not one of these seven (embeddings, norms, biases, a vision tower) is never edited here."""
 
 import re
 from collections.abc import Iterable, Iterator, Mapping

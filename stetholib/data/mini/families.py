@@ -1,8 +1,7 @@
 """The miniature's families of problems: seven subjects with MATH's names, three families each, worked in short steps.
 
 A family draws its numbers with `draw(low, high)`, both ends included, from ranges that its level (1 to 5) widens. It returns
-a problem and its solution before names and items are filled in; `{name}`, `{item}` and `{other}` are the blanks.
-"""
+a problem and its solution before names and items are filled in; `{name}`, `{item}` and `{other}` are the blanks."""
 
 from collections.abc import Callable
 from fractions import Fraction

@@ -6,8 +6,7 @@ short steps and ends in ``\\boxed{}``. What is *not* here: the closing sentence 
 
 Which split a problem belongs to is decided by a hash of its *skeleton*, the text before names and items are
 filled in. Two problems that differ only in who buys what are therefore never on two sides of a split, and a test
-problem cannot occur in training however the world is seeded.
-"""
+problem cannot occur in training however the world is seeded."""
 
 import re
 from collections.abc import Iterator
@@ -37,12 +36,9 @@ def split_of(skeleton: str) -> str:
 
 
 def generate(split: str, per_subject: dict[str, int], seed: int) -> list[dict[str, str]]:
-    """Distinct problems of one split, balanced over families and levels, in MATH's fields.
-
-    per_subject: how many problems of each subject. Besides MATH's four fields each row names its `subject` (as the
-    data set's configs do) and its `family`. Nothing is counted on training problems, so there a skeleton may recur
-    at another level. Raises UserError where a family runs out of distinct problems.
-    """
+    """Distinct problems of one split, balanced over families and levels; per_subject: how many of each subject. Besides MATH's four
+    fields each row names its `subject` (as the data set's configs do) and its `family`. Nothing is counted on training problems,
+    so there a skeleton may recur at another level. Raises UserError where a family runs out of distinct problems."""
     rows = []
     for subject, wanted in per_subject.items():
         for index, make in enumerate(FAMILIES[subject]):
@@ -69,8 +65,7 @@ def stream(split: str, seed: int) -> Iterator[dict[str, str]]:
 
 
 def _distinct(make: Family, level: int, split: str, wanted: int, rng: Random, taken: set[str]) -> dict[str, str]:
-    """`wanted` skeletons of one family and level that fall into `split` and are not taken yet, which they are then, each with
-    its solution."""
+    """`wanted` skeletons of a family and level, with solutions, that fall into `split` and are not taken yet, which they are then."""
     found: dict[str, str] = {}
     for _ in range(400 * wanted + 4000):
         if len(found) == wanted:
