@@ -45,9 +45,8 @@ def problems(spec: Data, split: str, seed: int, boxed: bool = True) -> list[Row]
             mend = f"lower data.{split}_problems"
             if boxed and split != "test":
                 mend += "; only solutions with a \\boxed answer count: if yours have none, set finetune.target to plain"
-            raise UserError(
-                f"data: {spec.maths} has {len(ranked)} {split} problems of {subject}, {wanted[subject]} are wanted; {mend}"
-            )
+            lacking = f"{len(ranked)} {split} problems of {subject}, {wanted[subject]} are wanted"
+            raise UserError(f"data: {spec.maths} has {lacking}; {mend}")
         found += ranked[: wanted[subject]]
     return sorted(found, key=lambda row: _bucket(row["problem"]))
 

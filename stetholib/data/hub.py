@@ -20,6 +20,7 @@ GIB = 2**30
 HASH = re.compile("[0-9a-f]{64}")
 SHARD = re.compile(r"-\d{5}-of-(\d{5})\.")
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+AGAIN = "fetch or save it again"
 WEIGHTS = (".safetensors", ".parquet", ".npz")
 MODEL_FILES = ("*.json", "*.safetensors", "tokenizer*", "*.jinja")
 
@@ -73,9 +74,7 @@ def named_by(index: Path) -> set[str]:
         names = set(said["weight_map"].values())
         if names and all(isinstance(name, str) for name in names) and isinstance(said["metadata"], dict):
             return names
-    raise HubError(
-        f"{index}: it is no index of weights (JSON with metadata and a weight_map of file names); fetch or save it again"
-    )
+    raise HubError(f"{index}: it is no index of weights (JSON with metadata and a weight_map of file names); {AGAIN}")
 
 
 def resolved(repo: str, revision: str | None) -> str | None:

@@ -65,8 +65,7 @@ class Source:
         if self.where != "hub":
             return 0, 0 if self.where == "shipped" and self.name not in MODELS else _bytes(self.folder(), patterns)
         with hub.explained(self.name, self.revision, self.hub_kind):
-            cached = hub.cached_folder(self.name, self.revision, patterns, self.hub_kind)
-            if cached is not None:
+            if (cached := hub.cached_folder(self.name, self.revision, patterns, self.hub_kind)) is not None:
                 return 0, _bytes(cached, patterns)
             hub.check_network(self.name)
             if self.kind == "model":

@@ -47,7 +47,8 @@ def load(folder: Path, dtype: str = "float32", device: str = "cpu", attention: s
     # mismatched sizes are refused below, in one line
     how: dict[str, Any] = dict(use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True, **LOCAL)
     kind: dict[str, Any] = dict(dtype=getattr(torch, dtype), attn_implementation=attention)
-    model, info = AutoModelForCausalLM.from_pretrained(folder, **kind, **how)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(folder, **kind, **how)
+    model, info = loaded
     for what, said in (
         ("mismatched_keys", "has another shape than the configuration says"),
         ("missing_keys", "is missing from the checkpoint"),

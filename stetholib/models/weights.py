@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from stetholib.data.hub import missing_files, named_by
+from stetholib.data.hub import AGAIN, missing_files, named_by
 from stetholib.errors import ModelError
 
 Key = tuple[int, str]
@@ -89,11 +89,9 @@ class Checkpoint(Mapping[str, Tensor]):
                     dtypes = {name: str(handle.get_slice(name).get_dtype()) for name in handle.keys()}  # noqa: SIM118 - no dict
             except (SafetensorError, OSError) as error:
                 said = " ".join(str(error).split())[:160]
-                raise ModelError(
-                    f"checkpoint {path}: it is not a whole safetensors file ({said}); fetch or save it again"
-                ) from None
+                raise ModelError(f"checkpoint {path}: it is not a whole safetensors file ({said}); {AGAIN}") from None
             if odd := [name for name in dtypes if not name.isprintable()]:
-                raise ModelError(f"checkpoint {path}: {odd[0]!r} is no name of a tensor; fetch or save it again")
+                raise ModelError(f"checkpoint {path}: {odd[0]!r} is no name of a tensor; {AGAIN}")
             if double := sorted(dtypes.keys() & self._file.keys()):
                 raise ModelError(
                     f"checkpoint {folder}: {double[0]} is in {self._file[double[0]].name} and in {path.name}; "
@@ -113,7 +111,7 @@ class Checkpoint(Mapping[str, Tensor]):
                 )
             found = [path for path in found if path.name in named]
         if lost := [path for path in found if not path.is_file()]:
-            raise ModelError(f"checkpoint {lost[0]}: it is a link to a file that is not there; fetch or save it again")
+            raise ModelError(f"checkpoint {lost[0]}: it is a link to a file that is not there; {AGAIN}")
         return found
 
     @property
