@@ -112,7 +112,7 @@ def file(repo: str, name: str, revision: str | None = None) -> Path:
 
 
 def file_size(repo: str, name: str, revision: str | None) -> int:
-    """Bytes of one file. Raises where this token may not have the files of a gated repository, though its sizes are shown to all."""
+    """Bytes of one file. Raises where this token may not have it: a gated repository shows its list of sizes to all, files to some."""
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
 
     return get_hf_file_metadata(hf_hub_url(repo, name, revision=revision)).size or 0

@@ -36,7 +36,7 @@ def split_of(skeleton: str) -> str:
 
 
 def generate(split: str, per_subject: dict[str, int], seed: int) -> list[dict[str, str]]:
-    """Distinct problems of one split, balanced over families and levels; per_subject: how many of each subject. Besides MATH's four
+    """Distinct problems of one split, balanced over families and levels; per_subject: how many of each subject. Besides MATH's
     fields each row names its `subject` (as the data set's configs do) and its `family`. Nothing is counted on training problems,
     so there a skeleton may recur at another level. Raises UserError where a family runs out of distinct problems."""
     rows = []
@@ -65,7 +65,7 @@ def stream(split: str, seed: int) -> Iterator[dict[str, str]]:
 
 
 def _distinct(make: Family, level: int, split: str, wanted: int, rng: Random, taken: set[str]) -> dict[str, str]:
-    """`wanted` skeletons of a family and level, with solutions, that fall into `split` and are not taken yet, which they are then."""
+    """`wanted` skeletons of a family and level, with solutions, that fall into `split` and are not taken yet; they are then."""
     found: dict[str, str] = {}
     for _ in range(400 * wanted + 4000):
         if len(found) == wanted:

@@ -10,6 +10,7 @@ from random import Random
 from stetholib.data.mini.problems import ITEMS, NAMES
 
 PLACES = ["market", "station", "school", "library", "garden", "harbour", "museum", "bakery", "theatre", "village"]
+# the blanks of the sentences, in the order in which they are drawn
 WORDS = {
     "item": ITEMS,
     "colour": ["red", "blue", "green", "white", "yellow", "black"],
