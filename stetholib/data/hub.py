@@ -112,7 +112,7 @@ def file(repo: str, name: str, revision: str | None = None) -> Path:
 
 
 def file_size(repo: str, name: str, revision: str | None) -> int:
-    """Bytes of one file. Raises where this token may not have it: a gated repository shows its list of sizes to all, files to some."""
+    """Bytes of one file. Raises where this token may not have it, though a gated repository shows its list of sizes to all."""
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
 
     return get_hf_file_metadata(hf_hub_url(repo, name, revision=revision)).size or 0
