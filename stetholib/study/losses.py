@@ -54,7 +54,7 @@ class Losses:
     def _general(self) -> Input[list[Batch]]:
         return self._batches([("", text) for text in self._world.general("validation", "evaluation.general_documents")])
 
-    def _batches(self, texts: Texts, closings: Sequence[str] | None = None) -> Input[list[Batch]]:
+    def _batches(self, texts: Texts, closings: Sequence[str] = ()) -> Input[list[Batch]]:
         p, world = self._world.profile, self._world
         return world.store.derived(pool_of, world.model, texts, p.data.max_tokens, p.selection.batch_tokens, closings)
 
