@@ -87,7 +87,7 @@ def scales(table: pd.DataFrame, sets: pd.DataFrame, ax: Axes) -> Axes:
         ax.plot(ours["energy"], value, look.marker, ms=10, mfc="none", mew=2, color=chosen.colour, label=label)
     ax.axhline(0, color=BLACK, lw=0.8)
     ax.set(xlabel="energy, as a share of the whole vector's", ylabel="change of the loss (nats a token)")
-    return style.with_legend(ax, below=(0.5, -0.14), ncols=2)
+    return style.with_legend(ax, below=(0.5, -0.17), ncols=2)
 
 
 def uniform_check(p_values: Sequence[float] | np.ndarray, ax: Axes) -> Axes:
