@@ -288,7 +288,7 @@ def test_a_bundle_is_a_folder_or_a_tar_that_names_nobody_and_says_what_it_lacks(
     assert f"MiB in {tmp_path / 'a room.tar'}; copy it to each laptop" in said[-1]
     with tarfile.open(tmp_path / "a room.tar") as tar:
         assert {(one.uid, one.uname, one.gname) for one in tar} == {(0, "", "")}
-        tar.extractall(tmp_path / "there", filter="data")
+    shutil.unpack_archive(tmp_path / "a room.tar", tmp_path / "there")
     for folder in (tmp_path / "a room", tmp_path / "there" / "a room"):
         assert laptop.sums(folder) == [] and (folder / "README.md").read_text() == "read me"
     assert not list(tmp_path.glob(".bundle-*"))
@@ -313,8 +313,7 @@ def test_a_bundle_that_was_moved_sets_up_and_checks_itself_without_a_route(tmp_p
         pytest.skip("a network namespace is not to be had here")
     made = subprocess.run([sys.executable, "-m", "stetholib", "bundle", "--into", tmp_path / "made.tar"], cwd=ROOT)
     assert made.returncode == 0
-    with tarfile.open(tmp_path / "made.tar") as tar:
-        tar.extractall(tmp_path / "a room", filter="data")
+    shutil.unpack_archive(tmp_path / "made.tar", tmp_path / "a room")
     folder, home = tmp_path / "another room", tmp_path / "home"
     (tmp_path / "a room" / "made").rename(folder)
     home.mkdir()

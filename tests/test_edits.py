@@ -93,7 +93,7 @@ IN_SMOKE = {
     "a side table of step 04": (code("layer_selection.py", "rows.append(dict(contrast=contrast, definition=kind,", "rows.append(dict(contrast=contrast, m=count, definition=kind,"), set()),
     "a side table of step 06": (code("significance.py", "index=index).astype(float)", "index=index).astype(float).round(9)"), {"pairs_table"}),
     "docstrings and comments everywhere": (prose, set()),
-    "the scorer": (code("adapters/harness.py", 'exact_match=int(sample["exact_match"])', 'exact_match=int(bool(sample["exact_match"]))'), {"asked", "records", "verdicts"}),
+    "the scorer": (code("adapters/harness.py", 'exact_match=int(sample["exact_match"])', 'exact_match=int(bool(sample["exact_match"]))'), {"records", "verdicts"}),
     "the prompt": (PROMPT, {"toy", "finetuned", "trained_sae", "dictionary_of", "hear", "gradient_moments", "rounding", "losses", "general_losses", "top_tokens", "token_limits", "repetition", "pairs_table"} | OF_SCORES | OF_DIRECTIONS | OF_EDITED | OF_MODEL - {"losses_skipping", "document_means"}),
 }  # fmt: skip
 OWN_PROMPT = {"gradient_moments", "couplings"} | OF_DIRECTIONS | OF_EDITED  # losses are those under the task's own prompt
