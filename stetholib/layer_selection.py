@@ -87,7 +87,7 @@ def calibrated(found: Sequence[Sequence[np.ndarray]], rule: ScoreRule, count: in
     tops = [set(select(column, count)) for column in again.T]
     drawn = np.where(np.isnan(score), np.nan, 1.0 if rule.kind in DRAWN else np.nan)
     ahead = ((than >= score[:, None]).sum(1) for than in (null, np.nanmax(null, 0)[None]))
-    p_value, p_max = (drawn * (1 + count) / (1 + null.shape[1]) for count in ahead)
+    p_value, p_max = (drawn * (1 + reached) / (1 + null.shape[1]) for reached in ahead)
     share = drawn * np.array([sum(layer in top for top in tops) / len(tops) for layer in range(len(score))])
     return Scores(score, p_value, p_max, share, permuted=null, resampled=again)
 

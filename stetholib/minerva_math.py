@@ -62,12 +62,21 @@ def measure(all_records: pd.DataFrame, general_loss: Mapping[str, float]) -> pd.
         for subject, part in (("all", whole), *whole.groupby("subject")):
             n, correct, readable = len(part), int(part["exact_match"].sum()), part["extracted"] != INVALID
             accuracy = correct / n
-            row: dict[str, Any] = dict(variant=str(variant), subject=str(subject), n=n, correct=correct, accuracy=accuracy)
-            row |= dict(stderr=(accuracy * (1 - accuracy) / (n - 1)) ** 0.5 if n > 1 else nan)
-            row |= dict(math_verify=part["math_verify"].mean(), extractable=readable.mean())
-            row |= dict(truncated=(part["stopped_by"] == "length").mean())
-            row |= dict(accuracy_given_extractable=part.loc[readable, "exact_match"].mean() if readable.any() else nan)
-            rows.append(row | dict(mean_tokens=part["completion_tokens"].mean(), general_loss=general_loss[str(variant)]))
+            row = dict(
+                variant=str(variant),
+                subject=str(subject),
+                n=n,
+                correct=correct,
+                accuracy=accuracy,
+                stderr=(accuracy * (1 - accuracy) / (n - 1)) ** 0.5 if n > 1 else nan,
+                math_verify=part["math_verify"].mean(),
+                extractable=readable.mean(),
+                truncated=(part["stopped_by"] == "length").mean(),
+                accuracy_given_extractable=part.loc[readable, "exact_match"].mean() if readable.any() else nan,
+                mean_tokens=part["completion_tokens"].mean(),
+                general_loss=general_loss[str(variant)],
+            )
+            rows.append(row)
     return pd.DataFrame(rows)
 
 

@@ -84,7 +84,7 @@ def bit(file, tensor):
 PROMPT = code("data/prompts.py", 'f"Problem:\\n{problem}\\n\\nSolution:"', 'f"Problem:\\n{problem}\\n\\nThe solution:"')
 # what is edited -> (the edit, the kinds of stages and ledgers that are made anew)
 IN_SMOKE = {
-    "a further column of step 05's table": (code("minerva_math.py", "n=n, correct=correct,", "n=n, wrong=n - correct, correct=correct,"), set()),
+    "a further column of step 05's table": (code("minerva_math.py", "                n=n,\n                correct=correct,", "                n=n,\n                wrong=n - correct,\n                correct=correct,"), set()),
     "another format of figures": (code("study/__init__.py", 'for kind in ("png", "svg"):', 'for kind in ("png", "svg", "pdf"):'), set()),
     "how a figure is saved": (code("plots/style.py", 'bbox_inches="tight")', 'bbox_inches="tight", dpi=90)'), set()),
     "a further column of step 01's table": (code("task_vectors.py", "side=SIDE[matrix], base_norm", "side=SIDE[matrix], width=delta.shape[1], base_norm"), {"measure"}),

@@ -80,9 +80,10 @@ def examine(profile: Profile, device: str, processes: int = 1) -> Iterator[Check
             yield Check(name, True, look())
         except UserError as error:
             yield Check(name, False, str(error))
+    if "model" not in absent:
+        yield Check("needs", False, "memory and disk cannot be told before the model's files can be seen")
+        return
     try:
-        if "model" not in absent:
-            raise UserError("memory and disk cannot be told before the model's files can be seen")
         known = size(profile)
     except UserError as error:
         yield Check("needs", False, str(error))

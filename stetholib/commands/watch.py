@@ -6,13 +6,15 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-say = partial(print, file=sys.stderr, flush=True)
+
+def say(text: str, end: str = "\n") -> None:
+    """Tell who runs a command, on standard error and at once."""
+    print(text, end=end, file=sys.stderr, flush=True)  # noqa: T201
 
 
 @contextmanager

@@ -131,15 +131,18 @@ class World:
                 base.model.to(self.device)
 
     @cached_property
+    def _names(self) -> dict[tuple[int, str], str]:
+        return weight_names(Checkpoint(self.base_folder))
+
+    @property
     def layers(self) -> int:
         """How many layers the model has."""
-        return 1 + max(layer for layer, _ in weight_names(Checkpoint(self.base_folder)))
+        return 1 + max(layer for layer, _ in self._names)
 
     @cached_property
     def width(self) -> int:
         """d_model."""
-        checkpoint = Checkpoint(self.base_folder)
-        return checkpoint.shape(weight_names(checkpoint)[0, "q"])[1]
+        return Checkpoint(self.base_folder).shape(self._names[0, "q"])[1]
 
     def problems(self, split: str) -> list[corpora.Row]:
         """Problems of a split; the test split is read by step 05 and after only."""
